@@ -1,0 +1,274 @@
+"""
+Your own text -> token shards that the record's loader reads.
+
+    python data/fineweb.py INPUT... --out DIR [--shard_size N] [--val_tokens N] [--text_key text] [--workers N] [--bytes]
+
+INPUT: .txt (documents end at <|endoftext|>, else a file is one document), .jsonl, .parquet (a document a row), or folders of these.
+DIR gets fineweb_val_000000.bin (the first --val_tokens), then fineweb_train_000001.bin and so on. To train on them:
+--out PLACE/data/fineweb10B, and DATA_PATH=PLACE.
+
+A shard is llm.c's .bin (https://github.com/karpathy/llm.c): 256 int32 (magic 20240520, version 1, token count, zeros),
+then the tokens as uint16. Each document opens with BOS_ID. Differences from the record's fineweb.py:
+- a shard ends with the document that fills it, so every shard opens with BOS_ID and none cuts a document;
+- the validation shard has a size of its own, so that a corpus of less than 100M tokens leaves something to train on.
+Output depends on the input and its order (folders are sorted) only, not on --workers.
+"""
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
+BOS_ID = 50256  # <|endoftext|>, GPT-2's last token
+SEPARATOR = b"<|endoftext|>"
+BATCH_BYTES = 1 << 20  # text handed to a worker at a time
+
+# -----------------------------------------------------------------------------
+# Shards
+
+def write_shard(path, tokens):
+    """Writes tokens [n] to path, whole or not at all. ValueError where they are no GPT-2 tokens."""
+    path, tokens = Path(path), np.asarray(tokens)
+    if not 0 < len(tokens) < 2**31:
+        raise ValueError(f"{path}: {len(tokens):,} tokens; a shard holds 1 to 2**31 - 1, choose another shard size")
+    if tokens.min() < 0 or tokens.max() > BOS_ID:
+        raise ValueError(f"{path}: token {tokens.max() if tokens.max() > BOS_ID else tokens.min()}; GPT-2's are 0 to {BOS_ID}")
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # hidden: no glob for *.bin finds it
+    try:
+        with open(temporary, "wb") as f:
+            f.write(header.tobytes())
+            f.write(np.ascontiguousarray(tokens, dtype="<u2"))
+            f.flush()
+            os.fsync(f.fileno())  # else a crash could leave the new name with no content
+        os.replace(temporary, path)
+    except OSError as error:
+        need = f"{error.strerror} for {HEADER_BYTES + 2 * len(tokens):,} bytes, make room or choose another folder"
+        raise OSError(error.errno, need, str(path)) from error  # a failed write does not name its file
+    finally:
+        temporary.unlink(missing_ok=True)
+
+def check_shard(path):
+    """Token count of the shard at path. ValueError says what is wrong with it."""
+    with open(path, "rb") as f:
+        head, size = f.read(HEADER_BYTES), os.fstat(f.fileno()).st_size
+    if len(head) < HEADER_BYTES:
+        raise ValueError(f"{path}: {size} bytes, less than a shard's header of {HEADER_BYTES}")
+    magic, version, count = (int(x) for x in np.frombuffer(head, dtype="<i4")[:3])
+    if magic != MAGIC:
+        raise ValueError(f"{path}: magic number {magic}, a shard's is {MAGIC}")
+    if version != VERSION:
+        raise ValueError(f"{path}: version {version}, not {VERSION}")
+    if count < 1 or size != HEADER_BYTES + 2 * count:
+        raise ValueError(f"{path}: {size:,} bytes, but {count:,} tokens take {HEADER_BYTES + 2 * count:,}")
+    return count
+
+# -----------------------------------------------------------------------------
+# Tokens
+
+def byte_tokens():
+    """[256] uint16: byte -> GPT-2's token for it. Printable bytes come first (openai/gpt-2 encoder.py, bytes_to_unicode)."""
+    printable = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b]
+    order = printable + [b for b in range(256) if b not in printable]
+    table = np.empty(256, dtype=np.uint16)
+    table[order] = np.arange(256)
+    return table
+
+def encoder(single_bytes=False, timeout=60):
+    """Function text -> [n] uint16, BOS_ID first. OSError where tiktoken cannot get GPT-2's vocabulary in `timeout` seconds."""
+    if single_bytes:
+        table = byte_tokens()
+        return lambda text: np.concatenate(([np.uint16(BOS_ID)], table[np.frombuffer(text.encode(errors="replace"), np.uint8)]))
+    loaded = []
+
+    def load():
+        try:
+            import tiktoken
+            loaded.append(tiktoken.get_encoding("gpt2"))
+        except Exception as error:  # noqa: BLE001 (requests, ssl and tiktoken raise what they like)
+            loaded.append(error)
+
+    # tiktoken downloads without a timeout; a daemon thread may be left behind
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    gpt2 = loaded[0] if loaded else TimeoutError(f"no answer in {timeout} s")
+    if isinstance(gpt2, Exception):
+        raise OSError(f"tiktoken cannot get GPT-2's vocabulary ({type(gpt2).__name__}: {' '.join(str(gpt2).split())[:120]}); "
+                      "go online once, set TIKTOKEN_CACHE_DIR to a folder that has it, or use single bytes (--bytes)") from gpt2
+    return lambda text: np.array([BOS_ID, *gpt2.encode_ordinary(text)], dtype=np.uint16)
+
+# -----------------------------------------------------------------------------
+# Documents: each reader yields (text, bytes of the file it took)
+
+def _read_txt(path, _):
+    parts, size = [], 0
+    with open(path, "rb") as f:
+        for line in f:
+            *ended, rest = line.split(SEPARATOR)
+            size += len(line)
+            for part in ended:
+                yield _decode(b"".join([*parts, part]), path), size
+                parts, size = [], 0
+            parts.append(rest)
+    yield _decode(b"".join(parts), path), size
+
+def _decode(raw, path):
+    try:
+        return raw.decode().strip("\r\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {raw[error.start]:#04x} is not UTF-8; convert it (iconv -f latin1 -t utf8)") from error
+
+def _text(value, where, key, names):
+    if value is not None and type(value) is not str:
+        raise ValueError(f"{where}: no text under '{key}' (there is: {', '.join(names) or 'nothing'}); name the text with --text_key")
+    return value or ""
+
+def _read_jsonl(path, key):
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: not JSON ({error}); mend or delete the line") from error
+            names = list(row) if isinstance(row, dict) else []
+            yield _text(row[key] if key in names else 0, f"{path}:{number}", key, names), len(line)
+
+def _read_parquet(path, key):
+    import pyarrow
+    import pyarrow.parquet as pq
+    try:
+        with pq.ParquetFile(path) as f:
+            names = f.schema_arrow.names
+            if key not in names:
+                _text(0, path, key, names)
+            share = path.stat().st_size / max(1, f.metadata.num_rows)
+            for batch in f.iter_batches(columns=[key]):
+                for value in batch.column(0):
+                    yield _text(value.as_py(), path, key, names), share
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: not parquet ({' '.join(str(error).split())[:120]}); download or convert it again") from error
+
+READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+
+def find_files(inputs):
+    """Files to read, in order: folders are searched to the bottom and sorted."""
+    files = []
+    for item in map(Path, inputs):
+        if not item.exists():
+            raise ValueError(f"{item}: no such file or folder")
+        found = sorted(p for p in item.rglob("*") if p.suffix in READERS and p.is_file()) if item.is_dir() else [item]
+        if not found or found[0].suffix not in READERS:
+            raise ValueError(f"{item}: nothing to read; give {', '.join(READERS)} files or folders of them")
+        files += found
+    return files
+
+def _batches(files, key):
+    """Yields (texts, bytes read), about BATCH_BYTES each."""
+    texts, size = [], 0
+    for path in files:
+        for text, took in READERS[path.suffix](path, key):
+            texts.append(text)
+            size += took
+            if size >= BATCH_BYTES:
+                yield texts, size
+                texts, size = [], 0
+    yield texts, size
+
+# -----------------------------------------------------------------------------
+# Parallel tokenising
+
+def _init_worker(single_bytes):
+    global _encode
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    _encode = encoder(single_bytes)
+
+def _encode_batch(texts):
+    return [_encode(text) for text in texts if text]  # an empty document would be a lone BOS_ID
+
+def tokenize(files, key, workers, single_bytes):
+    """Yields (list of [n] uint16 documents, bytes read), in the order of the input."""
+    # spawn: the parent may have threads (pyarrow's, tqdm's). A window, not map(): bounded memory, and a killed worker raises
+    context, window = multiprocessing.get_context("spawn"), deque()
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_init_worker, initargs=(single_bytes,)) as pool:
+        for texts, size in _batches(files, key):
+            window.append((pool.submit(_encode_batch, texts), size))
+            if len(window) > 2 * workers:
+                future, size = window.popleft()
+                yield future.result(), size
+        for future, size in window:
+            yield future.result(), size
+
+def write_shards(files, out, key="text", shard_size=10**8, val_tokens=10_500_000, workers=1, single_bytes=False):
+    """Tokenises files into out. ValueError, OSError or BrokenProcessPool where that cannot be done."""
+    if not single_bytes:
+        encoder()  # fail here, with one clear line, and leave the vocabulary in tiktoken's cache for the workers
+    out.mkdir(parents=True, exist_ok=True)
+    if old := sorted(out.glob("fineweb_*.bin")):
+        raise ValueError(f"{out}: already holds {len(old)} shards ({old[0].name} first); delete them or choose another --out")
+    shard, held, index, documents, total = [], 0, 0, 0, 0
+    with tqdm(total=sum(p.stat().st_size for p in files), unit="B", unit_scale=True) as bar:
+
+        def flush():
+            nonlocal shard, held, index
+            write_shard(out / f"fineweb_{'train' if index else 'val'}_{index:06d}.bin", np.concatenate(shard))
+            shard, held, index = [], 0, index + 1
+
+        for arrays, size in tokenize(files, key, workers, single_bytes):
+            bar.update(size)
+            for tokens in arrays:
+                if held >= (shard_size if index else val_tokens):  # asked before adding: validation is written once training follows
+                    flush()
+                shard.append(tokens)
+                held += len(tokens)
+            documents, total = documents + len(arrays), total + sum(map(len, arrays))
+            bar.set_postfix_str(f"{total:,} tokens, shard {index}")
+        if index == 0:
+            raise ValueError(f"{total:,} tokens in {documents:,} documents leave nothing to train on after --val_tokens {val_tokens}; "
+                             f"try --val_tokens {total // 20 + 1}" + (" and more documents" if documents < 2 else ""))
+        flush()
+    mean = total / documents
+    print(f"{out}: {documents:,} documents, {total:,} tokens ({mean:.0f} a document), 1 validation and {index - 1} train shards")
+    if mean > 2048:
+        print("training reads the first 2048 tokens of a document (train_max_seq_len): cut long ones with <|endoftext|> or into rows")
+
+def main(argv=None):
+    def positive(text):
+        if not (text.replace("_", "").isdecimal() and 0 < int(text) <= 10**9):
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 to 10**9")
+        return int(text)
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = lambda message: sys.exit(f"fineweb.py: {message} (see --help)")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the shards")
+    parser.add_argument("--shard_size", type=positive, default=10**8, help="tokens a train shard")
+    parser.add_argument("--val_tokens", type=positive, default=10_500_000, help="tokens of validation; the record reads 10485760")
+    parser.add_argument("--text_key", default="text", help="key or column that holds the text")
+    parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes")
+    parser.add_argument("--bytes", action="store_true", help="GPT-2's 256 single-byte tokens: no download, about 4 times the tokens")
+    args = parser.parse_args(argv)
+    try:
+        write_shards(find_files(args.inputs), args.out, args.text_key, args.shard_size, args.val_tokens, args.workers, args.bytes)
+    except BrokenProcessPool:
+        sys.exit(f"fineweb.py: one of {args.workers} workers was killed, most often for memory; try fewer --workers or smaller documents")
+    except (ValueError, OSError) as error:
+        sys.exit(f"fineweb.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"fineweb.py: stopped; delete the shards in {args.out} before another run")
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+#!/usr/bin/env bash
+set -euo pipefail
+usage() {
+  cat <<'END'
+The one entrance. Makes its own Python environment; later calls find it in a second.
+
+    bash run_tpu.sh [--options]       train: the record on a TPU (setup, data, training), or where there is none
+                                      the rehearsal, a small model on 8 virtual CPU devices
+    bash run_tpu.sh setup             only make or check the environment
+    bash run_tpu.sh test [options]    ruff, then the quick tests; options go to pytest (-m slow: the slow ones)
+    bash run_tpu.sh aot [options]     compile the record's steps for v6e-8, no TPU needed (tools/aot_v6e.py)
+    bash run_tpu.sh bench [options]   time the step (tools/bench_step.py)
+    bash run_tpu.sh data [N]          download FineWeb10B: the validation shard and N train shards
+
+Options of training: .venv/bin/python train_gpt_xla.py --help. Knobs, in the environment:
+
+    PYTHON         a Python 3.11 or 3.12 to build from      (default: the first on the PATH that fits, else uv brings 3.12)
+    VENV           the environment, from the repository     (.venv)
+    TRAIN_CHUNKS   train shards to have; 0 with your own    (9)
+    DATA_PATH      holds data/fineweb10B                    (the repository)
+    TORCH_INDEX    where a torch without CUDA comes from    (https://download.pytorch.org/whl/cpu; PyPI's where that fails)
+    PJRT_DEVICE    CPU: leave a TPU alone; with CPU_NUM_DEVICES (8)
+END
+}
+PYTHON=${PYTHON:-}
+VENV=${VENV:-.venv}
+TRAIN_CHUNKS=${TRAIN_CHUNKS:-9}
+TORCH_INDEX=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
+UV_PIN=uv==0.13.8
+SYS_ROOT=${SYS_ROOT:-}   # tests put a made-up /sys, /dev and /proc here
+
+say() { printf 'run_tpu.sh: %s\n' "$*"; }
+die() { say "$@" >&2; exit 1; }
+
+# What the caller named is relative to where the caller is; the rest is relative to the repository.
+[[ $PYTHON != */* || $PYTHON == /* ]] || PYTHON=$PWD/$PYTHON
+[[ -z ${DATA_PATH:-} || $DATA_PATH == /* ]] || export DATA_PATH="$PWD/$DATA_PATH"
+cd -P -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")"
+py=$VENV/bin/python
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore HF_HUB_DISABLE_TELEMETRY=1
+
+# ---- setup -------------------------------------------------------------------------------------------------------------------
+
+# torch_xla's extension is linked to libpython3.x.so.1.0. Pythons that are one static executable (Debian's, uv's) either have
+# that file beside them, or do not have it at all and cannot run torch_xla.
+LIBPYTHON='
+import ctypes, os, sys, sysconfig
+so = f"libpython3.{sys.version_info[1]}.so.1.0"
+paths = [os.path.join(d, so) for d in (sysconfig.get_config_var("LIBDIR") or "", os.path.join(sys.base_prefix, "lib"))]
+paths = [p for p in paths if os.path.isfile(p)]
+if not paths:
+    ctypes.CDLL(so)
+'
+FITS='
+import sys
+if not (3, 11, 0, "final") <= sys.version_info < (3, 13):
+    sys.exit(1)
+import ensurepip, ssl, venv
+'$LIBPYTHON
+# The wheel looks for libraries in torch_xla/lib, so that is where a libpython that the system does not know goes.
+FINISH=$LIBPYTHON'
+lib = os.path.join(sysconfig.get_path("purelib"), "torch_xla", "lib")
+os.makedirs(lib, exist_ok=True)
+if paths and not os.path.lexists(os.path.join(lib, so)):
+    os.symlink(paths[0], os.path.join(lib, so))
+import jax, torch, torch_xla
+print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, torch_xla {torch_xla.__version__}, jax {jax.__version__}")
+'
+# What a complete environment is: this Python, these pins, and all of them there.
+STATE='
+import hashlib, re, sys
+from importlib.metadata import version
+text = open("requirements.txt").read()
+for name, pin in re.findall(r"^([\w-]+)(?:\[.*?\])?==(\S+)", text, re.M):
+    assert version(name).split("+")[0] == pin, name
+print(hashlib.sha256((sys.version + text).encode()).hexdigest())
+'
+REACHABLE='
+import sys, urllib.request
+urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=5).read(1)
+'
+
+setup() (  # a subshell: its lock and its scratch folder go when it ends
+  exec 9<requirements.txt
+  flock -n 9 || { say "another setup is at work, waiting for it"; flock 9; }
+  if [[ -s $VENV/.complete && $(state) == "$(<"$VENV/.complete")" ]]; then exit 0; fi
+  if [[ -e $VENV/pyvenv.cfg ]]; then
+    say "$VENV is incomplete, broken or of other versions: making it anew"
+    rm -rf -- "$VENV"
+  elif [[ -e $VENV && -n $(ls -A -- "$VENV") ]]; then
+    die "$VENV exists and is no virtual environment: remove it, or set VENV to another place"
+  fi
+  scratch=$(mktemp -d)
+  trap 'rm -rf -- "$scratch"' EXIT
+  uv=
+  make_venv
+  say "installing requirements.txt (under a minute with uv, 2 to 5 with pip)"
+  install
+  PJRT_DEVICE=CPU "$py" -c "$FINISH" || die "what was installed does not import, for the reason above; TORCH_INDEX=none takes PyPI's torch"
+  state > "$scratch/complete"
+  [[ -s $scratch/complete ]] || die "what was installed is not what requirements.txt says"
+  mv -- "$scratch/complete" "$VENV/.complete"
+  say "$VENV is complete, after $SECONDS s"
+)
+
+state() { "$py" -c "$STATE" 2>/dev/null || true; }
+
+make_venv() {
+  local p candidates=(python3.12 python3.11 python3 python)
+  [[ -z $PYTHON ]] || candidates=("$PYTHON")
+  for p in "${candidates[@]}"; do
+    if "$p" -c "$FITS" >/dev/null 2>&1; then  # running it is the only test: a version manager's shim may be there and fail
+      say "making $VENV with $(type -P "$p")"
+      "$p" -m venv "$VENV"
+      return
+    fi
+  done
+  local needs="Python 3.11 or 3.12 with venv and libpython3.x.so"
+  [[ -z $PYTHON ]] || die "PYTHON=$PYTHON does not run, or is not $needs"
+  say "no $needs on the PATH: getting 3.12 through uv"
+  if get_uv && UV_PYTHON_PREFERENCE=only-managed "$uv" venv -q --seed --python 3.12 "$VENV"; then return; fi
+  die "no $needs, and uv could not bring one: install one (Ubuntu: python3.12-venv and libpython3.12) or set PYTHON=/path/to/python3.12"
+}
+
+get_uv() {  # sets uv; false where there is none and pip cannot bring it. A pip of any Python will do
+  local p
+  [[ -z $uv ]] || return 0
+  if uv --version >/dev/null 2>&1; then uv=uv; return 0; fi
+  for p in "$py" python3 python python3.12 python3.11 python3.10; do
+    if "$p" -m pip install -q --target "$scratch/uv" "$UV_PIN" >/dev/null 2>&1; then uv=$scratch/uv/bin/uv; return 0; fi
+  done
+  return 1
+}
+
+install() {
+  if get_uv; then  # a quarter of pip's time
+    if install_with "$uv" pip install -q --python "$py"; then return; fi
+    say "uv failed, for the reason above: trying pip"
+  fi
+  install_with "$py" -m pip install -q || die "the installation failed, for the reason above; what is there is kept out of use"
+}
+
+install_with() {
+  # PyPI's torch brings 3 GB of CUDA packages and does not load without them; a TPU needs none.
+  if timeout 10 "$py" -c "$REACHABLE" "$TORCH_INDEX" 2>/dev/null; then
+    "$@" --no-deps --index-url "$TORCH_INDEX" "$(grep -o '^torch==[^ ]*' requirements.txt)" ||
+      say "no such torch at $TORCH_INDEX: taking PyPI's"
+  else
+    say "$TORCH_INDEX does not answer: taking PyPI's torch, with 8 GB of CUDA packages that nothing here uses"
+  fi
+  "$@" -r requirements.txt
+}
+
+# ---- the TPU -----------------------------------------------------------------------------------------------------------------
+
+find_tpu() {  # sets chips, how many, and kind
+  local vendor
+  chips=0 kind=
+  for vendor in "$SYS_ROOT"/sys/bus/pci/devices/*/vendor; do
+    [[ -r $vendor && $(<"$vendor") == 0x1ae0 ]] || continue
+    case $(<"${vendor%vendor}device") in  # every Google VM has network and disk controllers of that vendor too
+      0x0027) kind=v2/v3 ;;
+      0x005e) kind=v4 ;;
+      0x0062) kind=v5p ;;
+      0x0063) kind=v5e ;;
+      0x006f) kind=v6e ;;
+      0x0076) kind=7x ;;
+      *) continue ;;
+    esac
+    chips=$((chips + 1))
+  done
+}
+
+check_free() {  # one process at a time can hold a chip
+  local fd pid cmd pids="" who=""
+  compgen -G "$SYS_ROOT/dev/vfio/[0-9]*" >/dev/null || compgen -G "$SYS_ROOT/dev/accel[0-9]*" >/dev/null ||
+    die "$chips TPU chips on the PCI bus but no /dev/vfio/N or /dev/accelN:" \
+      "a container needs --privileged; PJRT_DEVICE=CPU does without them"
+  while IFS= read -r fd; do
+    pid=${fd%/fd} pid=${pid##*/}
+    cmd=$(tr '\0' ' ' 2>/dev/null <"${fd%/fd}/cmdline" || true)
+    pids+=" $pid" who+="${who:+, }process $pid (${cmd:0:100})"
+  done < <(find "$SYS_ROOT"/proc/[0-9]*/fd -maxdepth 1 \( -lname '/dev/vfio/[0-9]*' -o -lname '/dev/accel[0-9]*' \) \
+    -printf '%h\n' 2>/dev/null | sort -u)
+  [[ -z $pids ]] || die "the TPU is busy: $who holds it. Wait for that, or stop it: kill$pids"
+}
+
+pick_device() {  # exports PJRT_DEVICE
+  find_tpu
+  if [[ ${PJRT_DEVICE:-TPU} != TPU ]]; then
+    say "PJRT_DEVICE=$PJRT_DEVICE is set: no TPU is used"
+  elif ((chips)); then
+    check_free
+    say "TPU found: $chips $kind chips"
+    export PJRT_DEVICE=TPU
+    return
+  elif [[ -n ${PJRT_DEVICE:-} ]]; then
+    die "PJRT_DEVICE=TPU is set, but this machine has no TPU; unset it for the rehearsal on CPU"
+  else
+    say "no TPU on this machine: 8 virtual CPU devices stand in for its chips"
+  fi
+  on_cpu
+}
+
+on_cpu() { export PJRT_DEVICE="${PJRT_DEVICE:-CPU}" CPU_NUM_DEVICES="${CPU_NUM_DEVICES:-8}"; }
+
+# ---- the words ---------------------------------------------------------------------------------------------------------------
+
+word=train
+if (($#)) && [[ $1 != --* || $1 == --help ]]; then word=$1; shift; fi
+case $word in
+  help | -h | --help)
+    usage
+    ;;
+  train)
+    pick_device
+    setup
+    if [[ $PJRT_DEVICE == TPU ]]; then
+      "$py" data/cached_fineweb10B.py "$TRAIN_CHUNKS"
+      exec "$py" train_gpt_xla.py --preset record "$@"
+    fi
+    say "so this is the rehearsal: the same code, a small model and a small corpus"
+    "$py" data/demo.py
+    exec "$py" train_gpt_xla.py --preset rehearsal "$@"
+    ;;
+  setup)
+    (($# == 0)) || die "setup takes no arguments"
+    setup
+    ;;
+  test)
+    setup
+    on_cpu
+    "$py" -m ruff check .
+    exec "$py" -m pytest -q -m "not slow" "$@"
+    ;;
+  aot)
+    setup
+    exec "$py" tools/aot_v6e.py "$@"
+    ;;
+  bench)
+    pick_device
+    setup
+    exec "$py" tools/bench_step.py "$@"
+    ;;
+  data)
+    setup
+    exec "$py" data/cached_fineweb10B.py "${@:-$TRAIN_CHUNKS}"
+    ;;
+  *)
+    say "no such word: '$word'. Usage: bash run_tpu.sh [setup|test|aot|bench|data|help] [options]" >&2
+    exit 2
+    ;;
+esac

@@ -1,0 +1,484 @@
+"""
+Compiles every graph of the run for TPU v6e-8 on a machine without a TPU, and says what each one needs: HBM, milliseconds, why not.
+
+    python tools/aot_v6e.py                      all graphs of the real run (minutes each; unchanged ones are not compiled again)
+    python tools/aot_v6e.py --preset rehearsal   the small run
+    python tools/aot_v6e.py --list               the graphs and the steps that use them
+    python tools/aot_v6e.py --graphs A,B         these graphs only
+    python tools/aot_v6e.py --explain A          the ten dearest operations and the ten largest buffers of A, with their source lines
+
+The graphs are the ones that training runs: train_gpt_xla traces them with its own step functions, kernels for the TPU and donated
+buffers, and libtpu compiles them with the flags that torch_xla and train_gpt_xla set on a TPU. Nothing is executed. How a
+millisecond is arrived at is told in hlo_cost.py; these are estimates, to compare variants with. Writes DIR/report.json, and of
+each graph NAME.hlo.pb (as exported), NAME.tpu.txt (as optimised) and NAME.json (what the compiler said; the cache).
+"""
+import argparse
+import difflib
+import fcntl
+import glob
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+import hlo_cost  # noqa: E402
+
+PINS = {"libtpu": "0.0.21", "jax": "0.7.0", "jaxlib": "0.7.0", "torch": "2.9.0", "torch_xla": "2.9.0"}  # as in requirements.txt
+TOPOLOGY = {"platform": "tpu", "topology_name": "v6e:2x4", "chips_per_host_bounds": (2, 4, 1)}
+HBM_GIB = 31.25  # what libtpu leaves of a v6e's 32 GiB
+RECIPE = 1  # raise it when compile_graph changes what it asks of libtpu or stores: cached results are then made again
+LOCK = "/tmp/libtpu_lockfile"
+
+# Measured on 8 H100: records/track_1_short of KellerJordan/modded-nanogpt, record #60; ms a step by tokens a device.
+CUDA_STEP_MS = {16384: 32.5, 32768: 59.0, 49152: 86.0}
+CUDA_TOTAL_S = 105.8
+# The compiler's estimates of another record (nikolageorgiev2000/modded-nanogpt-jax, 336 and 558 ms a step) over what its log
+# measured on a v6e-8 (307 and 423 ms): that is all the calibration there is.
+CALIBRATION = (1.1, 1.3)
+
+
+class Refused(Exception):
+    """Bad input or a bad machine: one line that says what is wrong and the way out."""
+
+# -----------------------------------------------------------------------------
+# What the machine must have
+
+def check_versions():
+    for name, pin in PINS.items():
+        try:
+            version = importlib.metadata.version(name).split("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            raise Refused(f"no {name} here: `bash run_tpu.sh setup` installs {name}=={pin}") from None
+        if version != pin:
+            raise Refused(f"{name} {version} is not {name}=={pin}, which works with {', '.join(f'{k} {v}' for k, v in PINS.items() if k != name)}: "
+                          "`bash run_tpu.sh setup` installs the pins")
+
+
+def check_disk(directory: Path, gib: float = 3):
+    """A graph's dumped programs take a few hundred MB while it compiles."""
+    for place in (directory, Path(tempfile.gettempdir())):
+        free = shutil.disk_usage(place).free / 2**30
+        if free < gib:
+            raise Refused(f"no disk: {free:.1f} GiB free at {place}, {gib:.0f} are needed: make room, or set --out or TMPDIR elsewhere")
+
+
+def has_tpu() -> bool:
+    return bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
+
+
+def check_lock():
+    """libtpu locks a file for the one process that may open the chips, and holds it even to compile."""
+    if os.environ.get("ALLOW_MULTIPLE_LIBTPU_LOAD") == "1" or not os.path.exists(LOCK):
+        return
+    try:
+        with open(LOCK, "rb") as f:
+            held = fcntl.fcntl(f, fcntl.F_GETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    except OSError:
+        raise Refused(f"{LOCK} belongs to another user: remove it, or set ALLOW_MULTIPLE_LIBTPU_LOAD=1 to compile beside its process") from None
+    kind, _, _, _, pid = struct.unpack("hhqqi4x", held)
+    if kind != fcntl.F_UNLCK:
+        raise Refused(f"libtpu is held by process {pid} ({command_of(pid)}): wait for it, or set ALLOW_MULTIPLE_LIBTPU_LOAD=1 to compile beside it")
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()[:80]
+    except OSError:
+        return "of another user or container"
+
+# -----------------------------------------------------------------------------
+# Children: tracing needs torch_xla on 8 virtual CPU devices, compiling needs libtpu, which can take its process down with it
+
+def child(task: str, *arguments, log: Path, env: dict, stdin: str = "") -> int:
+    """Runs one of the functions below in a process of its own; what it and libtpu print goes to the log."""
+    with open(log, "w") as f:
+        return subprocess.run([sys.executable, __file__, f"_{task}", *map(str, arguments)], input=stdin, text=True, stdout=f,
+                              stderr=subprocess.STDOUT, env={**os.environ, **env}).returncode
+
+
+def last_words(log: Path) -> str:
+    """The line of a log that says why a process died."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    telling = [line for line in lines if re.match(r"F\d{4} |\w*(Error|Exception)\b|.*(XlaRuntimeError|Check fail|MemoryError)", line)]
+    return (telling or lines or ["it left no message"])[-1][:600]
+
+
+def export_graphs(preset: str, out: str, *names: str):
+    """Traces graphs of the run and writes their HLO, NAME.hlo.pb, and the flags of a TPU run, flags.json. In a child."""
+    import torch_xla
+    from torch_xla._internal import tpu
+
+    import train_gpt_xla as train
+
+    # torch_xla adds its own flags where it finds a TPU; let it do the same here. (They depend on the generation: v6e is 6.)
+    os.environ["LIBTPU_INIT_ARGS"] = train.LIBTPU_INIT_ARGS
+    tpu.version = lambda: 6
+    torch_xla._setup_libtpu_flags()
+    Path(out, "flags.json").write_text(json.dumps(os.environ["LIBTPU_INIT_ARGS"].split()))
+    args = train.presets[preset]
+    for graph in train.distinct_graphs(args):
+        if graph.name in names:
+            began = time.perf_counter()
+            Path(out, f"{graph.name}.hlo.pb").write_bytes(train.export_hlo(args, graph))
+            print(f"traced {graph.name} in {time.perf_counter() - began:.1f} s", flush=True)
+
+
+def fingerprints(*paths: str):
+    """Prints a hash of what each HLO file computes: without source lines, so that a comment does not cost a compile. In a child."""
+    import base64
+
+    from jax._src.lib import xla_client as xc
+    from jaxlib.mlir import ir
+
+    def kernel(match):  # a Mosaic kernel carries the lines and paths of its Python source
+        with ir.Context() as context:
+            context.allow_unregistered_dialects = True
+            return ir.Module.parse(base64.b64decode(match.group(1))).operation.get_asm(enable_debug_info=False)
+
+    options = xc._xla.HloPrintOptions()
+    options.print_metadata = False
+    options.print_large_constants = True
+    for path in paths:
+        module = xc.XlaComputation(Path(path).read_bytes()).get_hlo_module()
+        text = re.sub(r"^HloModule [^,]*", "HloModule", module.to_string(options))  # its name is a counter
+        text = re.sub(r'\\?"body\\?": ?\\?"([A-Za-z0-9+/=]+)\\?"', kernel, text)
+        print(hashlib.sha256(text.encode()).hexdigest(), flush=True)
+
+
+def compile_graph(source: str, text: str, result: str, dump: str):
+    """
+    Compiles an HLO file for v6e-8 and writes the optimised HLO and, as JSON, what else libtpu says: memory, the buffers at
+    their peak, the bundles of every program. In a child, with libtpu's flags in LIBTPU_INIT_ARGS.
+    """
+    import numpy as np
+    from jax._src.interpreters import mlir as jax_mlir
+    from jax._src.lib import xla_client as xc
+    from jax.experimental import topologies
+    from jaxlib.mlir import ir
+
+    devices = topologies.get_topology_desc(**TOPOLOGY).devices
+    module = xc._xla.mlir.xla_computation_to_mlir_module(xc.XlaComputation(Path(source).read_bytes()))
+    with jax_mlir.make_ir_context():
+        code = jax_mlir.module_to_bytecode(ir.Module.parse(module))
+    options = xc.CompileOptions()
+    options.num_replicas, options.num_partitions = 1, len(devices)
+    build = options.executable_build_options
+    build.use_spmd_partitioning, build.num_replicas, build.num_partitions = True, 1, len(devices)
+    build.allow_spmd_sharding_propagation_to_output = [True]  # as torch_xla; else all sharded state is gathered at the outputs
+    build.device_assignment = xc.DeviceAssignment.create(np.arange(len(devices)).reshape(1, -1))
+    build.debug_options.xla_dump_to = dump
+    build.debug_options.xla_dump_hlo_as_text = True
+    began, found = time.perf_counter(), {}
+    try:
+        executable = devices[0].client.compile(code, xc.DeviceList(tuple(devices)), options)
+    except Exception as e:  # noqa: BLE001: XlaRuntimeError, of which jaxlib has several
+        found["error"] = str(e)
+    else:
+        memory = executable.get_compiled_memory_stats()
+        found["bytes"] = {k: getattr(memory, f"{v}_size_in_bytes") for k, v in
+                          [("arguments", "argument"), ("outputs", "output"), ("aliased", "alias"), ("temporaries", "temp"), ("code", "generated_code")]}
+        optimised = executable.hlo_modules()[0].to_string()
+        Path(text).write_text(optimised)
+        found["kernel_names"] = kernel_names(optimised)
+    found["compile_s"] = time.perf_counter() - began
+    found["bundles"] = {}
+    for path in glob.glob(f"{dump}/*-final_bundles.txt"):
+        name = re.match(r"\d+-(.+)-\d+-final_bundles\.txt", os.path.basename(path))
+        if name and name.group(1) != "TLP":  # the top-level program that calls the others
+            found["bundles"][name.group(1)] = hlo_cost.bundle_cycles(Path(path).read_text(errors="replace"))
+    buffers = sorted(glob.glob(f"{dump}/*after_optimizations-buffer-assignment.txt"))
+    if buffers:
+        found["buffers"] = hlo_cost.largest_buffers(Path(buffers[-1]).read_text(errors="replace"))
+        hlo = Path(buffers[-1].replace("-buffer-assignment", ""))
+        found["buffers"] = describe(found["buffers"], hlo_cost.Module(hlo.read_text(errors="replace"))) if hlo.exists() else found["buffers"]
+    Path(result).write_text(json.dumps(found))
+
+
+def kernel_names(text: str) -> dict:
+    """{instruction: the name its pallas_call was given}."""
+    import base64
+
+    from jaxlib.mlir import ir
+
+    names = {}
+    for name, body in re.findall(r'%([\w.\-]+) = [^\n]*?custom_call_target="tpu_custom_call"[^\n]*?"body":"([A-Za-z0-9+/=]+)"', text):
+        with ir.Context() as context:
+            context.allow_unregistered_dialects = True
+            attributes = ir.Module.parse(base64.b64decode(body)).operation.attributes
+            names[name] = ir.StringAttr(attributes["sym_name"]).value if "sym_name" in attributes else name
+    return names
+
+
+def describe(buffers: list[dict], module: hlo_cost.Module) -> list[dict]:
+    """Adds the shape and the source line of the instruction that defines each buffer."""
+    ops = {op.name: op for ops in module.computations.values() for op in ops.values()}
+    for b in buffers:
+        op = ops.get(re.sub(r"\{.*", "", b["buffer"]))
+        if op:
+            b |= {"shape": re.sub(r"/\*.*?\*/", "", op.shape), "source": module.source(op)}
+    return buffers
+
+# -----------------------------------------------------------------------------
+# From a graph to its line in the report
+
+def dump_flags(directory: str) -> list[str]:
+    """Makes libtpu write the final program of each fusion and kernel, and nothing else."""
+    return [f"--xla_jf_dump_to={directory}", "--xla_jf_dump_llo_text=true", "--xla_jf_dump_llo_pass_label_regex=final_bundles"]
+
+
+def key_of(fingerprint: str, flags: list[str]) -> str:
+    """The name of a compilation: everything that goes into it."""
+    return hashlib.sha256(json.dumps([RECIPE, fingerprint, sorted(flags), TOPOLOGY, sorted(PINS.items())]).encode()).hexdigest()
+
+
+def compiled(name: str, out: Path, flags: list[str], fingerprint: str) -> dict:
+    """What the compiler says of out/NAME.hlo.pb, from the cache where nothing has changed."""
+    cache, text, key = out / f"{name}.json", out / f"{name}.tpu.txt", key_of(fingerprint, flags)
+    if cache.exists():
+        try:
+            found = json.loads(cache.read_text())
+        except ValueError:
+            found = {}
+        if found.get("key") == key and (text.exists() or "error" in found):
+            return {**found, "cached": True}
+    check_lock() if has_tpu() else None
+    for stale in (cache, text):
+        stale.unlink(missing_ok=True)
+    log = out / f"{name}.log"
+    with tempfile.TemporaryDirectory(prefix="aot_v6e_") as dump:
+        env = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v6e-8", "TPU_WORKER_HOSTNAMES": "localhost",
+               "LIBTPU_INIT_ARGS": " ".join(flags + dump_flags(dump))}
+        if not has_tpu():
+            env["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # the lock guards chips, and there are none
+        result, optimised = Path(dump, "result.json"), Path(dump, "optimised.txt")
+        status = child("compile_graph", out / f"{name}.hlo.pb", optimised, result, dump, log=log, env=env)
+        if result.exists():
+            found = json.loads(result.read_text())
+        elif "multi-process lockfile" in (words := last_words(log)):
+            check_lock()
+            raise Refused(f"libtpu's lock {LOCK} is held: wait for its process, or set ALLOW_MULTIPLE_LIBTPU_LOAD=1 to compile beside it")
+        elif "No space left" in words:
+            raise Refused(f"no disk: {words}")
+        else:
+            return {"error": f"the compiler died (status {status}): {words}", "cached": False}  # not kept: the next run tries again
+        if optimised.exists():
+            shutil.move(optimised, text)
+    log.unlink()
+    # Last, so that a cache entry always has its text.
+    partial = cache.with_suffix(".partial")
+    partial.write_text(json.dumps({"key": key, **found}))
+    partial.rename(cache)
+    return {**found, "cached": False}
+
+
+def why_not(error: str, kind: str) -> str:
+    """One line for a compiler's error, with the way out."""
+    line = " ".join(error.split())
+    if clash := re.search(r"Unsupported version: expected <= (\d+) but got (\d+)", line):
+        return (f"Mosaic version clash: jax writes kernels in version {clash.group(2)}, libtpu reads up to {clash.group(1)} "
+                f"(pytorch/xla#9614): install jax=={PINS['jax']} jaxlib=={PINS['jaxlib']}")
+    if "RESOURCE_EXHAUSTED" in line or "would exceed memory" in line:
+        setting = "val_batch_size" if kind == "val" else "train_bs_schedule"
+        one = re.search(r"Allocation \(size=(\d+)\).*?shape = '([^']*)', space=(\w+).*?tag = '([^']*)'", line)
+        used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) (\w+)", line)
+        what = (f"{one.group(2)} ({int(one.group(1)) / 2**30:.1f} GiB, {one.group(4).replace('@{}', '')}) alone exceeds {one.group(3)}" if one else
+                f"{used.group(1)} of {used.group(2)} {used.group(3)}" if used else line[:200])
+        memory = (one and one.group(3)) or (used and used.group(3)) or "hbm"
+        way_out = f"fewer tokens a step (Hyperparameters.{setting})" if memory == "hbm" else "smaller blocks in the kernel that the message names"
+        return f"does not fit: {what}; to turn: {way_out}"
+    return line[:300]
+
+
+def assess(graph, found: dict, out: Path) -> dict:
+    """A graph's entry in the report."""
+    entry = {"name": graph.name, "kind": graph.kind, "steps": graph.steps, "tokens_per_chip": graph.tokens,
+             "compiled": "error" not in found, "cached": found["cached"], "key": found.get("key")}
+    if "error" in found:
+        return {**entry, "why": why_not(found["error"], graph.kind), "error": found["error"][:4000], "largest_buffers": found.get("buffers", [])}
+    gib = {k: v / 2**30 for k, v in found["bytes"].items()}
+    total = gib["arguments"] + gib["outputs"] - gib["aliased"] + gib["temporaries"] + gib["code"]
+    if total > HBM_GIB:
+        entry["why"] = f"does not fit: {total:.2f} of {HBM_GIB} GiB"
+    module = hlo_cost.Module((out / f"{graph.name}.tpu.txt").read_text())
+    estimate = hlo_cost.Estimate(module, found["bundles"])
+    summary = estimate.summary(found["kernel_names"])
+    return {**entry, "fits": total <= HBM_GIB, "hbm_gib": {**gib, "total": total, "limit": HBM_GIB}, **summary,
+            "kernels_ms": summary["est_ms"]["kernels"], "collectives_ms": summary["collectives"]["ms"], "compile_s": found["compile_s"],
+            "dearest_ops": estimate.dearest(), "largest_buffers": found.get("buffers", [])}
+
+
+def build_report(graphs: list[dict], preset: str, flags: list[str], complete: bool) -> dict:
+    """The figures of the whole schedule and everything that they rest on."""
+    totals = {}
+    for kind in ("train", "val"):
+        entries = [g for g in graphs if g["kind"] == kind]
+        known = complete and entries and all(g["compiled"] for g in entries)
+        totals[kind] = sum(g["steps"] * g["est_ms"]["total"] for g in entries) / 1e3 if known else None
+    stages = {}
+    for g in graphs:
+        if g["kind"] == "train" and g["compiled"]:
+            stages.setdefault(g["tokens_per_chip"], []).append((g["steps"], g["est_ms"]["total"]))
+    mean = lambda parts: sum(n * ms for n, ms in parts) / max(1, sum(n for n, _ in parts))
+    total = totals["train"]
+    return {
+        "preset": preset, "total_est_s": total, "total_est_s_calibrated": total and [total / CALIBRATION[1], total / CALIBRATION[0]],
+        "validation_est_s": totals["val"], "step_est_ms": {str(t): mean(parts) for t, parts in sorted(stages.items())},
+        "cuda_8xH100": {"step_ms": {str(k): v for k, v in CUDA_STEP_MS.items()}, "total_s": CUDA_TOTAL_S},
+        "calibration": {"divide_by": CALIBRATION, "why": "another v6e-8 record: 336 and 558 ms a step estimated, 307 and 423 ms in its log"},
+        "assumptions": {"clock_hz": hlo_cost.CLOCK_HZ, "hbm_bytes_per_s": hlo_cost.HBM_BYTES_PER_S, "rings": hlo_cost.RINGS,
+                        "link_bytes_per_s": hlo_cost.LINK_BYTES_PER_S, "link_source": "Cloud TPU documentation, TPU v6e: 800 GBps bidirectional a chip over 4 ports; "
+                        "a 2x4 slice does not wrap around, so a ring in each direction"},
+        "topology": "v6e:2x4", "versions": PINS, "flags": flags, "graphs": graphs,
+    }
+
+
+def table(report: dict) -> str:
+    """The report for people: a line a graph, the totals, and what is missing from them."""
+    lines = [f"{'':24} {'':>5} {'tokens':>6}  {'HBM, GiB of ' + str(HBM_GIB):^35}  {'estimated ms of a step':^51}  collectives",
+             f"{'graph':24} {'steps':>5} {'a chip':>6}  {'args':>6} {'outs':>6} {'temps':>6} {'code':>6} {'total':>7}  "
+             f"{'matmul':>7} {'elemw':>7} {'copies':>7} {'kernels':>8} {'exposed':>8} {'total':>8}  {'n':>4} {'MiB':>6} {'ms':>6}"]
+    notes = []
+    for g in report["graphs"]:
+        start = f"{g['name']:24} {g['steps']:5} {g['tokens_per_chip']:6}  "
+        if not g["compiled"]:
+            lines.append(start + "not compiled: " + g["why"])
+            continue
+        m, t, c = g["hbm_gib"], g["est_ms"], g["collectives"]
+        lines.append(start + f"{m['arguments']:6.2f} {m['outputs'] - m['aliased']:6.2f} {m['temporaries']:6.2f} {m['code']:6.2f} {m['total']:7.2f}  "
+                     f"{t['matmuls']:7.2f} {t['elementwise']:7.2f} {t['copies']:7.2f} {t['kernels']:8.2f} {t['collectives']:8.2f} {t['total']:8.2f}  "
+                     f"{c['count']:4} {c['mib']:6.0f} {c['ms']:6.2f}" + ("" if g["fits"] else "  DOES NOT FIT"))
+        if g["not_estimated"]:
+            worst = sorted(g["not_estimated"], key=lambda x: -x.get("hbm_mib", 0) * x["times"])[:3]
+            notes.append(f"  {g['name']}: {len(g['not_estimated'])} not estimated, most bytes first: " +
+                         ", ".join(f"{x['op']} x {x['times']}" for x in worst))
+    bounds = max((g["lower_bounds_ms"] for g in report["graphs"] if g["compiled"]), default=0)
+    lines += ["", "Exposed: collectives that nothing hides. Kernels are lower bounds (bundles of the final program, without waits for memory), as are "
+              f"gathers, scatters and sorts: up to {bounds:.2f} ms of a step."]
+    lines += ["Not in the totals:", *notes] if notes else ["Nothing was left out of the totals."]
+    for tokens, ms in report["step_est_ms"].items():
+        cuda = report["cuda_8xH100"]["step_ms"].get(tokens)
+        lines.append(f"{int(tokens):6} tokens a chip: {ms:7.1f} ms a step est." + (f"; the CUDA record, measured on 8 H100: {cuda:.1f} ms" if cuda else ""))
+    if total := report["total_est_s"]:
+        low, high = report["total_est_s_calibrated"]
+        lines.append(f"Training, all steps: {total:.1f} s est.; divided by {CALIBRATION[1]} to {CALIBRATION[0]}, {low:.1f} to {high:.1f} s"
+                     + (f"; the CUDA record, measured: {CUDA_TOTAL_S} s" if report["preset"] == "record" else "") + ".")
+        lines.append(f"(The same estimates of another v6e-8 record are {CALIBRATION[0]} to {CALIBRATION[1]} times what its log measured.)")
+    else:
+        lines.append("No total: that takes all graphs, compiled.")
+    if val := report["validation_est_s"]:
+        lines.append(f"Validation, off the clock: {val:.1f} s est.")
+    return "\n".join(lines)
+
+
+def explanation(g: dict) -> str:
+    """What to change in a graph: its dearest operations and largest buffers."""
+    lines = [f"{g['name']}: {g['est_ms']['total']:.2f} ms a step est., {g['hbm_gib']['total']:.2f} GiB of HBM" if g["compiled"] else f"{g['name']}: {g['why']}"]
+    if g["compiled"]:
+        lines += ["", "The ten dearest operations (ms a step = times x each; how: who says so)"]
+        lines += [f"{r['ms']:9.3f} ms  x{r['times']:<4} {r['kind']:11} {r['how']:9} {r['op']}  {r['shape'][:90]}\n{'':14}{r['source']}" for r in g["dearest_ops"]]
+        for name, k in g["kernels"].items():
+            lines.append(f"kernel {name}: {k['calls']} calls, at least {k['ms']:.3f} ms in all ({k['how']})")
+        lines += [f"{kind}: {c['count']} of {c['mib']:.1f} MiB in all, {c['ms']:.3f} ms on the links, {c['exposed_ms']:.3f} ms not hidden"
+                  for kind, c in g["collectives"]["kinds"].items()]
+        lines += [f"not estimated: {x['op']} ({x['opcode']}) x {x['times']} {x.get('why', '')} {x.get('source', '')}" for x in g["not_estimated"]]
+    lines += ["", "The ten largest buffers in HBM at its fullest"]
+    lines += [f"{b['bytes'] / 2**20:9.1f} MiB  {b['buffer']}  {b.get('shape', '')[:90]}\n{'':14}{b.get('source', '')}" for b in g["largest_buffers"]]
+    return "\n".join(lines)
+
+# -----------------------------------------------------------------------------
+# The command
+
+def select(graphs: list, wanted: str) -> list:
+    """Graphs by name; a name that does not exist gets the nearest one that does."""
+    if wanted == "all":
+        return graphs
+    by_name = {g.name: g for g in graphs}
+    for name in (names := [n.strip() for n in wanted.split(",") if n.strip()]):
+        if name not in by_name:
+            near = difflib.get_close_matches(name, by_name, 1, 0)
+            raise Refused(f"no graph {name!r}: did you mean {near[0]!r}? --list shows all {len(by_name)}")
+    if not names:
+        raise Refused("--graphs got no name: --list shows them")
+    return [by_name[n] for n in dict.fromkeys(names)]
+
+
+def trace(graphs: list, preset: str, out: Path) -> tuple[list[str], dict]:
+    """Exports the graphs to out; returns the flags of a TPU run and the fingerprint of each graph."""
+    log = out / "trace.log"
+    # Source lines of every operation, for --explain. They do not change what is computed.
+    env = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "8", "XLA_HLO_DEBUG": "1", "XLA_IR_DEBUG": "1"}
+    if child("export_graphs", preset, out, *[g.name for g in graphs], log=log, env=env):
+        raise Refused(f"tracing failed, the whole story is in {log}: {last_words(log)}")
+    if child("fingerprints", *[out / f"{g.name}.hlo.pb" for g in graphs], log=log, env={"JAX_PLATFORMS": "cpu"}):
+        raise Refused(f"an exported graph could not be read, see {log}: {last_words(log)}")
+    hashes = [line for line in log.read_text().splitlines() if re.fullmatch(r"[0-9a-f]{64}", line)]
+    log.unlink()
+    return json.loads((out / "flags.json").read_text()), dict(zip([g.name for g in graphs], hashes, strict=True))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip(), allow_abbrev=False)
+    parser.add_argument("--graphs", default="all", metavar="NAMES", help="comma-separated names, or all")
+    parser.add_argument("--preset", default="record", help="record or rehearsal")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where reports and the cache are (default: aot/PRESET)")
+    parser.add_argument("--json", action="store_true", help="print the report instead of the table")
+    parser.add_argument("--list", action="store_true", help="print the graphs and stop")
+    parser.add_argument("--explain", metavar="NAME", help="the dearest operations and largest buffers of one graph")
+    opts = parser.parse_args(argv)
+    say = lambda *words: print(*words, file=sys.stderr, flush=True)
+    check_versions()
+    os.environ.setdefault("PJRT_DEVICE", "CPU")  # listing must not open a TPU that is there
+    import train_gpt_xla as train
+    if opts.preset not in train.presets:
+        raise Refused(f"no preset {opts.preset!r}: there are {', '.join(train.presets)}")
+    everything = train.distinct_graphs(train.presets[opts.preset])
+    if opts.list:
+        for g in everything:
+            print(f"{g.name:28} {g.kind:5} {g.steps:6} steps  {g.tokens:7} tokens a row")
+        return 0
+    graphs = select(everything, opts.explain or opts.graphs)
+    out = opts.out or ROOT / "aot" / opts.preset
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        check_disk(out)
+        say(f"tracing {len(graphs)} graphs of the {opts.preset} preset on 8 virtual devices ...")
+        began = time.perf_counter()
+        flags, prints = trace(graphs, opts.preset, out)
+        say(f"traced in {time.perf_counter() - began:.0f} s")
+        entries = []
+        for i, graph in enumerate(graphs, 1):
+            check_disk(out)
+            found = compiled(graph.name, out, flags, prints[graph.name])
+            entries.append(assess(graph, found, out))
+            e = entries[-1]
+            said = "unchanged" if e["cached"] else f"compiled in {found['compile_s']:.0f} s" if e["compiled"] else "not compiled"
+            say(f"[{i}/{len(graphs)}] {graph.name}: {said}" + (f", {e['est_ms']['total']:.1f} ms est." if e["compiled"] else f": {e['why']}"))
+        report = build_report(entries, opts.preset, flags, complete=len(graphs) == len(everything))
+        if not opts.explain:
+            (out / "report.json").write_text(json.dumps(report, indent=1))
+    except OSError as e:
+        raise Refused(f"cannot write to {out}: {e.strerror}: make room there, or choose another --out") from None
+    print(json.dumps(report, indent=1) if opts.json else explanation(entries[0]) if opts.explain else table(report))
+    return 0 if all(e["compiled"] and e["fits"] for e in entries) else 1
+
+
+if __name__ == "__main__":
+    tasks = {f"_{f.__name__}": f for f in (export_graphs, fingerprints, compile_graph)}
+    if sys.argv[1:2] and sys.argv[1] in tasks:
+        sys.exit(tasks[sys.argv[1]](*sys.argv[2:]))
+    try:
+        sys.exit(main())
+    except Refused as e:
+        sys.exit(f"aot_v6e: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)

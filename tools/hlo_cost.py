@@ -1,0 +1,537 @@
+"""
+What one step costs on a TPU v6e, read from what libtpu wrote when it compiled it. Text in, milliseconds out: no jax, no TPU.
+
+Every operation of the optimised HLO, in its scheduled order and as often as it runs, gets its time from the first of these:
+- the compiler's own `estimated_cycles` at 1.75 GHz;
+- for a collective, its bytes over the links of the chip;
+- for an asynchronous copy between HBM and VMEM, its bytes over the HBM bandwidth;
+- for the rest (Pallas kernels, gathers, scatters, sorts, some reshapes) a lower bound: the VLIW bundles of its final program, each
+  loop's body times its trips, or its bytes over the HBM bandwidth where that is longer. Waits for memory are not in the bundles.
+Whatever is left is listed as not estimated. A clock runs along: a transfer that is started and waited for later costs only what
+the operations in between do not hide.
+"""
+import dataclasses
+import math
+import re
+from functools import cached_property
+
+# Cloud TPU documentation, "TPU v6e" (docs.cloud.google.com/tpu/docs/v6e): 918 TFLOP/s bf16, HBM 1638 GB/s, 4 ICI ports and
+# 800 GB/s of bidirectional ICI bandwidth a chip: 100 GB/s a port and direction. 918e12 / 524288 flop a cycle = 1.75 GHz.
+CLOCK_HZ = 1.75e9
+BF16_FLOP_PER_CYCLE = 524288
+HBM_BYTES_PER_S = 1638e9
+LINK_BYTES_PER_S = 100e9
+# A 2x4 slice is a mesh: only axes of 16 chips wrap around, so a corner chip has two of its four links. libtpu's collectives
+# run as two rings over the 8 chips, one in each direction ("UniDirection1DRingStrategy{colors:2"), which is those two links.
+RINGS = 2
+
+KINDS = ("matmuls", "elementwise", "copies", "kernels", "collectives")
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "ragged-all-to-all", "reduce-scatter")
+MOVERS = {"bitcast", "broadcast", "concatenate", "copy", "dynamic-slice", "dynamic-update-slice", "get-tuple-element", "pad", "reshape",
+          "reverse", "slice", "transpose", "tuple"}
+SCATTERED = {"gather", "scatter", "dynamic-slice", "dynamic-update-slice"}  # these touch an unknown part of an operand
+FREE = {"add-dependency", "after-all", "bitcast", "constant", "get-tuple-element", "opt-barrier", "parameter", "partition-id", "replica-id",
+        "tuple"}
+FREE_TARGETS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "GatherScatterIndicesBitpacked", "Sharding"}
+BITS = {"pred": 8, "token": 0, "c64": 64, "c128": 128}  # the others end in their width: f32, bf16, s8, f8e4m3 ...
+
+# -----------------------------------------------------------------------------
+# HLO text
+
+def arrays(shape: str) -> list[tuple[int, int, int]]:
+    """(elements, bytes, memory space) of each array in a shape. Spaces: 0 HBM, 1 VMEM, the others are scalar memories and flags."""
+    found = []
+    for dtype, dims, layout in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^{}]*\})?", shape):
+        n = math.prod(int(d) for d in dims.split(",") if d)
+        bits = BITS.get(dtype) or int((re.match(r"[a-z]+(\d+)", dtype) or [0, 0])[1])
+        space = re.search(r"S\((\d+)\)", layout)
+        found.append((n, n * bits // 8, int(space.group(1)) if space else 0))
+    return found
+
+
+def nbytes(shape: str, space: int | None = None) -> int:
+    """Bytes of a shape without the padding of its tiles; with a space, only what lies there."""
+    return sum(b for _, b, s in arrays(shape) if space is None or s == space)
+
+
+def closing(text: str, start: int) -> int:
+    """Index of the parenthesis that closes the one at start."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if depth == 0:
+            return i
+    raise ValueError(f"unbalanced parentheses: {text[:80]}")
+
+
+@dataclasses.dataclass
+class Op:
+    """One instruction."""
+    name: str
+    shape: str
+    opcode: str
+    operands: list[str]
+    literal: str  # what stands between the parentheses: the value of a constant, the number of a parameter
+    attrs: str
+    root: bool
+
+    def attr(self, pattern: str) -> str | None:
+        m = re.search(pattern, self.attrs)
+        return m and m.group(1)
+
+    @cached_property
+    def cycles(self) -> int | None:
+        cycles = self.attr(r'"estimated_cycles":"(\d+)"')
+        return cycles and int(cycles)
+
+    @property
+    def target(self) -> str | None:
+        return self.attr(r'custom_call_target="([^"]*)"')
+
+    @cached_property
+    def callees(self) -> list[str]:
+        """The computations whose instructions are this one's work: not the scalar function of a reduction or collective."""
+        one = re.findall(r"\b(?:calls|body|condition|true_computation|false_computation)=%?([\w.\-]+)", self.attrs)
+        many = [n.strip(" %") for g in re.findall(r"\bbranch_computations=\{([^}]*)\}", self.attrs) for n in g.split(",")]
+        return one + many + (re.findall(r"to_apply=%?([\w.\-]+)", self.attrs) if self.opcode == "call" else [])
+
+
+def parse_op(line: str) -> Op | None:
+    m = re.match(r"\s*(ROOT )?%?([\w.\-]+) = ", line)
+    if not m:
+        return None
+    rest = line[m.end():]
+    end = closing(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
+    call = re.compile(r"\s*([a-z][\w\-]*)\(").match(rest, end)
+    if not call:
+        return None
+    stop = closing(rest, call.end() - 1)
+    inside = rest[call.end():stop]
+    return Op(m.group(2), rest[:end], call.group(1), re.findall(r"%([\w.\-]+)", inside), inside, rest[stop + 1:], bool(m.group(1)))
+
+
+class Module:
+    """The computations of an HLO text, each a dict of instructions in scheduled order."""
+
+    def __init__(self, text: str):
+        self.computations, self.entry, ops = {}, None, None
+        partitions = re.search(r"num_partitions=(\d+)", text[:100_000])
+        self.devices = int(partitions.group(1)) if partitions else 1
+        for line in text.splitlines():
+            if ops is None:
+                head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$", line)
+                if head and not line.startswith(("HloModule", " ")):
+                    ops = self.computations[head.group(2)] = {}
+                    self.entry = head.group(2) if head.group(1) else self.entry
+            elif line.startswith("}"):
+                ops = None
+            elif op := parse_op(line):
+                ops[op.name] = op
+        if self.entry is None:
+            raise ValueError("no ENTRY computation in the HLO text")
+
+    def root(self, computation: str) -> Op:
+        ops = list(self.computations[computation].values())
+        return next((op for op in ops if op.root), ops[-1])
+
+    def inside(self, op: Op) -> list[Op]:
+        """All instructions of the computations that op calls, fusions within fusions included."""
+        return [y for c in op.callees for x in self.computations.get(c, {}).values() for y in [x, *self.inside(x)]]
+
+    def operand_shapes(self, op: Op, computation: str) -> list[str]:
+        ops = self.computations[computation]
+        return [ops[name].shape for name in op.operands if name in ops]
+
+    def source(self, op: Op) -> str:
+        """op_name and file:line that the front end gave it, or the first of them within the fusion."""
+        for x in [op, *self.inside(op)]:
+            name, file, line = x.attr(r'op_name="([^"]*)"'), x.attr(r'source_file="([^"]*)"'), x.attr(r"source_line=(\d+)")
+            if name or file:
+                return " ".join(filter(None, [name, file and f"{file}:{line}"]))
+        return ""
+
+    def signature(self, op: Op, computation: str) -> str:
+        """Equal for instructions that libtpu emits only once: the same work on the same shapes in the same memories."""
+        def text(x, within):
+            attrs = re.sub(r", metadata=\{[^}]*\}|, sharding=\{[^}]*\}|channel_id=\d+", "", x.attrs)
+            attrs = re.sub(r"\b(calls|to_apply|body|condition)=%?[\w.\-]+", "", attrs)
+            parts = [x.opcode, x.shape, attrs, *self.operand_shapes(x, within)]
+            parts += [x.literal] if x.opcode in ("constant", "parameter") else []
+            return "|".join(parts + [text(y, c) for c in x.callees for y in self.computations.get(c, {}).values()])
+        return re.sub(r"%[\w.\-]+", "%", text(op, computation))
+
+    # -- trip counts
+
+    def constant(self, computation: str, name: str) -> int | None:
+        """The integer behind a name, through the copies and conversions that the compiler puts around scalars."""
+        ops = self.computations[computation]
+        while name in ops:
+            op = ops[name]
+            if op.opcode == "constant":
+                return int(op.literal) if re.fullmatch(r"-?\d+", op.literal) else None
+            if op.opcode not in ("copy", "convert", "bitcast", "reshape", "broadcast") or not op.operands:
+                return None
+            name = op.operands[0]
+        return None
+
+    def counter(self, computation: str, name: str) -> int | None:
+        """Which element of the loop's state a name of its body or condition is."""
+        ops = self.computations[computation]
+        while name in ops and ops[name].opcode in ("copy", "convert", "bitcast"):
+            name = ops[name].operands[0]
+        op = ops.get(name)
+        is_state = op and op.opcode == "get-tuple-element" and ops[op.operands[0]].opcode == "parameter"
+        return int(op.attr(r"index=(\d+)")) if is_state else None
+
+    def unfused(self, op: Op, computation: str, opcode: str) -> tuple[Op, list] | None:
+        """op, or the single instruction of this opcode that its fusion holds, with (computation, name) of each operand."""
+        if op.opcode == opcode:
+            return op, [(computation, n) for n in op.operands]
+        if op.opcode in ("copy", "bitcast", "convert") and op.operands[0] in self.computations[computation]:
+            return self.unfused(self.computations[computation][op.operands[0]], computation, opcode)
+        if op.opcode != "fusion":
+            return None
+        inner = self.computations[op.callees[0]]
+        found = [x for x in inner.values() if x.opcode == opcode]
+        if len(found) != 1:
+            return None
+        outer = lambda n: (computation, op.operands[int(inner[n].literal)]) if inner[n].opcode == "parameter" else (op.callees[0], n)
+        return found[0], [outer(n) for n in found[0].operands]
+
+    def trips(self, loop: Op, computation: str) -> int | None:
+        """How often a while loop runs its body, from the compiler's note, else from its condition, start and step; None if unknowable."""
+        if known := loop.attr(r'"known_trip_count":\{"n":"?(\d+)'):
+            return int(known)
+        condition, body = loop.attr(r"condition=%?([\w.\-]+)"), loop.attr(r"body=%?([\w.\-]+)")
+        test = self.unfused(self.root(condition), condition, "compare")
+        if not test:
+            return None
+        compare, (left, right) = test
+        index, limit, direction = self.counter(*left), self.constant(*right), compare.attr(r"direction=(\w+)")
+        if index is None or limit is None:
+            index, limit = self.counter(*right), self.constant(*left)
+            direction = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE"}.get(direction, direction)
+        initial, after = self.computations[computation].get(loop.operands[0]), self.root(body)
+        if index is None or limit is None or not initial or initial.opcode != "tuple" or after.opcode != "tuple":
+            return None
+        start = self.constant(computation, initial.operands[index])
+        update = next((u for o in ("add", "subtract")
+                       if (u := self.unfused(self.computations[body][after.operands[index]], body, o))), None)
+        if start is None or not update:
+            return None
+        op, (left, right) = update
+        step = self.constant(*right) if self.counter(*left) == index else self.constant(*left) if op.opcode == "add" else None
+        if not step:
+            return None
+        step = -step if op.opcode == "subtract" else step
+        span = {"LT": limit - start, "LE": limit - start + 1, "GT": limit - start, "GE": limit - start - 1, "NE": limit - start}.get(direction)
+        return None if span is None else max(0, math.ceil(span / step))
+
+# -----------------------------------------------------------------------------
+# Final bundles (libtpu's --xla_jf_dump_llo_text)
+
+def bundle_cycles(text: str) -> tuple[int, int]:
+    """
+    (bundles issued, loops of unknown length) of one program: a line a bundle, `>` once for each loop that it is in. A loop runs
+    as often as its exit test says; one without a constant test counts once. Predicated regions count as if they were taken.
+    """
+    steps = {}
+
+    def trips(line):
+        m = re.search(r"scmp\.ge\.s32\.totalorder (?:\([^)]*\), )?%(\w+), (\d+) /\* loop exit test", line)
+        if not m:
+            return None
+        if not steps:  # all counters and what is added to each; there are few
+            steps.update(re.findall(r"%(\w+) = sadd\.s32 (?:\([^)]*\), )?(\d+), %", text))
+        return math.ceil(int(m.group(2)) / int(steps.get(m.group(1), 1)))
+
+    stack, unknown = [[0, 1]], 0  # [bundles, trips] of each open loop
+
+    def leave():
+        nonlocal unknown
+        bundles, n = stack.pop()
+        unknown += n is None
+        stack[-1][0] += bundles * (n or 1)
+
+    for line in text.splitlines():
+        m = re.match(r"\s*(?:0x)?[0-9a-f]+\s+(L[BHE]|P[BF]|CT)?\s*:\s*(>*)\s*\{", line)
+        if not m:
+            continue
+        depth = len(stack) - 1 if line.rstrip().endswith("{}") else len(m.group(2))  # delay slots are not marked
+        while len(stack) - 1 > depth or (m.group(1) == "LB" and len(stack) - 1 == depth > 0):
+            leave()
+        while len(stack) - 1 < depth:
+            stack.append([0, None])
+        stack[-1][0] += 1
+        if depth and "loop exit test" in line:
+            stack[-1][1] = trips(line)
+    while len(stack) > 1:
+        leave()
+    return stack[0][0], unknown
+
+# -----------------------------------------------------------------------------
+# The estimate
+
+@dataclasses.dataclass
+class Row:
+    """One instruction's share of a step."""
+    op: Op
+    computation: str
+    kind: str
+    times: int
+    ms: float | None  # of one execution; None where nothing says
+    how: str  # "compiler", "bundles", "bytes", "links" or "none"
+    exposed_ms: float | None = None  # what of ms nothing hides; None: all of it
+    bytes: int = 0
+
+    @property
+    def cost_ms(self) -> float:
+        """What it adds to the step."""
+        return self.times * ((self.ms or 0) if self.exposed_ms is None else self.exposed_ms)
+
+
+def collective_ms(kind: str, payload: int, devices: int) -> float:
+    """
+    Milliseconds that the links need for a collective: no latency, no waiting for the slowest chip. payload: bytes of the reduced
+    tensor, of the gathered result or of what is scattered; of one chip's operand for all-to-all and collective-permute.
+    """
+    if devices < 2:
+        return 0.0
+    rings = min(RINGS, devices - 1) * LINK_BYTES_PER_S
+    if kind in ("all-to-all", "ragged-all-to-all"):  # each link and direction carries devices / 8 of a chip's operand on a ring
+        return 1e3 * payload * devices / 8 / LINK_BYTES_PER_S
+    if kind == "collective-permute":  # to a neighbour, over one link
+        return 1e3 * payload / LINK_BYTES_PER_S
+    return 1e3 * payload * (devices - 1) / devices / rings * (2 if kind == "all-reduce" else 1)
+
+
+class Estimate:
+    """Walks a module as the chip would. bundles: {instruction: (bundles, loops of unknown length)} of libtpu's dump."""
+
+    def __init__(self, module: Module, bundles: dict | None = None):
+        self.module, self.bundles = module, bundles or {}
+        self.rows, self.loops, self.scalars = [], [], 0
+        self.now = 0.0  # ms since the step began
+        self.free = {"links": 0.0, "hbm": 0.0}  # when each queue of transfers is empty again
+        self.pending = {}  # key of a started transfer -> (when it ends, its row)
+        self.walk(module.entry, 1)
+        for _, row in self.pending.values():
+            row.exposed_ms = row.ms  # nobody was seen waiting for it: count all of it
+
+    @cached_property
+    def emitted(self) -> dict:
+        """Bundles by signature: libtpu writes a program once for all instructions that share it."""
+        return {self.module.signature(op, c): self.bundles[op.name]
+                for c, ops in self.module.computations.items() for op in ops.values() if op.name in self.bundles}
+
+    def add(self, op, computation, kind, times, ms, how, exposed_ms=None, nbytes=0):
+        row = Row(op, computation, kind, times, ms, how, exposed_ms, nbytes)
+        self.rows.append(row)
+        self.now += (ms or 0.0) if exposed_ms is None else exposed_ms
+        return row
+
+    def start(self, key, row, queue):
+        begin = max(self.now, self.free[queue]) if queue else self.now
+        end = begin + row.ms
+        if queue:
+            self.free[queue] = end
+        self.pending[key] = end, row
+
+    def wait(self, key):
+        end, row = self.pending.pop(key, (None, None))
+        if row:
+            row.exposed_ms = max(0.0, end - self.now)
+            self.now += row.exposed_ms
+
+    def walk(self, computation: str, times: int):
+        for op in self.module.computations[computation].values():
+            self.visit(op, computation, times)
+
+    def visit(self, op: Op, computation: str, times: int):
+        m = self.module
+        if op.opcode in FREE or op.target in FREE_TARGETS:
+            return
+        if op.opcode == "while":
+            trips, since = m.trips(op, computation), self.now
+            self.loops.append((op, trips, times))
+            self.walk(op.attr(r"body=%?([\w.\-]+)"), times * (1 if trips is None else trips))
+            self.now = since + (1 if trips is None else trips) * (self.now - since)
+        elif op.opcode == "call":
+            self.walk(op.callees[0], times)
+        elif op.opcode == "conditional":
+            self.dearest_branch(op, times)
+        elif op.opcode.endswith("-done"):
+            # An async wrapper hands its handle on through updates.
+            key = op.operands[0]
+            while (up := m.computations[computation].get(key)) and up.opcode.endswith("-update"):
+                key = up.operands[0]
+            self.wait(key)
+        elif op.opcode.endswith("-start"):
+            self.started(op, computation, times)
+        elif not op.opcode.endswith("-update"):
+            self.compute(op, computation, times)
+
+    def dearest_branch(self, op, times):
+        """Only one branch runs: count the longest."""
+        before = self.now, dict(self.free), dict(self.pending), len(self.rows), len(self.loops)
+        results = []
+        for branch in op.callees:
+            self.now, self.free, self.pending = before[0], dict(before[1]), dict(before[2])
+            self.walk(branch, times)
+            results.append((self.now, self.free, self.pending, self.rows[before[3]:], self.loops[before[4]:]))
+            del self.rows[before[3]:], self.loops[before[4]:]
+        self.now, self.free, self.pending, rows, loops = max(results, key=lambda r: r[0])
+        self.rows += rows
+        self.loops += loops
+
+    def collective(self, op, computation, within=None):
+        """(kind, payload bytes, devices) of a collective; within: the fused computation that holds it."""
+        kind = op.opcode.removesuffix("-start")
+        payload = sum(nbytes(s) for s in self.module.operand_shapes(op, within or computation))
+        explicit, iota = op.attr(r"replica_groups=\{\{([\d,]+)\}"), op.attr(r"replica_groups=\[\d+,(\d+)\]")
+        devices = len(explicit.split(",")) if explicit else int(iota) if iota else self.module.devices
+        return kind, payload * (devices if kind == "all-gather" else 1), devices
+
+    def started(self, op, computation, times):
+        """An operation that runs beside the following ones until its -done."""
+        m, base = self.module, op.opcode.removesuffix("-start")
+        inner = next((x for x in m.inside(op) if x.opcode in COLLECTIVES), None)
+        if base in COLLECTIVES or inner:
+            kind, payload, devices = self.collective(inner or op, computation, op.callees[0] if inner else None)
+            row = self.add(op, computation, "collectives", times, collective_ms(kind, payload, devices), "links", 0.0, payload)
+            self.start(op.name, row, None if kind == "collective-permute" else "links")
+        elif base in ("copy", "slice", "dynamic-slice"):
+            # Whatever it is cut from, what arrives has the shape of the -done.
+            done = next((x for x in m.computations[computation].values() if x.opcode == base + "-done" and x.operands[0] == op.name), None)
+            moved = nbytes(done.shape) if done else nbytes(op.shape) // 2
+            row = self.add(op, computation, "copies", times, 1e3 * moved / HBM_BYTES_PER_S, "bytes", 0.0, moved)
+            self.start(op.name, row, "hbm")
+        else:
+            self.add(op, computation, "elementwise", times, None, "none", nbytes=nbytes(op.shape, 0))
+
+    def compute(self, op, computation, times):
+        m = self.module
+        inner = m.inside(op)
+        collective = next((x for x in [op, *inner] if x.opcode in COLLECTIVES), None)
+        if collective:
+            within = next((c for c in op.callees if collective.name in m.computations[c]), None)
+            kind, payload, devices = self.collective(collective, computation, within)
+            kind = "reduce-scatter" if op.callees and "all-reduce-scatter" in op.callees[0] else kind
+            ms = collective_ms(kind, payload, devices)
+            targets, key = {x.target for x in inner}, "channel " + str(collective.attr(r"channel_id=(\d+)"))
+            if "AsyncCollectiveStart" in targets:
+                row = self.add(op, computation, "collectives", times, ms, "links", 0.0, payload)
+                return self.start(key, row, "links")
+            if "AsyncCollectiveDone" in targets:
+                return self.wait(key)
+            # A fusion that computes while a collective is under way carries a piece of it; that is counted where it starts.
+            if '"continuation_config"' not in op.attrs:
+                self.add(op, computation, "collectives", times, ms, "links", None, payload)
+            if op.cycles is None:
+                return
+        kind = self.kind(op, inner)
+        if op.cycles is not None:
+            self.add(op, computation, kind, times, 1e3 * op.cycles / CLOCK_HZ, "compiler")
+        elif all(n <= 1 for n, _, _ in arrays(op.shape)) and not inner:
+            self.scalars += times
+        else:
+            ms, how, moved = self.lower_bound(op, computation, inner)
+            self.add(op, computation, kind, times, ms, how, nbytes=moved)
+
+    def lower_bound(self, op, computation, inner):
+        """(ms, how, HBM bytes) where the compiler gives no estimate."""
+        shapes = [*self.module.operand_shapes(op, computation), op.shape]
+        moved = sum(nbytes(s, 0) for s in shapes)
+        if "output_to_operand_aliasing" in op.attrs or any(x.opcode in SCATTERED for x in [op, *inner]):
+            moved = 0  # no telling how much of the operands is touched
+        bundles = self.bundles.get(op.name) or self.emitted.get(self.module.signature(op, computation))
+        if not bundles:
+            return None, "none", moved
+        issue, stream = 1e3 * bundles[0] / CLOCK_HZ, 1e3 * moved / HBM_BYTES_PER_S
+        return max(issue, stream), "bundles" if issue >= stream else "bytes", moved
+
+    @staticmethod
+    def kind(op, inner):
+        opcodes = {x.opcode for x in [op, *inner]} - {"parameter", "constant", "fusion", "call"}
+        if op.opcode == "custom-call" and op.target == "tpu_custom_call":
+            return "kernels"
+        if opcodes & {"convolution", "dot"}:
+            return "matmuls"
+        moves = opcodes <= MOVERS | {"convert", "iota", "custom-call"} and opcodes & MOVERS - {"bitcast", "broadcast", "tuple"}
+        return "copies" if moves else "elementwise"
+
+    # -- what the report takes from it
+
+    @property
+    def total_ms(self) -> float:
+        return sum(r.cost_ms for r in self.rows)
+
+    def summary(self, kernel_names: dict | None = None) -> dict:
+        """The figures of one graph: milliseconds and MiB of one step."""
+        ms = {k: sum(r.cost_ms for r in self.rows if r.kind == k) for k in KINDS}
+        collectives = [r for r in self.rows if r.kind == "collectives"]
+        prefetches = [r for r in self.rows if r.kind == "copies" and r.exposed_ms is not None]
+        bounds = [r for r in self.rows if r.how in ("bundles", "bytes") and r.exposed_ms is None]
+        kernels = {}
+        for r in self.rows:
+            if r.kind == "kernels":
+                name = (kernel_names or {}).get(r.op.name, r.op.name)
+                entry = kernels.setdefault(name, {"calls": 0, "ms": 0.0, "how": r.how})
+                entry["calls"] += r.times
+                entry["ms"] += r.cost_ms
+        by_kind = {}
+        for r in collectives:
+            inner = next((x.opcode for x in [r.op, *self.module.inside(r.op)] if x.opcode.removesuffix("-start") in COLLECTIVES), r.op.opcode)
+            name = "reduce-scatter" if "all-reduce-scatter" in "".join(r.op.callees) else inner.removesuffix("-start")
+            entry = by_kind.setdefault(name, {"count": 0, "mib": 0.0, "ms": 0.0, "exposed_ms": 0.0})
+            entry["count"] += r.times
+            entry["mib"] += r.times * r.bytes / 2**20
+            entry["ms"] += r.times * r.ms
+            entry["exposed_ms"] += r.cost_ms
+        return {
+            "est_ms": {**ms, "total": sum(ms.values())},
+            "kernels": kernels,
+            "collectives": {
+                "count": sum(r.times for r in collectives),
+                "mib": sum(r.times * r.bytes for r in collectives) / 2**20,
+                "ms": sum(r.times * r.ms for r in collectives),
+                "exposed_ms": ms["collectives"],
+                "asynchronous": sum(r.times for r in collectives if r.exposed_ms is not None),
+                "kinds": by_kind,
+            },
+            "prefetches": {
+                "count": sum(r.times for r in prefetches),
+                "mib": sum(r.times * r.bytes for r in prefetches) / 2**20,
+                "exposed_ms": sum(r.cost_ms for r in prefetches),
+            },
+            "lower_bounds_ms": sum(r.cost_ms for r in bounds),
+            "not_estimated": [
+                {"op": r.op.name, "opcode": r.op.opcode, "times": r.times, "hbm_mib": r.bytes / 2**20, "source": self.module.source(r.op)}
+                for r in self.rows if r.ms is None
+            ] + [{"op": op.name, "opcode": "while", "times": times, "why": "trip count unknown: its body is counted once"}
+                 for op, trips, times in self.loops if trips is None],
+            "loops": [{"op": op.name, "trips": trips, "times": times} for op, trips, times in self.loops],
+            "scalar_ops": self.scalars,
+        }
+
+    def dearest(self, n: int = 10) -> list[dict]:
+        """The n instructions that cost most in a step."""
+        rows = sorted(self.rows, key=lambda r: -r.cost_ms)[:n]
+        return [{"ms": r.cost_ms, "times": r.times, "kind": r.kind, "how": r.how, "op": r.op.name, "shape": re.sub(r"/\*.*?\*/", "", r.op.shape),
+                 "source": self.module.source(r.op)} for r in rows]
+
+# -----------------------------------------------------------------------------
+# Memory (the buffer assignment that XLA dumps)
+
+def largest_buffers(text: str, n: int = 10) -> list[dict]:
+    """The n largest buffers that are live when the temporaries are at their peak: [{"buffer", "bytes"}]."""
+    peak = text.rfind("(peak):")
+    if peak < 0:
+        return []
+    found = []
+    for line in text[peak:].splitlines()[1:]:
+        m = re.match(r"\s+([\w.\-]+)(\{[\d,]*\})?: (\d+) bytes", line)
+        if not m:
+            break
+        found.append({"buffer": m.group(1) + (m.group(2) or "").replace("{}", ""), "bytes": int(m.group(3))})
+    return sorted(found, key=lambda b: -b["bytes"])[:n]

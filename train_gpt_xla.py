@@ -1,0 +1,1022 @@
+"""
+Record #60 of KellerJordan/modded-nanogpt (train_gpt.py at 0a43716d: 2026-01-16, 1.765 minutes on 8xH100) for 8 TPU v6e chips.
+Same names, same order, same numbers; each difference is marked D1, D2, ... at its place and explained in README.md.
+
+    bash run_tpu.sh                               the real run on a TPU, the rehearsal anywhere else
+    python train_gpt_xla.py --preset rehearsal    the rehearsal, on whatever devices PJRT finds
+    python train_gpt_xla.py --val_loss_every 125  any field of Hyperparameters
+
+One process drives all chips. Tensors are whole; a mesh "data" over the devices says how they are split, and XLA inserts the
+collectives (SPMD). Upstream's 8 ranks are 8 rows of a batch: 1, 2, 4 or 8 devices compute the same thing.
+Shapes: B rows, T tokens, H heads, D head dim, V vocabulary.
+"""
+import os
+import sys
+import argparse
+import copy
+import difflib
+import glob
+import itertools
+import math
+import queue
+import threading
+import time
+import uuid
+import warnings
+from dataclasses import dataclass, field, fields, replace as with_values
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own progress notes
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torch_xla
+import torch_xla.core.xla_model as xm
+import torch_xla.debug.metrics as met
+import torch_xla.distributed.spmd as xs
+import torch_xla.runtime as xr
+from torch import Tensor, nn
+
+from muon_xla import ROWS, DistAdam, NorMuon, shard, to_device
+from pallas_kernels import window_attention
+
+warnings.filterwarnings("ignore", message="Use torch_xla.sync", category=DeprecationWarning)
+
+# -----------------------------------------------------------------------------
+# PyTorch nn.Module definitions for the model
+
+def norm(x: Tensor):
+    """RMSNorm over the last dim, in float32 with float32's epsilon, as upstream's F.rms_norm does for bfloat16 too."""
+    y = x.float()
+    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps)).type_as(x)
+
+class CastedLinear(nn.Linear):
+    # D1: no FP8. The v6e's matrix unit has no FP8 mode, so lm_head multiplies in bfloat16 like everything else.
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.weight.zero_()  # @Grad62304977 and others
+
+    def forward(self, x: Tensor):
+        return F.linear(x, self.weight.type_as(x))
+
+def half_split(head_dim: int) -> Tensor:
+    """
+    D5: rotary pairs (2i, 2i + 1) stored as (i, i + D/2): index of upstream's dim for each of ours. Lanes 2i and 2i + 1 cannot
+    be exchanged without a copy on a TPU; two halves can. Scores are sums over dims, so the order of dims is free.
+    """
+    return torch.cat([torch.arange(0, head_dim, 2), torch.arange(1, head_dim, 2)])
+
+class Yarn(nn.Module):
+    """
+    Half-truncated RoPE with YaRN. angular_freq [D] (in upstream's order) and attn_scale are the host's state; each step's graph
+    gets them as numbers and computes its own tables (D6: upstream keeps 2 x max_seq_len rows of them, 134 MB each).
+    """
+    def __init__(self, head_dim: int, block_size: int):
+        super().__init__()
+        self.head_dim = head_dim
+        self.block_size = block_size
+        self.reset()
+
+    @staticmethod
+    def rotary(x_BHTD: Tensor, factor1: Tensor, factor2: Tensor):
+        x1, x2 = x_BHTD.chunk(2, dim=-1)
+        return factor1 * x_BHTD + factor2 * torch.cat([x2, x1], dim=-1)
+
+    def reset(self):
+        angular_freq = (1 / 1024) ** torch.linspace(0, 1, steps=self.head_dim//4, dtype=torch.float32)
+        angular_freq = angular_freq.repeat_interleave(2)
+        # half-truncate RoPE by @YouJiacheng (w/ base freq tuning)
+        self.angular_freq = torch.cat([angular_freq, angular_freq.new_zeros(self.head_dim//2)])
+        # start with 0.1, inspired by 0.12 from @leloykun and learnable scalars used by @brendanh0gan
+        self.attn_scale = 0.1
+
+    def apply(self, old_window: int, new_window: int, alpha: int = 1, beta: int = 32):
+        rotations = self.block_size * old_window * self.angular_freq / (2 * torch.pi)
+        scaling_factor = old_window / new_window
+        interpolation_weight = torch.clamp((rotations - alpha) / (beta - alpha), 0, 1)
+        self.angular_freq *= scaling_factor + interpolation_weight * (1 - scaling_factor)
+        self.attn_scale *= 0.2 * math.log(new_window / old_window) + 1
+
+    def numbers(self) -> list[float]:
+        """What a step's graph needs: the D/4 frequencies that differ, then the scale of the scores."""
+        return self.angular_freq[:self.head_dim//2:2].tolist() + [self.attn_scale]
+
+    @staticmethod
+    def tables(t: Tensor, freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """factor1, factor2 [T, D] for positions t [T] and frequencies [D/4], in half-split order."""
+        theta = torch.outer(t, freq)
+        cos, sin = theta.cos(), theta.sin()
+        one, zero = torch.ones_like(cos), torch.zeros_like(sin)
+        return torch.cat([cos, one, cos, one], dim=-1).to(dtype), torch.cat([sin, zero, -sin, zero], dim=-1).to(dtype)
+
+    def factors(self, T: int, freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """[T, D] each, for all heads."""
+        return self.tables(torch.arange(T, dtype=torch.float32, device=freq.device), freq, dtype)
+
+class YarnPairedHead(Yarn):
+    def factors(self, T: int, freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """[2, T, D] each: heads of even number rotate by positions 2t, of odd number by 2t + 1."""
+        t = torch.arange(T, dtype=torch.float32, device=freq.device)
+        even, odd = self.tables(2 * t, freq, dtype), self.tables(2 * t + 1, freq, dtype)
+        return torch.stack([even[0], odd[0]]), torch.stack([even[1], odd[1]])
+
+@dataclass
+class AttnArgs:
+    ve: Tensor
+    sa_lambdas: tuple[Tensor, Tensor]
+    documents: Tensor
+    bm_size: int
+    factors: tuple[Tensor, Tensor]
+    attn_scale: Tensor
+    key_offset: bool
+    attn_gate_w: Tensor
+    ve_gate_w: Tensor
+
+class CausalSelfAttention(nn.Module):
+    paired = False
+
+    def __init__(self, dim: int, head_dim: int, num_heads: int, layer_idx: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.dim = dim
+        self.hdim = num_heads * head_dim
+
+        assert self.hdim == self.dim, "num_heads * head_dim must equal model_dim"
+        std = self.dim ** -0.5
+        bound = (3 ** 0.5) * std # improved init scale by @YouJiacheng
+        # merged QKVO weights: suggested by many, implemented by @fernbear.bsky.social, and further improved by @YouJiacheng
+        # Simplified layout by @chrisjmccormick
+        self.qkvo_w = nn.Parameter(torch.empty(self.dim * 4, self.hdim, dtype=torch.bfloat16))
+        # label all modules for explicit optimizer grouping
+        self.qkvo_w.label = 'attn'
+
+        with torch.no_grad():
+            self.qkvo_w[:self.dim * 3].uniform_(-bound, bound)  # init QKV weights
+            self.qkvo_w[self.dim * 3:].zero_()  # init O weights to zero
+
+        still = torch.arange(head_dim) % (head_dim // 2) >= head_dim // 4  # [D/4 : D/2] and [3D/4 : D], in upstream's order
+        self.still = nn.Buffer(still[half_split(head_dim)], persistent=False)
+
+    def to_upstream(self, qkvo_w: Tensor) -> Tensor:
+        """qkvo_w with the dims of Q and K in upstream's order (D5)."""
+        return self.reorder(qkvo_w, half_split(self.head_dim).argsort())
+
+    def from_upstream(self, qkvo_w: Tensor) -> Tensor:
+        return self.reorder(qkvo_w, half_split(self.head_dim))
+
+    def reorder(self, qkvo_w: Tensor, index: Tensor) -> Tensor:
+        qk = qkvo_w[:self.dim * 2].unflatten(0, (-1, self.head_dim))[:, index].flatten(0, 1)
+        return torch.cat([qk, qkvo_w[self.dim * 2:]])
+
+    def forward(self, x: Tensor, attn_args: AttnArgs):
+        B, T = x.size(0), x.size(1) # rows, tokens a row
+        assert T % 16 == 0
+        # unpack attention args
+        ve, sa_lambdas, (factor1, factor2) = attn_args.ve, attn_args.sa_lambdas, attn_args.factors
+        # sparse gated attention to enable context based no-op by @classiclarryd
+        # only include gates on layers with value embeds used on forward pass
+        attn_gate_w, ve_gate_w = attn_args.attn_gate_w, attn_args.ve_gate_w
+        gate = lambda w: torch.sigmoid(torch.einsum('btc,hc->bht', x[..., :12], w)).unsqueeze(-1)  # [B, H, T, 1]
+
+        # D7: heads before tokens, [B, H, T, D]. A TPU tiles the last two dims, so each head's [T, D] must lie together.
+        w = (sa_lambdas[0] * self.qkvo_w[:self.dim * 3].type_as(x)).view(3 * self.num_heads, self.head_dim, self.dim)
+        q, k, v = torch.einsum('btc,hdc->bhtd', x, w).chunk(3, dim=1)
+        q, k = norm(q), norm(k) # QK norm @Grad62304977
+        if self.paired:
+            pairs = lambda x: x.unflatten(1, (-1, 2))  # [B, H/2, 2, T, D]: heads of even and odd number
+            q, k = (Yarn.rotary(pairs(x), factor1, factor2).flatten(1, 2) for x in (q, k))
+        else:
+            q, k = Yarn.rotary(q, factor1, factor2), Yarn.rotary(k, factor1, factor2)
+        if attn_args.key_offset:
+            # shift keys forward for the stationary head dims. Enables 1-layer induction.
+            k = torch.where(self.still, torch.cat([k[:, :, :1], k[:, :, :-1]], dim=2), k)
+        if ve is not None:
+            ve = ve.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
+            v = v + 2 * gate(ve_gate_w) * ve # @ KoszarskyB & @Grad62304977
+
+        y = window_attention(q, k, v, attn_args.documents, attn_args.bm_size, attn_args.attn_scale, self.paired)
+        y = y * gate(attn_gate_w)
+        w = (sa_lambdas[1] * self.qkvo_w[self.dim * 3:].type_as(y)).view(self.dim, self.num_heads, self.head_dim)
+        return torch.einsum('bhtd,chd->btc', y, w)  # sa_lambdas[1] pre-multiplied to O @shenberg
+
+class PairedHeadCausalSelfAttention(CausalSelfAttention):
+    """
+    Pairs up heads h and h + H/2: a query of one attends to the keys of both. Upstream interleaves the two into a sequence of
+    2T; here window_attention does whatever its device likes best, and only the rotary tables differ (D8).
+    """
+    paired = True
+
+class FusedLinearReLUSquareFunction(torch.autograd.Function):
+    """relu(x @ W1.T)^2 @ W2, whose backward pass keeps one [.., 4d] tensor instead of two and forms dpre in x's dtype."""
+    @staticmethod
+    def forward(ctx, x, W1, W2):
+        pre = x @ W1.T
+        ctx.save_for_backward(x, W1, W2, pre)
+        return pre.relu().square() @ W2
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        x, W1, W2, pre = ctx.saved_tensors
+        post = pre.relu()
+        dW2 = post.square().flatten(0, -2).T @ grad_output.flatten(0, -2)
+        dpre = 2 * (grad_output @ W2.T) * post
+        dW1 = dpre.flatten(0, -2).T @ x.flatten(0, -2)
+        return dpre @ W1, dW1, dW2
+
+class MLP(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        hdim = 4 * dim
+        # Transposed layout to match attention weights
+        self.c_fc = nn.Parameter(torch.empty(hdim, dim, dtype=torch.bfloat16))
+        self.c_proj = nn.Parameter(torch.empty(hdim, dim, dtype=torch.bfloat16))
+        # label all modules for explicit optimizer grouping
+        self.c_fc.label = 'mlp'
+        self.c_proj.label = 'mlp'
+        self.c_proj.lr_mul = 2.
+
+        std = 0.5 * (dim ** -0.5)
+        bound = (3 ** 0.5) * std # improved init scale by @YouJiacheng
+        with torch.no_grad():
+            self.c_fc.uniform_(-bound, bound)
+            self.c_proj.zero_() # zero init suggested by @Grad62304977
+
+    def forward(self, x: Tensor):
+        # relu(x)^2: https://arxiv.org/abs/2109.08668v2; suggested by @SKYLINEZ007 and @Grad62304977
+        return FusedLinearReLUSquareFunction.apply(x, self.c_fc, self.c_proj)
+
+class Block(nn.Module):
+    def __init__(self, dim: int, head_dim: int, num_heads: int, layer_idx: int, use_paired_head: bool):
+        super().__init__()
+        # skip attention of blocks.6 (the 7th layer) by @YouJiacheng
+        if use_paired_head:
+            self.attn = PairedHeadCausalSelfAttention(dim, head_dim, num_heads, layer_idx)
+        else:
+            self.attn = CausalSelfAttention(dim, head_dim, num_heads, layer_idx) if layer_idx != 6 else None
+        self.mlp = MLP(dim)
+
+    def forward(self, x: Tensor, attn_args: AttnArgs):
+        if self.attn is not None:
+            x = x + self.attn(norm(x), attn_args)
+        return x + self.mlp(norm(x))
+
+# -----------------------------------------------------------------------------
+# Fused Softcapped Cross Entropy
+
+LOGITS_CHUNK = 16384  # tokens of a row whose logits exist at once: 1.5 GiB of bfloat16 at the record's vocabulary
+
+def softcapped_logits(x: Tensor, weight: Tensor, A=23.0, B=5.0, C=7.5) -> tuple[Tensor, Tensor]:
+    """x [B, T, d] -> logits [V, B * T] in x's dtype, and their softcap A * sigmoid((logits + B) / C) in float32."""
+    # D9: vocabulary first. The sums over it then run down sublanes, and one row of tokens is one vector register wide.
+    logits = weight.type_as(x) @ x.flatten(0, 1).T
+    return logits, A * torch.sigmoid((logits.float() + B) / C)
+
+def token_weights(targets: Tensor, mtp_weights: Tensor, start: int, stop: int, vocab: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    For positions start..stop-1 of targets [B, T]: the weight of each vocabulary entry as a target, [V, B * (stop - start)],
+    and their sum, [1, B * (stop - start)]. Position i has targets i, i + 1, ... with mtp_weights; none beyond the row's end.
+    """
+    B, T = targets.shape
+    each, total = 0.0, 0.0
+    for k, weight in enumerate(mtp_weights.unbind()):
+        exists = torch.arange(start + k, stop + k, device=targets.device) < T
+        target = torch.where(exists, F.pad(targets, (0, k))[:, start + k:stop + k], -1).flatten()
+        each = each + torch.where(vocab == target, weight, 0.0)
+        total = total + (exists * weight).expand(B, -1).reshape(1, -1)
+    return each, total
+
+class FusedSoftcappedCrossEntropy(torch.autograd.Function):
+    """
+    Softcapped cross entropy with multi-token prediction, lm_head included, LOGITS_CHUNK tokens at a time.
+    x [B, T, d], weight [V, d], targets [B, T] int32, mtp_weights [n] -> losses [B, T] float32.
+    No maximum is subtracted: the softcap bounds the logits by 23, and exp(23) * V is far inside float32.
+    """
+    @staticmethod
+    def forward(ctx, x, weight, targets, mtp_weights):
+        vocab = torch.arange(weight.size(0), device=x.device, dtype=targets.dtype).unsqueeze(1)
+        losses, saved = [], []
+        for start in range(0, x.size(1), LOGITS_CHUNK):
+            stop = min(start + LOGITS_CHUNK, x.size(1))
+            logits, z = softcapped_logits(x[:, start:stop], weight)
+            each, total = token_weights(targets, mtp_weights, start, stop, vocab)
+            lse = z.exp().sum(0, keepdim=True).log()
+            losses.append((total * lse - (each * z).sum(0, keepdim=True)).view(x.size(0), -1))
+            saved += [logits, lse]
+        ctx.save_for_backward(x, weight, targets, mtp_weights, vocab, *saved)
+        return torch.cat(losses, dim=1)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        x, weight, targets, mtp_weights, vocab, *saved = ctx.saved_tensors
+        A, B, C = 23.0, 5.0, 7.5
+        dx, dw = [], 0.0
+        for start, logits, lse in zip(range(0, x.size(1), LOGITS_CHUNK), saved[::2], saved[1::2], strict=True):
+            stop = min(start + LOGITS_CHUNK, x.size(1))
+            sigmoid_u = torch.sigmoid((logits.float() + B) / C)
+            z = A * sigmoid_u
+            each, total = token_weights(targets, mtp_weights, start, stop, vocab)
+            grad_z = grad_output[:, start:stop].reshape(1, -1) * (total * (z - lse).exp() - each)
+            grad_x = (grad_z * (1 / C) * z * (1 - sigmoid_u)).type_as(x)  # [V, B * T]
+            dx.append((grad_x.T @ weight.type_as(x)).view(x.size(0), -1, x.size(2)))
+            dw = dw + grad_x @ x[:, start:stop].flatten(0, 1)
+        return torch.cat(dx, dim=1), dw, None, None
+
+def softcapped_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Validation's loss: next-token cross entropy [B, T] float32, no gradient, LOGITS_CHUNK tokens at a time."""
+    vocab = torch.arange(weight.size(0), device=x.device, dtype=targets.dtype).unsqueeze(1)
+    losses = []
+    for start in range(0, x.size(1), LOGITS_CHUNK):
+        stop = min(start + LOGITS_CHUNK, x.size(1))
+        _, z = softcapped_logits(x[:, start:stop], weight)
+        hit = torch.where(vocab == targets[:, start:stop].flatten(), z, 0.0)
+        losses.append((z.exp().sum(0).log() - hit.sum(0)).view(x.size(0), -1))
+    return torch.cat(losses, dim=1)
+
+# -----------------------------------------------------------------------------
+# The main model
+
+def next_multiple_of_n(v: float | int, *, n: int):
+    return max(n, math.ceil(v / n) * n)
+
+@dataclass
+class ForwardScheduleConfig:
+    mtp_weights: Tensor  # [n] float32
+    ws_short: int  # in blocks
+    ws_long: int
+    yarn: Tensor  # [D/4 + 1] float32: Yarn.numbers()
+    yarn_paired_head: Tensor
+
+class GPT(nn.Module):
+    def __init__(self, vocab_size: int, num_layers: int, num_heads: int, head_dim: int, model_dim: int, block_size: int = 128):
+        super().__init__()
+        self.num_layers = num_layers
+        self.block_size = block_size
+        vocab_size = next_multiple_of_n(vocab_size, n=128)
+
+        self.smear_gate = CastedLinear(12, 1)
+        self.smear_gate.weight.label = 'smear_gate'
+        self.smear_gate.weight.lr_mul = 0.01
+        self.smear_gate.weight.wd_mul = 0.0
+
+        self.skip_gate = CastedLinear(12, 1)
+        self.skip_gate.weight.label = 'skip_gate'
+        self.skip_gate.weight.lr_mul = 0.05
+        self.skip_gate.weight.wd_mul = 0.0
+
+        # token value embeddings by @KoszarskyB - inspired by @Grad62304977's value residual implementation following arXiv:2410.17897
+        # value embedding code simplification inspired by @ragulpr https://github.com/KellerJordan/modded-nanogpt/pull/78
+        self.value_embeds = nn.ModuleList([nn.Embedding(vocab_size, model_dim) for _ in range(3)])
+        for embed in self.value_embeds:
+            nn.init.zeros_(embed.weight)
+        for ve in self.value_embeds:
+            ve.weight.label = 'value_embed'
+
+        # parameter banks for attention and value embedding gate weights
+        self.attn_gate_bank = nn.Parameter(torch.zeros(10, num_heads, 12)) # 10 layers
+        self.attn_gate_bank.label = 'attn_gate_bank'
+        self.ve_gate_bank = nn.Parameter(torch.zeros(5, num_heads, 12)) # 5 layers
+        self.ve_gate_bank.label = 've_gate_bank'
+
+        self.paired_head_layers = [0, 2, 5, 9]
+        self.blocks = nn.ModuleList([Block(model_dim, head_dim, num_heads, i, i in self.paired_head_layers) for i in range(num_layers)])
+        self.yarn = Yarn(head_dim, block_size)
+        self.yarn_paired_head = YarnPairedHead(head_dim, block_size)
+        # there are only 50257 unique GPT-2 tokens; we extend to nearest multiple of 128 for efficiency, as Karpathy does.
+        # suggested by @Grad62304977
+        self.lm_head = CastedLinear(model_dim, vocab_size)
+        nn.init.normal_(self.lm_head.weight, mean=0, std=0.005)
+        self.lm_head.weight.label = 'lm_head'
+
+        self.embed = nn.Embedding(vocab_size, model_dim)
+        self.embed.weight.label = 'embed'
+
+        # x0_lambdas separated out for different optimizer treatment (no beta smoothing)
+        self.x0_lambdas = nn.Parameter(torch.zeros(num_layers))
+        self.x0_lambdas.label = 'x0_lambdas'
+        self.x0_lambdas.lr_mul = 5.0
+        self.x0_lambdas.wd_mul = 0.0
+
+        pad = (-num_layers * 3 - 3) % ROWS
+        self.scalars = nn.Parameter(
+            torch.cat(
+                [
+                    1.1 * torch.ones(num_layers),  # resid lambdas. 1.1 init such that layer i weight is i^(num_layers-i).
+                    *[torch.tensor([0.5, 1.0]) for _ in range(num_layers)],  # SA lambdas
+                    torch.zeros(1), # smear_lambda
+                    0.5*torch.ones(1), # backout_lambda
+                    -1.5 * torch.ones(1),  # skip_lambda -> σ(-1.5) ≈ 0.18
+                    torch.ones(pad),
+                ]
+            )
+        )
+
+        self.scalars.label = 'scalars'
+        # set learning rates
+        for param in self.value_embeds.parameters():
+            param.lr_mul = 75.
+            param.wd_mul = 5.
+        for param in self.embed.parameters():
+            param.wd_mul = 150.
+        for param in self.lm_head.parameters():
+            param.wd_mul = 150.
+        self.scalars.lr_mul = 5.0
+        self.scalars.wd_mul = 0.0
+
+        self.split_embed = False
+
+    def to_devices(self, dtype: torch.dtype = torch.bfloat16):
+        """Moves the parameters to the mesh, replicated: matrices, embeddings and gates in dtype, scalars in float32."""
+        for module in self.modules():
+            for name, p in module._parameters.items():
+                if p is None:
+                    continue
+                x = p.data if p is self.scalars or p is self.x0_lambdas else p.data.to(dtype)
+                module._parameters[name] = nn.Parameter(to_device(x))
+                module._parameters[name].__dict__.update(p.__dict__)  # label, lr_mul, wd_mul
+            for name, b in module._buffers.items():
+                module._buffers[name] = to_device(b)
+        return self
+
+    def state_dict(self, *args, **kwargs):
+        """On the CPU, under upstream's names, in upstream's layout: a checkpoint of either loads in the other."""
+        state = {name: p.detach().cpu() for name, p in super().state_dict(*args, **kwargs).items()}
+        for i, block in enumerate(self.blocks):
+            if block.attn is not None:
+                state[f"blocks.{i}.attn.qkvo_w"] = block.attn.to_upstream(state[f"blocks.{i}.attn.qkvo_w"])
+        return state
+
+    def load_state_dict(self, state_dict):
+        """Takes upstream's state_dict, with or without torch.compile's prefix. Nothing is changed if it does not fit."""
+        state = {name.removeprefix("_orig_mod."): value for name, value in state_dict.items()}
+        params = dict(self.named_parameters())
+        for name in params.keys() ^ state.keys():
+            raise ValueError(f"state_dict: {name} is {'missing' if name in params else 'not a parameter of this model'}")
+        for name, p in params.items():
+            if p.shape != state[name].shape:
+                raise ValueError(f"state_dict: {name} has shape {tuple(state[name].shape)}, this model wants {tuple(p.shape)}")
+        for name, p in params.items():
+            value = state[name].detach().cpu().to(p.dtype)
+            if name.endswith("qkvo_w"):
+                value = self.blocks[int(name.split(".")[1])].attn.from_upstream(value)
+            p.data = to_device(value.contiguous())
+
+    def forward(self, input_seq: Tensor, target_seq: Tensor, documents: Tensor, schedule_cfg: ForwardScheduleConfig):
+        """
+        input_seq, target_seq, documents: [B, T] int32; documents holds where in its row each token's document starts (D10:
+        upstream passes cu_seqlens). Returns a loss for each row, [B]: summed over tokens in training, their mean otherwise.
+        """
+        assert input_seq.ndim == 2
+        T, dtype = input_seq.size(1), self.lm_head.weight.dtype
+
+        # unpack schedule_cfg
+        mtp_weights, ws_short, ws_long = schedule_cfg.mtp_weights, schedule_cfg.ws_short, schedule_cfg.ws_long
+
+        # set configs
+        skip_connections = []
+        skip_in = [3] # long attention window on layer 3
+        skip_out = [6] # no attn op on layer 6
+        x_backout = None
+        backout_layer = 7
+
+        # set lambdas
+        scalars = self.scalars.unbind()
+        resid_lambdas = scalars[: 1 * self.num_layers]
+        x0_lambdas = self.x0_lambdas.unbind()
+        sa_lambdas = list(zip(scalars[1 * self.num_layers: 3 * self.num_layers: 2], scalars[1 * self.num_layers + 1: 3 * self.num_layers: 2], strict=True))
+        smear_lambda = scalars[3 * self.num_layers]
+        backout_lambda = scalars[3 * self.num_layers+1]
+        skip_lambda = scalars[3 * self.num_layers+2]
+
+        # set block masks and key shift
+        short_bm = ws_short * self.block_size
+        long_bm = ws_long * self.block_size
+        bm_sizes = [short_bm, short_bm, short_bm, long_bm, short_bm, short_bm, None, short_bm, short_bm, short_bm, long_bm]
+        assert len(bm_sizes) == self.num_layers
+        key_offset = [b==long_bm for b in bm_sizes] # apply partial key offset to long windows
+        factors = [yarn.factors(T, cfg[:-1], dtype) + (cfg[-1],) for yarn, cfg in
+                   ((self.yarn, schedule_cfg.yarn), (self.yarn_paired_head, schedule_cfg.yarn_paired_head))]
+
+        # weight-tied: use lm_head.weight for embedding lookup (or separate embed after split)
+        x = F.embedding(input_seq, self.embed.weight if self.split_embed else self.lm_head.weight)
+        ve = [value_embed(input_seq) for value_embed in self.value_embeds]
+        # 012 ... 012 structure on token value embeddings by @YouJiacheng, improved on @leloykun's U-net structure
+        # dropping first layer updates this to .12 ... 012
+        ve = [ve[1], ve[2]] + [None] * (self.num_layers - 5) + [ve[0], ve[1], ve[2]]
+        assert len(ve) == self.num_layers
+
+        # smear token embed forward 1 position @classiclarryd
+        smear_gate_out = smear_lambda * torch.sigmoid(self.smear_gate(x[:, 1:, :self.smear_gate.weight.size(-1)]))
+        x = torch.cat([x[:, :1], x[:, 1:] + smear_gate_out * x[:, :-1]], dim=1)
+        x = x0 = norm(x)
+
+        # unbind gate banks to avoid select_backwards kernel
+        ag = self.attn_gate_bank.unbind(0)
+        veg = self.ve_gate_bank.unbind(0)
+        attn_gates = [*ag[:6], None, *ag[6:]]
+        ve_gates = [veg[0], veg[1]] + [None] * (self.num_layers - 5) + [veg[2], veg[3], veg[4]]
+        assert len(attn_gates) == self.num_layers
+        assert len(ve_gates) == self.num_layers
+
+        for i in range(self.num_layers):
+            *yarn, attn_scale = factors[i in self.paired_head_layers]
+            attn_args = AttnArgs(
+                ve=ve[i],
+                sa_lambdas=sa_lambdas[i],
+                documents=documents,
+                bm_size=bm_sizes[i],
+                factors=yarn,
+                attn_scale=attn_scale,
+                key_offset=key_offset[i],
+                attn_gate_w=attn_gates[i],
+                ve_gate_w=ve_gates[i]
+            )
+            if i in skip_out:
+                skip_gate_out = torch.sigmoid(skip_lambda) * 2 * torch.sigmoid(self.skip_gate(x0[..., :self.skip_gate.weight.size(-1)]))
+                x = x + skip_gate_out * skip_connections.pop()
+            if i == 0:
+                x = (resid_lambdas[0] + x0_lambdas[0]) * x
+            else:
+                x = resid_lambdas[i] * x + x0_lambdas[i] * x0
+            x = self.blocks[i](x, attn_args)
+            if i in skip_in:
+                skip_connections.append(x)
+            if i == backout_layer:
+                x_backout = x
+
+        # back out contributions from first 7 layers that are only required for downstream context and not direct prediction
+        x = x - backout_lambda * x_backout
+        x = norm(x)
+        # @Grad62304977 added tanh softcapping following Gemma 2 paper, @KoszarskyB reduced it from 30 to 15
+        # @YouJiacheng shifted it by +15 (2*sigmoid(2*x)=tanh(x)+1). @classiclarryd updated to 23*sigmoid((logits+5)/7.5)
+        if self.training:
+            losses = FusedSoftcappedCrossEntropy.apply(x, self.lm_head.weight, target_seq, mtp_weights)
+            return losses.sum(1)
+        return softcapped_cross_entropy(x, self.lm_head.weight, target_seq).mean(1)
+
+# -----------------------------------------------------------------------------
+# Distributed data loader
+
+def _load_data_shard(file: Path, vocab_size: int) -> np.ndarray:
+    """Tokens of one llm.c shard, uint16, memory-mapped. ValueError names the file and what is wrong with it."""
+    again = f"delete it and fetch it again (bash run_tpu.sh data) or write it again (data/fineweb.py): {file}"
+    header = np.fromfile(file, dtype=np.int32, count=256) # header is 256 int32
+    if len(header) < 256:
+        raise ValueError(f"shorter than its header of 1024 bytes: {again}")
+    if header[0] != 20240520:
+        raise ValueError(f"magic number {header[0]} instead of 20240520, so not a token shard: {again}")
+    if header[1] != 1:
+        raise ValueError(f"version {header[1]} instead of 1: {again}")
+    num_tokens = int(header[2]) # number of tokens (claimed)
+    if file.stat().st_size != 1024 + 2 * num_tokens:
+        raise ValueError(f"header promises {num_tokens} tokens, the file has {(file.stat().st_size - 1024) / 2:g}: {again}")
+    tokens = np.memmap(file, dtype=np.uint16, mode="r", offset=1024, shape=(num_tokens,)) if num_tokens else np.empty(0, np.uint16)
+    if num_tokens and tokens.max() >= vocab_size:
+        raise ValueError(f"token {tokens.max()} is beyond the vocabulary of {vocab_size}: {again}")
+    return tokens.view(np.ndarray)
+
+BOS_ID = 50256
+
+class BOSFinder:
+    # Helper for getting sequences that start at the beginning of documents by @varunneal based on work by @classiclarryd
+    # D11: no quickload. A whole shard is scanned in 50 ms here, so its first 4 million tokens need no scan of their own.
+    def __init__(self, tokens: np.ndarray, world_size: int = ROWS, bos_id: int = BOS_ID):
+        self.tokens = tokens
+        self.size = len(tokens)
+        self.bos_idx = np.flatnonzero(tokens == bos_id)
+        self.i = 0
+        self.world_size = world_size
+
+    def next_batch(self, num_tokens_local: int, max_seq_len: int):
+        """Document starts and ends for each row, cut to max_seq_len and to num_tokens_local + 1 in all. StopIteration at the tail."""
+        n = len(self.bos_idx)
+        starts = [[] for _ in range(self.world_size)]
+        ends = [[] for _ in range(self.world_size)]
+
+        idx = self.i
+        for r in range(self.world_size):
+            cur_len = 0
+            while cur_len <= num_tokens_local:
+                if idx >= n:
+                    raise StopIteration("Insufficient BOS ahead; hit tail of shard.")
+                cur = int(self.bos_idx[idx])
+                starts[r].append(cur)
+                end = min(int(self.bos_idx[idx + 1]) if idx + 1 < n else self.size,
+                          cur + max_seq_len,
+                          cur + num_tokens_local - cur_len + 1)
+                ends[r].append(end)
+                cur_len += end - cur
+                idx += 1
+
+            assert cur_len == num_tokens_local + 1
+        self.i = idx
+        return starts, ends
+
+class DataPreloader:
+    # Helper for asynchronously loading next shard and indexing bos tokens
+    def __init__(self, file_iter, load):
+        self.file_iter = file_iter
+        self.load = load
+
+    def _load(self):
+        try:
+            self.data = self.load(next(self.file_iter, None))
+        except Exception as e:  # raised where the shard is asked for, not in this thread
+            self.data = e
+
+    def start(self):
+        self.thread = threading.Thread(target=self._load, daemon=True)
+        self.thread.start()
+
+    def get(self):
+        self.thread.join()
+        if isinstance(self.data, Exception):
+            raise self.data
+        return self.data
+
+def distributed_data_generator(filename_pattern: str, num_tokens: int, max_seq_len: int, align_to_bos: bool = True,
+                               bos_id: int = BOS_ID, vocab_size: int = 50257):
+    """
+    Yields (inputs, targets, cum_seqlens): int32 arrays [8, T], [8, T] and [8, at least upstream's max_num_docs], T = num_tokens / 8.
+    align_to_bos: each row begins with a document, documents are cut to max_seq_len. send((num_tokens, max_seq_len)) changes
+    both for the next batch. D12: all 8 rows at once, where each upstream rank reads its own.
+    """
+    files = [Path(file) for file in sorted(glob.glob(filename_pattern))]
+    if not files:
+        raise FileNotFoundError(f"no shard matches {filename_pattern}: fetch FineWeb with 'bash run_tpu.sh data', "
+                                "or set DATA_PATH to the folder that holds data/")
+    world_size = ROWS
+
+    def load(file):
+        if file is None:
+            return None
+        tokens = _load_data_shard(file, vocab_size)
+        if not align_to_bos:
+            return tokens, None
+        finder = BOSFinder(tokens, world_size, bos_id)
+        if not len(finder.bos_idx):
+            raise ValueError(f"no document start (token {bos_id}) in {file}: write it again with data/fineweb.py")
+        return tokens, finder
+
+    preloader = DataPreloader(iter(files), load)  # Use itertools.cycle(files) for multi-epoch training
+    preloader.start()
+
+    def next_shard():
+        data = preloader.get()
+        if data is None:  # upstream waits here for ever
+            raise EOFError(f"the {len(files)} shards of {filename_pattern} are used up: fetch more (bash run_tpu.sh data N)")
+        preloader.start()
+        return data
+
+    tokens, finder = next_shard()
+    pos = 0  # for unaligned case
+
+    while True:
+        if num_tokens % (world_size * 16):
+            raise ValueError(f"batch size {num_tokens} is not divisible by 8 rows x 16 tokens: take {num_tokens // 128 * 128 or 128}")
+        num_tokens_local = num_tokens // world_size
+        max_num_docs = next_multiple_of_n(num_tokens_local // 300, n=128)  # median doc length is ~400
+
+        if align_to_bos:
+            try:
+                seq_starts, seq_ends = finder.next_batch(num_tokens_local, max_seq_len)
+            except StopIteration:
+                # the whole step starts again on the next shard
+                tokens, finder = next_shard()
+                continue
+            buf = np.concatenate([tokens[i:j] for starts, ends in zip(seq_starts, seq_ends, strict=True)
+                                  for i, j in zip(starts, ends, strict=True)]).reshape(world_size, -1)
+            lengths = [np.subtract(ends, starts) for starts, ends in zip(seq_starts, seq_ends, strict=True)]
+            for row in lengths:
+                row[-1] -= 1  # the last document gave one token more, the last target
+            cum_lengths = [row.cumsum() for row in lengths]
+        else:
+            if pos + num_tokens + 1 >= len(tokens):  # should not occur for val data
+                tokens, pos = next_shard()[0], 0
+                if num_tokens + 1 >= len(tokens):
+                    raise ValueError(f"a shard of {filename_pattern} has {len(tokens)} tokens, one batch needs {num_tokens + 2}: "
+                                     "choose a smaller val_batch_size")
+            buf = np.stack([tokens[pos + r * num_tokens_local: pos + (r + 1) * num_tokens_local + 1] for r in range(world_size)])
+            cum_lengths = [np.flatnonzero(row[:-1] == bos_id) for row in buf]
+            pos += num_tokens
+
+        max_num_docs = max(max_num_docs, 2 + max(map(len, cum_lengths)))  # many short documents: longer, where upstream fails
+        _cum_lengths = np.full((world_size, max_num_docs), num_tokens_local, dtype=np.int32)
+        _cum_lengths[:, 0] = 0
+        for row, lengths in zip(_cum_lengths, cum_lengths, strict=True):
+            row[1:len(lengths) + 1] = lengths
+
+        new_params = yield buf[:, :-1].astype(np.int32), buf[:, 1:].astype(np.int32), _cum_lengths
+
+        if new_params is not None:
+            # makes it possible for generator to receive new (num_tokens, max_seq_len) via .send()
+            num_tokens, max_seq_len = new_params
+
+def get_documents(cum_seqlens: np.ndarray) -> np.ndarray:
+    """cum_seqlens [8, n] -> [8, T] int32, where in its row each token's document starts."""
+    return np.stack([np.repeat(row[:-1], np.diff(row)) for row in cum_seqlens])
+
+def prefetch(batches, depth: int = 2):
+    """
+    Runs a generator of (inputs, targets, cum_seqlens) in a thread, depth batches ahead, and yields each as one tensor
+    [8, 3, T] int32 on the devices: inputs, targets, documents. Its errors are raised here.
+    """
+    ready, stop = queue.Queue(depth), threading.Event()
+
+    def work():
+        try:
+            for inputs, targets, cum_seqlens in batches:
+                batch = to_device(torch.from_numpy(np.stack([inputs, targets, get_documents(cum_seqlens)], axis=1)), "data")
+                while not stop.is_set():
+                    try:
+                        ready.put(batch, timeout=0.1)
+                        break
+                    except queue.Full:
+                        pass
+                if stop.is_set():
+                    return
+            ready.put(None)
+        except Exception as e:
+            ready.put(e)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (batch := ready.get()) is not None:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+    finally:
+        stop.set()
+        thread.join()
+
+# -----------------------------------------------------------------------------
+# Training Management. Upstream's functions read a global args; these take it, so that a test or a tool can pass its own.
+
+def get_bs(step: int, args: "Hyperparameters"):
+    if step >= args.num_scheduled_iterations:
+        return args.train_bs_extension
+    x = step / args.num_scheduled_iterations
+    return args.train_bs_schedule[int(len(args.train_bs_schedule) * x)]
+
+def get_ws(step: int, args: "Hyperparameters"):
+    """(short, long) windows in blocks; the short one is half of the long one."""
+    if step >= args.num_scheduled_iterations:
+        return args.ws_final // 2, args.ws_final
+    x = step / args.num_scheduled_iterations
+    ws_long = args.ws_schedule[int(len(args.ws_schedule) * x)]
+    return ws_long // 2, ws_long
+
+def get_lr(step: int, args: "Hyperparameters"):
+    """Learning rate factor: tied to the batch size schedule, with a linear cooldown to 0.1."""
+    if step > args.num_scheduled_iterations:
+        return 0.1
+    lr_max = 1.0
+    x = step / args.num_scheduled_iterations
+    if x > 1/3:
+        lr_max = 1.52  # (16/8)**0.6
+    if x > 2/3:
+        lr_max = 1.73  # (24/8)**0.5
+    if x >= 1 - args.cooldown_frac:
+        w = (1 - x) / args.cooldown_frac
+        return lr_max * w + (1 - w) * 0.1
+    return lr_max
+
+def get_muon_momentum(step: int, args: "Hyperparameters", muon_warmup_steps=300, muon_cooldown_steps=50, momentum_min=0.85, momentum_max=0.95):
+    momentum_cd_start = args.num_iterations - muon_cooldown_steps
+    if step < muon_warmup_steps:
+        return momentum_min + step / muon_warmup_steps * (momentum_max - momentum_min)
+    if step > momentum_cd_start:
+        return momentum_max - (step - momentum_cd_start) / muon_cooldown_steps * (momentum_max - momentum_min)
+    return momentum_max
+
+def get_mtp_weights(step: int, args: "Hyperparameters") -> list[float]:
+    """Weights of the next tokens as targets: [1, 0.5, 0.25->0] -> [1, 0.5->0] -> [1], @varunneal."""
+    x = step / args.num_scheduled_iterations
+    if x < 1/3:
+        return [1.0, 0.5, 0.25 * (1 - 3*x)]
+    if x < 2/3:
+        return [1.0, 0.5 * (1 - (3*x - 1))]
+    return [1.0]
+
+def get_split_step(args: "Hyperparameters") -> int:
+    return math.ceil(args.split_embed_frac * args.num_scheduled_iterations) | 1  # after an odd step, which Adam takes
+
+@dataclass(frozen=True)
+class Graph:
+    """All that tells one compiled step from another. Steps that agree in it run the same program."""
+    train: bool
+    tokens: int  # a row
+    ws_short: int
+    ws_long: int
+    n_mtp: int
+    adam: bool  # Adam steps too (odd steps)
+    split_embed: bool
+    copy_embed: bool  # after this step, embed starts from lm_head
+
+    @property
+    def name(self) -> str:
+        embed = "copy" if self.copy_embed else "split" if self.split_embed else "tied"
+        step = ("odd" if self.adam else "even") + f"_mtp{self.n_mtp}" if self.train else "val"
+        return f"{step}_{self.tokens}_ws{self.ws_short}_{self.ws_long}_{embed}"
+
+def get_graph(step: int, args: "Hyperparameters", train: bool = True) -> Graph:
+    """The graph of training step `step`, or of the validation before it."""
+    ws_short, ws_long = get_ws(step, args)
+    if not train and step == args.num_iterations:
+        ws_long = args.ws_validate_post_yarn_ext  # longer still for the last validation, with no further YaRN
+    return Graph(train, (get_bs(step, args) if train else args.val_batch_size) // ROWS, ws_short, ws_long,
+                 len(get_mtp_weights(step, args)) if train else 0, train and step % 2 == 1, step > get_split_step(args),
+                 train and step == get_split_step(args))
+
+def is_val_step(step: int, args: "Hyperparameters") -> bool:
+    return step == args.num_iterations or (args.val_loss_every > 0 and step % args.val_loss_every == 0)
+
+def distinct_graphs(args: "Hyperparameters") -> dict[Graph, list[int]]:
+    """Every graph of a run with the steps that use it, in order of first use. Warm-up, compilation ahead of time and tests go by it."""
+    graphs = {}
+    for step in range(args.num_iterations + 1):
+        if is_val_step(step, args):
+            graphs.setdefault(get_graph(step, args, train=False), []).append(step)
+        if step < args.num_iterations:
+            graphs.setdefault(get_graph(step, args), []).append(step)
+    return graphs
+
+class TrainingManager():
+    """
+    Owns the optimizers and all that changes from step to step.
+        1. NorMuon for matrices, with a linear warm-up and cooldown of its momentum; Adam for the rest, with betas by label
+        2. Adam steps on odd steps only, on the sum of two gradients @classiclarryd
+        3. Learning rate, windows, batch size and multi-token prediction follow the schedules above
+        4. YaRN updates to RoPE when the long window changes
+        5. lm_head and embed are one until 2/3 of training, then split @classiclarryd
+
+    D13: what changes with every step is computed on the host by advance_schedule and get_numbers, goes over as one small
+    vector, and enters the graph as 0-D tensors (bind), so that no step has constants of its own to be compiled in.
+    """
+    def __init__(self, model: GPT, args: "Hyperparameters"):
+        self.model = model
+        self.args = args
+        adam_betas = {
+            'lm_head': [0.5, 0.95],
+            'smear_gate': [0.9, 0.99],
+            'attn_gate_bank': [0.9, 0.99],
+            've_gate_bank': [0.9, 0.99],
+            'skip_gate': [0.9, 0.99],
+            'x0_lambdas': [0.65, 0.95],
+            'scalars': [0.9, 0.99],
+            'embed': [0.5, 0.95],
+            'value_embed': [0.75, 0.95]
+        }
+        adam_labels = list(adam_betas.keys())
+        adam_beta_values = list(adam_betas.values())
+        muon_labels = ['attn', 'mlp']
+        adam_params = [p for p in model.parameters() if getattr(p, 'label', None) in adam_labels]
+        muon_params = [p for p in model.parameters() if getattr(p, 'label', None) in muon_labels]
+        assert set(getattr(p, 'label', None) for p in model.parameters()) == set(adam_labels + muon_labels), "All params must have label"
+
+        self.adam_opt = DistAdam(adam_params, adam_labels, adam_beta_values, lr=0.008, eps=1e-10, weight_decay=0.005)
+        self.muon_opt = NorMuon(muon_params, lr=0.023, momentum=0.95, beta2=0.95, weight_decay=1.2)
+        self.optimizers = [self.adam_opt, self.muon_opt]
+        self.adam_labels = adam_labels
+        self.initial_lr = {opt: opt.defaults["lr"] for opt in self.optimizers}
+        self.reset()
+
+    def advance_schedule(self, step: int, train: bool = True):
+        """Host only: the graph of this step (or of the validation before it), and YaRN where the window changes."""
+        _, new_ws_long = get_ws(step, self.args)
+        if new_ws_long != self.ws_long:
+            self.model.yarn.apply(self.ws_long, new_ws_long)
+            self.model.yarn_paired_head.apply(self.ws_long, new_ws_long)
+        self.ws_long = new_ws_long
+        self.step = step
+        self.graph = get_graph(step, self.args, train)
+        self.model.split_embed = self.graph.split_embed
+        self.model.train(train)
+
+    def get_numbers(self) -> Tensor:
+        """Host only: all numbers of this step, [n] float32. On an odd training step it counts one step of Adam."""
+        lr = get_lr(self.step, self.args)
+        for group in self.adam_opt.param_groups:
+            group["lr"] = self.initial_lr[self.adam_opt] * lr
+        adam = self.adam_opt.advance(self.graph.split_embed) if self.graph.adam else {}
+        return torch.tensor([
+            *(get_mtp_weights(self.step, self.args) + [0.0, 0.0])[:3],
+            *self.model.yarn.numbers(), *self.model.yarn_paired_head.numbers(),
+            self.initial_lr[self.muon_opt] * lr, get_muon_momentum(self.step, self.args),
+            *itertools.chain.from_iterable(adam.get(label, (0.0, 0.0)) for label in self.adam_labels),
+        ], dtype=torch.float32)
+
+    def bind(self, numbers: Tensor):
+        """Hands the numbers, now on the devices, to those who use them, as 0-D tensors."""
+        n = len(self.model.yarn.numbers())
+        mtp_weights, self.yarn, self.yarn_paired_head, muon, adam = numbers.split([3, n, n, 2, 2 * len(self.adam_labels)])
+        self.mtp_weights = mtp_weights[:self.graph.n_mtp]
+        for group in self.muon_opt.param_groups:
+            group["lr"], group["momentum"] = muon.unbind()
+        adam = adam.unbind()
+        for group in self.adam_opt.param_groups:
+            i = self.adam_labels.index(group["params"][0].label)
+            for p in group["params"]:
+                p.step_size, p.eff_wd = adam[2 * i], adam[2 * i + 1]
+
+    def get_forward_args(self):
+        return ForwardScheduleConfig(
+            mtp_weights = self.mtp_weights,
+            ws_short = self.graph.ws_short,
+            ws_long = self.graph.ws_long,
+            yarn = self.yarn,
+            yarn_paired_head = self.yarn_paired_head
+        )
+
+    def step_optimizers(self):
+        if self.graph.adam:
+            self.adam_opt.step()
+        else:
+            self.adam_opt.accumulate()
+        self.muon_opt.step()
+        self.model.zero_grad(set_to_none=True)
+        if self.graph.copy_embed:
+            self.adam_opt.copy_lm_to_embed()
+
+    def training_step(self, batch: Tensor, numbers: Tensor) -> Tensor:
+        """One whole step on batch [8, 3, T]. Returns the loss of each row, [8]."""
+        self.bind(numbers)
+        losses = self.model(*batch.unbind(1), self.get_forward_args())
+        (losses.sum() / ROWS).backward()  # the mean over ranks that upstream's reduce_scatter takes
+        self.step_optimizers()
+        return shard(losses.detach())
+
+    @torch.no_grad()
+    def validation_step(self, batch: Tensor, numbers: Tensor) -> Tensor:
+        """The mean loss of each row of batch [8, 3, T], [8]."""
+        self.bind(numbers)
+        return shard(self.model(*batch.unbind(1), self.get_forward_args()))
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors on the devices that a step reads or updates: weights and the optimizers' state."""
+        return [*self.model.parameters(), *self.model.buffers(),
+                *(x for group in self.muon_opt.param_groups for x in group.values() if isinstance(x, Tensor) and x.ndim),
+                *(x for state in self.adam_opt.state.values() for x in state.values() if isinstance(x, Tensor))]
+
+    def reset(self):
+        """Back to step 0, with the model's weights as they are."""
+        for opt in self.optimizers:
+            opt.reset()
+        self.model.split_embed = False
+        _, self.ws_long = get_ws(0, self.args)
+        self.model.yarn.reset()
+        self.model.yarn_paired_head.reset()
+
+# -----------------------------------------------------------------------------
+# int main
+
+@dataclass
+class Hyperparameters:
+    # data
+    train_files: str = "data/fineweb10B/fineweb_train_*.bin" # input .bin to train on
+    val_files: str = "data/fineweb10B/fineweb_val_*.bin" # input .bin to eval validation loss on
+    val_tokens: int = 10485760 # how many tokens of validation data? it's important to keep this fixed for consistent comparisons
+    # batch sizes
+    train_bs_schedule: tuple = (8 * 2048 * 8, 16 * 2048 * 8, 24 * 2048 * 8)
+    train_bs_extension: int = 24 * 2048 * 8
+    train_max_seq_len: int = 128 * 16
+    val_batch_size: int = 4 * 64 * 1024 * 8
+    # optimization
+    num_scheduled_iterations: int = 1735  # number of steps to complete lr and ws schedule
+    num_extension_iterations: int = 40  # number of steps to continue training at final lr and ws
+    cooldown_frac: float = 0.50  # fraction of num_scheduled_iterations spent cooling down the learning rate
+    split_embed_frac: float = 2/3  # fraction of training when embeddings split from lm_head
+    # evaluation and logging
+    run_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    val_loss_every: int = 250  # every how many steps to evaluate val loss? 0 for only at the end
+    save_checkpoint: bool = False
+    # attention masking
+    block_size: int = 128
+    ws_schedule: tuple = (3, 7, 11)
+    ws_final: int = 13 # increase final validation ws, used for YaRN extension and short window size @classiclarryd
+    ws_validate_post_yarn_ext: int = 20 # extend long windows out even further after applying YaRN
+    # the model: upstream writes these into its call of GPT
+    vocab_size: int = 50257
+    num_layers: int = 11
+    num_heads: int = 6
+    head_dim: int = 128
+    model_dim: int = 768
+    dtype: str = "bfloat16"
+    seed: int = 0
+
+    @property
+    def num_iterations(self) -> int:
+        return self.num_scheduled_iterations + self.num_extension_iterations
+
+def setup_devices():
+    """SPMD over all devices: mesh "data", and Python numbers as constants of the graph instead of inputs. Once a process."""
+    xr.use_spmd()
+    n = xr.global_runtime_device_count()
+    if ROWS % n:
+        raise ValueError(f"{n} devices cannot share {ROWS} rows evenly: use 1, 2, 4 or 8 (TPU_VISIBLE_CHIPS or CPU_NUM_DEVICES)")
+    xs.set_global_mesh(xs.Mesh(np.arange(n), (n,), ("data",)))
+    torch_xla._XLAC._set_xla_all_numbers_special_scalars(True)
