@@ -13,8 +13,8 @@ Shapes: B rows, T tokens, H heads, D head dim, V vocabulary.
 import os
 import sys
 import argparse
-import copy
 import difflib
+import gc
 import glob
 import itertools
 import math
@@ -36,9 +36,11 @@ import torch_xla.debug.metrics as met
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from muon_xla import ROWS, DistAdam, NorMuon, shard, to_device
+from muon_xla import ROWS, DistAdam, NorMuon, shard, to_device, to_host  # noqa: F401 to_host is for tools
 from pallas_kernels import window_attention
+from replay import Replay
 
 warnings.filterwarnings("ignore", message="Use torch_xla.sync", category=DeprecationWarning)
 
@@ -992,6 +994,7 @@ class Hyperparameters:
     split_embed_frac: float = 2/3  # fraction of training when embeddings split from lm_head
     # evaluation and logging
     run_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    train_loss_every: int = 25 # every how many steps to read the training loss, of the step before? Upstream never does
     val_loss_every: int = 250  # every how many steps to evaluate val loss? 0 for only at the end
     save_checkpoint: bool = False
     # attention masking
@@ -1020,3 +1023,263 @@ def setup_devices():
         raise ValueError(f"{n} devices cannot share {ROWS} rows evenly: use 1, 2, 4 or 8 (TPU_VISIBLE_CHIPS or CPU_NUM_DEVICES)")
     xs.set_global_mesh(xs.Mesh(np.arange(n), (n,), ("data",)))
     torch_xla._XLAC._set_xla_all_numbers_special_scalars(True)
+
+# The rehearsal: all that the record does, small enough for 8 virtual devices on a CPU.
+presets = {
+    "record": Hyperparameters,
+    "rehearsal": lambda **kwargs: Hyperparameters(**{**dict(
+        train_files="data/demo/demo_train_*.bin", val_files="data/demo/demo_val_*.bin", val_tokens=8 * 2048,
+        train_bs_schedule=(8 * 128, 8 * 256, 8 * 384), train_bs_extension=8 * 384, train_max_seq_len=128, val_batch_size=8 * 1024,
+        num_scheduled_iterations=87, num_extension_iterations=9, val_loss_every=24, block_size=16,
+        num_heads=4, head_dim=16, model_dim=64), **kwargs}),
+}
+
+# Validation losses of the CUDA record's own log, by step
+RECORD_VAL_LOSS = {0: 10.8309, 250: 4.6062, 500: 4.2740, 750: 4.0061, 1000: 3.7358, 1250: 3.5104, 1500: 3.3792, 1750: 3.2870, 1775: 3.2807}
+
+# Flags of libtpu, for the run and for compilation ahead of time (tools/aot_v6e.py). One a line, each with its reason.
+LIBTPU_INIT_ARGS = " ".join([
+    "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",  # or each sharded weight gradient becomes a loop of small matmuls
+])
+
+def parse_args(argv: list[str]) -> tuple[Hyperparameters, argparse.Namespace]:
+    """--preset NAME, --no_replay and --FIELD VALUE for any field of Hyperparameters. A field that does not exist is refused."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], add_help=True, allow_abbrev=False)
+    parser.add_argument("--preset", choices=presets, default="record")
+    parser.add_argument("--no_replay", action="store_true", help="trace every step instead of replaying it: slower, for debugging")
+    defaults = Hyperparameters(run_id="")
+    for f in fields(Hyperparameters):
+        default = getattr(defaults, f.name)
+        def kind(s, default=default):
+            if isinstance(default, tuple):
+                return tuple(int(x) for x in s.strip("()").split(",") if x.strip())
+            return {"true": True, "false": False}[s.lower()] if isinstance(default, bool) else type(default)(s)
+        kind.__name__ = "comma-separated integers" if isinstance(default, tuple) else type(default).__name__
+        parser.add_argument(f"--{f.name}", type=kind, default=argparse.SUPPRESS, metavar="VALUE", help=f"record: {default}")
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+        parser.error(f"{unknown[0]} is not an option" + (f": did you mean {near[0]}?" if near else ", see --help"))
+    values = {f.name: getattr(known, f.name) for f in fields(Hyperparameters) if hasattr(known, f.name)}
+    args = presets[known.preset](**values)
+    data_path = os.environ.get("DATA_PATH", ".")
+    args.train_files = os.path.join(data_path, args.train_files)
+    args.val_files = os.path.join(data_path, args.val_files)
+    return args, known
+
+def check_args(args: Hyperparameters):
+    """ValueError for what cannot run, before anything is compiled."""
+    for name in ("train_bs_extension", "val_batch_size"):
+        if getattr(args, name) % (ROWS * 16) or getattr(args, name) <= 0:
+            raise ValueError(f"{name} is {getattr(args, name)}, not a multiple of 8 rows x 16 tokens = 128")
+    for bs in args.train_bs_schedule:
+        if bs % (ROWS * 16) or bs <= 0:
+            raise ValueError(f"train_bs_schedule holds {bs}, not a multiple of 8 rows x 16 tokens = 128")
+    if args.val_tokens % args.val_batch_size:
+        raise ValueError(f"val_tokens is {args.val_tokens}, not a multiple of val_batch_size {args.val_batch_size}")
+    if args.num_layers != 11:
+        raise ValueError(f"num_layers is {args.num_layers}: the record's wiring (windows, skips, value embeddings) is for 11 layers")
+    if args.num_heads * args.head_dim != args.model_dim or args.num_heads % 2 or args.head_dim % 4:
+        raise ValueError(f"num_heads {args.num_heads} x head_dim {args.head_dim} must be model_dim {args.model_dim}, "
+                         "with an even number of heads and head_dim a multiple of 4")
+    if args.dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"dtype is {args.dtype}: bfloat16 or float32")
+
+def graphs_compiled() -> int:
+    data = met.metric_data("CompileTime")
+    return data[0] if data else 0
+
+def operations_on_host() -> list[str]:
+    """Operations that torch_xla does not know and ran on the CPU."""
+    return [f"{name} x {met.counter_value(name)}" for name in met.counter_names()
+            if name.startswith("aten::") and name != "aten::_local_scalar_dense"]  # which is how a 0-D tensor is read, x.item()
+
+def unigram_entropy(args: Hyperparameters) -> float:
+    """In nats, of the validation tokens: what a model reaches that knows the frequency of each token and nothing else."""
+    files = sorted(glob.glob(args.val_files))
+    tokens = _load_data_shard(Path(files[0]), args.vocab_size)[:args.val_tokens]
+    p = np.bincount(tokens) / len(tokens)
+    return float(-(p[p > 0] * np.log(p[p > 0])).sum())
+
+def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
+    """The whole run: set up, warm up, train, validate. Returns the last validation loss."""
+    check_args(args)
+    torch.manual_seed(args.seed)
+    if xr.device_type() == "TPU":
+        os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {LIBTPU_INIT_ARGS}".strip()
+        xr.initialize_cache(os.path.expanduser("~/.cache/modded-nanogpt-xla"))
+    setup_devices()
+
+    # begin logging
+    run_id = args.run_id
+    os.makedirs("logs", exist_ok=True)
+    logfile = f"logs/{run_id}.txt"
+    bar = tqdm(total=args.num_iterations, unit="step", disable=not sys.stdout.isatty(), dynamic_ncols=True)
+    def print0(s, console=False):
+        with open(logfile, "a") as f:
+            print(s, file=f)
+        if console:
+            bar.write(s) if not bar.disable else print(s, flush=True)
+    print0(logfile, console=True)
+
+    # begin by printing the code
+    print0(code)
+    print0("="*100)
+    # log information about the hardware/software environment this is running on
+    print0(f"Running Python {sys.version}")
+    print0(f"Running PyTorch {torch.__version__} with torch_xla {torch_xla.__version__}")
+    print0(f"Running on {xr.global_runtime_device_count()} {xr.device_type()} devices: {xr.global_runtime_device_attributes()}")
+    print0(f"{args}")
+    print0("="*100)
+    print0(f"unigram entropy: {unigram_entropy(args):.4f} nats", console=True)
+
+    model = GPT(
+        vocab_size=args.vocab_size,
+        num_layers=args.num_layers,
+        num_heads=args.num_heads,
+        head_dim=args.head_dim,
+        model_dim=args.model_dim,
+        block_size=args.block_size,
+    ).to_devices(getattr(torch, args.dtype))
+    training_manager = TrainingManager(model, args)
+    # torch.compile's counterpart: each distinct graph is traced once and replayed from then on
+    training_step = Replay(training_manager.training_step, training_manager.tensors, enabled=replay)
+    validation_step = Replay(training_manager.validation_step, training_manager.tensors, enabled=replay)
+
+    def train_batches(steps):
+        loader = None
+        for step in steps:
+            send_args = (get_bs(step, args), args.train_max_seq_len)
+            if loader is None:
+                loader = distributed_data_generator(args.train_files, *send_args, vocab_size=args.vocab_size)
+                yield next(loader)
+            else:
+                yield loader.send(send_args)
+    def val_batches(val_steps):
+        loader = distributed_data_generator(args.val_files, args.val_batch_size, -1, align_to_bos=False, vocab_size=args.vocab_size)
+        yield from itertools.islice(loader, val_steps)
+    def numbers():
+        return to_device(training_manager.get_numbers())
+    def check_finite(step, loss):
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss before step {step} is {loss}: see {logfile}; a smaller learning rate or float32 "
+                                     "(--dtype float32) tells whether the data or the numbers are at fault")
+        return loss
+    def read_loss(step, losses):
+        # per token, with the weights of multi-token prediction
+        return check_finite(step + 1, losses.cpu().mean().item() / (get_bs(step, args) // ROWS)) if losses is not None else 0.0
+
+    ########################################
+    #            Warmup kernels            #
+    ########################################
+    graphs = distinct_graphs(args)
+    is_record = with_values(args, run_id="", seed=0, val_loss_every=250, train_files="", val_files="") == \
+        Hyperparameters(run_id="", train_files="", val_files="")
+    print0(f"Compiling {len(graphs)} graphs and warming up", console=True)
+    # Run each distinct step once on real data, then put the state back so that nothing is learned off the clock
+    initial_state = model.state_dict()
+    train_loader = prefetch(train_batches([steps[0] for graph, steps in graphs.items() if graph.train]))
+    val_loader = prefetch(val_batches(1))
+    val_batch = next(val_loader)
+    for graph, steps in graphs.items():
+        t0 = time.perf_counter()
+        training_manager.advance_schedule(steps[0], train=graph.train)
+        if graph.train:
+            training_step(graph, next(train_loader), numbers())
+        else:
+            validation_step(graph, val_batch, numbers())
+        xm.mark_step()
+        xm.wait_device_ops()
+        print0(f"warmup {graph.name}: {len(steps)} steps, {time.perf_counter() - t0:.1f}s", console=True)
+    print0("Resetting Model", console=True)
+    model.load_state_dict(initial_state)
+    training_manager.reset()
+    train_loader.close()
+    val_loader.close()
+    del initial_state, val_batch
+    compiled = graphs_compiled()
+
+    ########################################
+    #        Training and validation       #
+    ########################################
+    train_loader = prefetch(train_batches(range(args.num_iterations)))
+
+    gc.collect()
+
+    training_time_ms = 0
+    last = None, None
+    # start the clock
+    xm.wait_device_ops()
+    t0 = time.perf_counter()
+    # begin training
+    train_steps = args.num_iterations
+    for step in range(train_steps + 1):
+        last_step = (step == train_steps)
+        # --------------- VALIDATION SECTION -----------------
+        if is_val_step(step, args):
+            # stop the clock
+            xm.wait_device_ops()
+            training_time_ms += 1000 * (time.perf_counter() - t0)
+            read_loss(*last)
+            training_manager.advance_schedule(step, train=False)
+            val_losses = []
+            for batch in prefetch(val_batches(args.val_tokens // args.val_batch_size)):
+                val_losses.append(validation_step(training_manager.graph, batch, numbers()))
+                xm.mark_step()
+            val_loss = torch.stack([losses.cpu() for losses in val_losses]).mean().item()
+            check_finite(step, val_loss)
+            record = RECORD_VAL_LOSS.get(step) if is_record else None
+            record = "" if record is None else f" record:{record:.4f} ({val_loss - record:+.4f})"
+            print0(f"step:{step}/{train_steps} val_loss:{val_loss:.4f} train_time:{training_time_ms:.0f}ms "
+                   f"step_avg:{training_time_ms/max(step, 1):.2f}ms{record}", console=True)
+            # start the clock again
+            xm.wait_device_ops()
+            t0 = time.perf_counter()
+
+        if last_step:
+            if args.save_checkpoint:
+                log = dict(step=step, code=code, model=model.state_dict(), optimizers=[opt.state_dict() for opt in training_manager.optimizers])
+                os.makedirs(f"logs/{run_id}", exist_ok=True)
+                torch.save(log, f"logs/{run_id}/state_step{step:06d}.pt")
+            # the last step only has the validation loop, so break to avoid training
+            break
+
+        # --------------- TRAINING SECTION -----------------
+        training_manager.advance_schedule(step)
+        losses = training_step(training_manager.graph, next(train_loader), numbers())
+        xm.mark_step()
+
+        # logging
+        train_loss = ""
+        if args.train_loss_every > 0 and (step + 1) % args.train_loss_every == 0:
+            # the step before this one has finished, or nearly: reading it leaves the devices busy with this one
+            train_loss = f" train_loss:{read_loss(*last):.4f}"
+        last = step, losses
+        approx_training_time_ms = training_time_ms + 1000 * (time.perf_counter() - t0)
+        print0(f"step:{step+1}/{train_steps} train_time:{approx_training_time_ms:.0f}ms "
+               f"step_avg:{approx_training_time_ms/(step + 1):.2f}ms{train_loss}", console=bar.disable)
+        bar.update()
+
+    train_loader.close()
+    bar.close()
+    print0(f"graphs compiled after warm-up: {graphs_compiled() - compiled}", console=True)
+    print0(f"operations run on the host: {', '.join(operations_on_host()) or 'none'}", console=True)
+    memory = xm.get_memory_info(xm.xla_device()) if xr.device_type() == "TPU" else {}
+    if "peak_bytes_used" in memory:
+        print0(f"peak memory allocated: {memory['peak_bytes_used'] // 1024 // 1024} MiB a chip", console=True)
+    return val_loss
+
+def main(argv: list[str] | None = None):
+    with open(__file__) as f:
+        code = f.read()  # read the code of this file ASAP, for logging
+    args, options = parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        train(args, replay=not options.no_replay, code=code)
+    except (ValueError, EOFError, OSError, FloatingPointError) as e:
+        if os.environ.get("TRACEBACK"):
+            raise
+        sys.exit(f"train_gpt_xla.py: {e}")  # one line: what is wrong, with which file or value, and the way out
+
+if __name__ == "__main__":
+    main()

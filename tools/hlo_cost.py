@@ -245,7 +245,7 @@ def bundle_cycles(text: str) -> tuple[int, int]:
             steps.update(re.findall(r"%(\w+) = sadd\.s32 (?:\([^)]*\), )?(\d+), %", text))
         return math.ceil(int(m.group(2)) / int(steps.get(m.group(1), 1)))
 
-    stack, unknown = [[0, 1]], 0  # [bundles, trips] of each open loop
+    stack, unknown, slots = [[0, 1]], 0, 0  # [bundles, trips] of each open loop; delay slots still to come
 
     def leave():
         nonlocal unknown
@@ -257,7 +257,10 @@ def bundle_cycles(text: str) -> tuple[int, int]:
         m = re.match(r"\s*(?:0x)?[0-9a-f]+\s+(L[BHE]|P[BF]|CT)?\s*:\s*(>*)\s*\{", line)
         if not m:
             continue
-        depth = len(stack) - 1 if line.rstrip().endswith("{}") else len(m.group(2))  # delay slots are not marked
+        depth = len(m.group(2))
+        if slots:  # the four bundles behind a branch belong to its loop, marked or not
+            depth = max(depth, len(stack) - 1)
+        slots = 4 if "sbr.rel" in line else max(0, slots - 1)
         while len(stack) - 1 > depth or (m.group(1) == "LB" and len(stack) - 1 == depth > 0):
             leave()
         while len(stack) - 1 < depth:

@@ -1,0 +1,213 @@
+"""
+window_attention: the plain-torch twin against a softmax over all T x T scores, the TPU kernels (in Pallas' interpret mode, on a
+CPU) against the twin, and the kernels inside a torch_xla SPMD graph, which libtpu must take for v6e.
+
+    pytest tests/test_pallas_kernels.py                        under a minute
+    pytest tests/test_pallas_kernels.py -m "slow or not slow"  the whole grid, some minutes
+"""
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pallas_kernels as pk
+from pallas_kernels import window_attention
+
+ROOT = Path(__file__).resolve().parent.parent
+SCALE = 0.12
+
+# Where documents start, by layout, in a row of T tokens
+LAYOUTS = {
+    "one document": lambda T: [0],
+    "on block edges": lambda T: [0, 128, 256],
+    "off block edges": lambda T: [0, 5, 127, 129, 300],
+    "single tokens": lambda T: [0, 60, *range(120, 140), 250, *range(T - 130, T - 120)],
+    "padded": lambda T: [0, 200, *range(T - 70, T)],
+}
+
+def documents(layout: str, rows: int, T: int) -> torch.Tensor:
+    """[rows, T]. Later rows have their documents elsewhere, so that a mixed-up row shows."""
+    first = torch.zeros(rows, T, dtype=torch.int32)
+    for r in range(rows):
+        for start in sorted({min(s + 37 * r, T - 1) for s in LAYOUTS[layout](T)} - {0}):
+            first[r, start:] = start
+    return first
+
+def inputs(rows: int, H: int, T: int, D: int, dtype=torch.float32):
+    """q and k as QK norm leaves them, v, and the gradient of y."""
+    generator = torch.Generator().manual_seed(T + H)
+    q, k, v, dy = (torch.randn(rows, H, T, D, generator=generator) for _ in range(4))
+    q, k = (x / x.square().mean(-1, keepdim=True).sqrt() for x in (q, k))
+    return tuple(x.to(dtype) for x in (q, k, v, dy))
+
+def forward_backward(attention, q, k, v, dy, *args) -> list[np.ndarray]:
+    q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
+    y = attention(q, k, v, *args)
+    return [x.detach().float().numpy() for x in (y, *torch.autograd.grad(y, (q, k, v), dy))]
+
+def check(got, want, tolerance: float):
+    """Largest error, as a part of the largest value."""
+    for name, a, b in zip(("y", "dq", "dk", "dv"), got, want):
+        error = np.abs(np.asarray(a, dtype=np.float32) - b).max() / np.abs(b).max()
+        assert error <= tolerance, f"{name}: error {error:.1e}"
+
+# -----------------------------------------------------------------------------
+# The twin
+
+def brute_force(q, k, v, documents, window, scale, paired=False):
+    """The definition: position i sees max(documents[i], i - window) .. i. Paired heads take turns in a row of 2T."""
+    B, H, T, D = q.shape
+    if paired:
+        interleave = lambda x: torch.stack([x[:, :H // 2], x[:, H // 2:]], dim=3).reshape(B, H // 2, 2 * T, D)
+        y = brute_force(*map(interleave, (q, k, v)), (2 * documents).repeat_interleave(2, dim=1), window, scale)
+        return torch.cat([y[:, :, 0::2], y[:, :, 1::2]], dim=1)
+    i = torch.arange(T)
+    first = torch.maximum(documents, i - window)[:, None, :, None]
+    scores = (q @ k.mT * scale).masked_fill((i < first) | (i > i[:, None]), -torch.inf)
+    return scores.softmax(-1) @ v
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("T, window, paired", [(400, 64, False), (400, 100, True), (333, 130, False), (400, 700, False), (400, 1, True)])
+def test_twin(T, window, paired, layout):
+    args = documents(layout, 2, T), window, torch.tensor(SCALE), paired
+    x = inputs(2, 4, T, 16)
+    check(forward_backward(window_attention, *x, *args), forward_backward(brute_force, *x, *args), 1e-5)
+
+# -----------------------------------------------------------------------------
+# The kernels against the twin
+
+def kernels(q, k, v, dy, documents, window, paired, block):
+    """y, dq, dk, dv by the Pallas kernels, interpreted."""
+    jax = pytest.importorskip("jax")
+    pk.import_jax()
+    dtype = {torch.float32: jax.numpy.float32, torch.bfloat16: jax.numpy.bfloat16}[q.dtype]
+    q, k, v, dy = (jax.numpy.asarray(x.float().numpy(), dtype=dtype) for x in (q, k, v, dy))
+    band = pk.Band(*q.shape, window, paired, block)
+    args = q, k, v, jax.numpy.asarray(documents.numpy()), jax.numpy.full((1,), SCALE, jax.numpy.float32)
+    y, sums = jax.jit(pk.forward_call(band, dtype, interpret=True))(*args)
+    return y, *jax.jit(pk.backward_call(band, dtype, interpret=True))(*args, y, sums, dy)
+
+def check_kernels(rows, H, T, D, window, paired, layout, dtype, block):
+    x, where = inputs(rows, H, T, D, dtype), documents(layout, rows, T)
+    want = forward_backward(window_attention, *x, where, window, torch.tensor(SCALE), paired)
+    check(kernels(*x, where, window, paired, block), want, 1e-5 if dtype == torch.float32 else 2e-2)
+
+@pytest.mark.parametrize("rows, H, T, window, paired, layout, dtype", [
+    (1, 2, 512, 128, False, "off block edges", torch.float32),  # a window of one block
+    (2, 3, 384, 200, False, "single tokens", torch.float32),  # a window off block edges; rows
+    (1, 2, 384, 1000, False, "one document", torch.float32),  # a window longer than the row
+    (1, 4, 512, 300, True, "off block edges", torch.float32),
+    (2, 2, 384, 129, True, "padded", torch.float32),  # an odd window
+    (1, 2, 512, 256, False, "padded", torch.bfloat16),
+    (1, 2, 384, 256, True, "on block edges", torch.bfloat16),
+])
+def test_kernels(rows, H, T, window, paired, layout, dtype):
+    check_kernels(rows, H, T, 16, window, paired, layout, dtype, block=128)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", [1, 128, 384, 420, 900])
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_kernels_grid(dtype, paired, window, layout):
+    check_kernels(1, 4, 640, 16, window, paired, layout, dtype, block=128)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("H, window, paired", [(6, 384, False), (6, 384, True), (6, 768, False), (6, 900, True)])
+def test_kernels_at_record_size(H, window, paired):
+    """The record's heads, head size and block, three rows a device."""
+    check_kernels(3, H, 1024, 128, window, paired, "off block edges", torch.bfloat16, block=256)
+
+# -----------------------------------------------------------------------------
+# In torch_xla's graph, for v6e
+
+GRAPH = """
+import sys
+import numpy as np, torch, torch_xla
+import torch_xla.core.xla_model as xm, torch_xla.distributed.spmd as xs, torch_xla.runtime as xr
+import pallas_kernels as pk
+n, out = int(sys.argv[1]), sys.argv[2]
+pk.target = "TPU"
+xr.use_spmd()
+xs.set_global_mesh(mesh := xs.Mesh(np.arange(n), (n,), ("data",)))
+device = torch_xla.device()
+def rows(*shape, dtype=torch.bfloat16):
+    sharding = xs.ShardingSpec(mesh, ("data",) + (None,) * (len(shape) - 1))
+    return xm.send_cpu_data_to_device([torch.zeros(8, *shape, dtype=dtype)], device, sharding)[0]
+scale = torch.tensor(0.1).to(device)
+results = []
+for paired in (False, True):
+    q, k, v, dy = (rows(6, 1024, 128) for _ in range(4))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    y = pk.window_attention(q, k, v, rows(1024, dtype=torch.int32), 384, scale, paired)
+    assert y.shape == q.shape and y.dtype == q.dtype
+    results += [y, *torch.autograd.grad(y, leaves, dy)]
+misses = pk.lowered.cache_info().misses
+pk.window_attention(q, k, v, rows(1024, dtype=torch.int32), 384, scale)
+assert pk.lowered.cache_info().misses == misses == 4, "a kernel was lowered twice"
+pk.window_attention(rows(6, 1024, 64), rows(6, 1024, 64), rows(6, 1024, 64), rows(1024, dtype=torch.int32), 384, scale)
+open(out, "wb").write(torch_xla._XLAC._get_xla_tensors_hlo_proto(results))
+"""
+
+COMPILE = """
+import sys
+import numpy as np
+from jax._src.interpreters import mlir
+from jax._src.lib import xla_client as xc
+from jax.experimental import topologies
+from jaxlib.mlir import ir
+n, source = int(sys.argv[1]), sys.argv[2]
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x4", chips_per_host_bounds=(2, 4, 1)).devices[:n]
+text = xc._xla.mlir.xla_computation_to_mlir_module(xc.XlaComputation(open(source, "rb").read()))
+with mlir.make_ir_context():
+    code = mlir.module_to_bytecode(ir.Module.parse(text))
+options = xc.CompileOptions()
+options.num_replicas, options.num_partitions = 1, n
+build = options.executable_build_options
+build.use_spmd_partitioning, build.num_replicas, build.num_partitions = n > 1, 1, n
+build.allow_spmd_sharding_propagation_to_output = [True]
+build.device_assignment = xc.DeviceAssignment.create(np.arange(n).reshape(1, n))
+executable = devices[0].client.compile(code, xc.DeviceList(tuple(devices)), options)
+print("temporaries", executable.get_compiled_memory_stats().temp_size_in_bytes)
+print(executable.hlo_modules()[0].to_string())
+"""
+
+def python(code: str, *args, **environment) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    result = subprocess.run([sys.executable, "-c", code, *map(str, args)], env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+@pytest.mark.parametrize("n", [8, pytest.param(4, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 1])
+def test_compiles_for_v6e(n, tmp_path):
+    for package in ("torch_xla", "jax", "libtpu"):
+        pytest.importorskip(package)
+    graph = tmp_path / "graph.hlo.pb"
+    traced = python(GRAPH, n, graph, PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(n))
+    assert traced.stderr.count("no TPU kernel for (8, 6, 1024, 64)") == 1, "the fallback must say so, once"
+
+    tpu = dict(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v6e-8", TPU_WORKER_HOSTNAMES="localhost",
+               ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    hlo = python(COMPILE, n, graph, **tpu).stdout
+    assert hlo.count('custom_call_target="tpu_custom_call"') == 4  # forward and backward, plain and paired
+    for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"):
+        assert f" {word}" not in hlo, f"a {word}: the kernel left its device's rows"
+    # of a tensor [rows, 6, 1024, 128] no copy may be made around the kernels
+    copies = [line.strip()[:200] for line in hlo.splitlines() if f"bf16[{8 // n},6,1024,128]" in line
+              and any(f" {op}(" in line for op in ("copy", "pad", "transpose", "fusion", "concatenate"))]
+    assert not copies, copies
+
+def test_import_is_light():
+    python("import sys, pallas_kernels; assert not {'jax', 'torch_xla'} & set(sys.modules)")
+
+def test_cpu_tensors_take_the_twin():
+    q, k, v, _ = inputs(1, 2, 256, 128, torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        y = window_attention(q, k, v, documents("padded", 1, 256), 128, torch.tensor(SCALE))
+    assert y.device.type == "cpu" and y.grad_fn is None
