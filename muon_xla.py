@@ -7,7 +7,6 @@ chip updates its own part, and a weight that is annotated as replicated leaves b
 """
 from collections import defaultdict
 
-import numpy as np
 import torch
 import torch_xla
 import torch_xla.core.xla_builder as xb

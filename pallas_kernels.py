@@ -28,9 +28,9 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window:
     The TPU kernel takes exp(scale * q @ k.T) as it is, with no maximum subtracted: q and k must be normed (QK norm).
     """
     if for_tpu(q):
-        if (why_not := kernel_refuses(q, k, v, paired)) is None:
+        if (why_not := kernel_refuses(q, k, v, window, paired)) is None:
             return WindowAttention.apply(q, k, v, documents, window, scale, paired)
-        warn_once(f"window_attention: no TPU kernel for {tuple(q.shape)} ({why_not}): plain torch instead, which is several times slower")
+        warn_once(f"window_attention: no TPU kernel for {tuple(q.shape)}, {why_not}: plain torch instead, several times slower")
     if not paired:
         return BandedAttention.apply(q, k, v, documents, window, scale)
     turns = lambda x: torch.stack(x.chunk(2, dim=1), dim=3).flatten(2, 3)  # [B, H, T, D] -> [B, H/2, 2T, D]
@@ -45,20 +45,23 @@ def for_tpu(x: Tensor) -> bool:
     return target == "TPU" or xr.device_type() == "TPU"
 
 
-def kernel_refuses(q: Tensor, k: Tensor, v: Tensor, paired: bool) -> str | None:
-    """What keeps these tensors from the TPU kernel, or None. On other shapes it has not been compiled or tested."""
+def kernel_refuses(q: Tensor, k: Tensor, v: Tensor, window: int, paired: bool) -> str | None:
+    """What keeps these tensors from the TPU kernels, or None."""
     B, H, T, D = q.shape
-    if not (q.dtype == k.dtype == v.dtype == torch.bfloat16):
-        return "it is for bfloat16"
+    if {q.dtype, k.dtype, v.dtype} != {torch.bfloat16}:
+        return "they take bfloat16"
     if D != 128:
-        return "it is for heads of 128"
+        return "they take heads of 128"
     if T % 128:
-        return "it is for rows that are a multiple of 128 tokens"
+        return "they take a multiple of 128 tokens"
     if H < 2 or (paired and H % 2):
-        return "it is for two heads or more, paired ones even in number"
-    devices = rows_are_spread_over()
-    if B % devices:
-        return f"{B} rows do not divide over {devices} devices"
+        return "they take two heads or more, paired ones even in number"
+    if B % mesh_devices():
+        return f"{B} rows do not divide over {mesh_devices()} devices"
+    band = get_band(q, window, paired)
+    if (band.reach + 2) * H * band.block * D * 8 > VMEM_LIMIT // 2:
+        return f"a window of {window} does not fit in VMEM"
+    return None
 
 
 @functools.cache
@@ -116,46 +119,42 @@ class BandedAttention(torch.autograd.Function):
 # -----------------------------------------------------------------------------
 # The TPU kernels behind it, in Pallas
 #
-# A row is cut into blocks of C tokens. A program of the grid has one block of one row and all of its heads; it goes through the
-# blocks on the other side of the band (forward: the keys that its queries see; backward: the queries that see its keys), from
-# the diagonal outwards, as far as the window and the documents reach. Blocks that it has had, and will need again, wait in
-# rings in VMEM, so that each crosses from HBM once and nothing is padded or copied outside.
+# A row is cut into blocks of C tokens. A program of the grid has one block of one row, all heads of it, and goes through the blocks
+# that this one meets (forward: the keys that its queries see; backward: the queries that see its keys), from the diagonal outwards,
+# as far as the window and the documents reach. Blocks that later programs will meet again wait in rings in VMEM, so that each comes
+# from HBM once, and nothing is padded, summed or copied outside.
 #
-# - Scores lie as [C keys, C queries]: what belongs to a query (its document's start, its sum of exponentials, its delta) then
-#   runs along the lanes, as it does in HBM. Sums over tokens come out as [D, C], which fills the 256 x 256 matrix unit twice as
-#   well as [C, D] would, at the price of transposing blocks as they come and go.
-# - No running maximum: q and k are normed, so |scale * q @ k| stays below scale * D, about 18, and exp cannot overflow.
+# - Scores lie as [C keys, C queries]: what belongs to a query (where its view begins, its sum, its delta) then runs along the lanes,
+#   as it does in HBM. Results come out as [D, C], which fills the 256 x 256 matrix unit twice as well as [C, D] would; the price is
+#   that blocks are transposed as they come and go.
+# - No running maximum: QK norm keeps |scale * q @ k| below scale * D, about 18, so exp cannot overflow.
 # - Paired heads are two streams of T tokens whose positions are 2t and 2t + 1. Only the mask knows: nothing is interleaved.
-# - The matrix unit must never wait for the vector unit, see `pipeline`.
+# - Documents that end within the window shorten the loops: at the record's mean length they about halve the longer ones.
 
-VMEM_LIMIT = 64 * 2**20  # of a v6e's 128 MiB
+VMEM_LIMIT = 48 * 2**20  # bytes, of a v6e's 128 MiB
 
 jax = jnp = pl = pltpu = None  # import_jax fills them in: only a trace for TPU needs them
 
 def import_jax():
     """JAX lowers the kernels and runs nothing: told to stay on the CPU, it leaves the TPU to torch_xla."""
     global jax, jnp, pl, pltpu
-    if jax is None:
-        import jax as jax_
-        jax_.config.update("jax_platforms", "cpu")
-        import jax.numpy as jnp_
-        from jax.experimental import pallas as pl_
-        from jax.experimental.pallas import tpu as pltpu_
-        jax, jnp, pl, pltpu = jax_, jnp_, pl_, pltpu_
+    import jax
+    jax.config.update("jax_platforms", "cpu")
+    import jax.numpy as jnp
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
 
-def matmul(a, b, transpose_b=False):
-    return jax.lax.dot_general(a, b, (((1,), (1 if transpose_b else 0,)), ((), ())), preferred_element_type=jnp.float32)
 
 @dataclasses.dataclass(frozen=True)
 class Band:
-    """Which blocks and heads meet. Hashable: a lowered kernel is kept for each."""
+    """The shapes of one call on one device, and which blocks and heads meet. A key: each Band is lowered once."""
     rows: int
     heads: int
     tokens: int
     dim: int
     window: int  # in positions: two to a token if paired
     paired: bool
-    block: int
+    block: int  # C
 
     @property
     def streams(self) -> int:
@@ -167,268 +166,288 @@ class Band:
 
     @property
     def reach(self) -> int:
-        """How many blocks back a block of queries can see."""
+        """How many blocks back a block of queries may see."""
         return min(-(-self.window // (self.streams * self.block)), self.blocks - 1)
 
     @property
     def meetings(self) -> list[tuple[int, int, int, int]]:
-        """(stream of the queries, stream of the keys, head of the queries, head of the keys)"""
+        """(stream of the queries, stream of the keys, head of the queries, head of the keys) of all heads that meet."""
         n = self.heads // self.streams
         return [(a, b, a * n + h, b * n + h) for a in range(self.streams) for b in range(self.streams) for h in range(n)]
 
     def first_seen(self, documents):
-        """[rows, T] -> [rows, blocks]: the first block of keys that each block of queries sees. Starts of documents never decrease."""
+        """[rows, T] -> [rows, blocks]: the first block of keys that each block of queries sees (documents never decrease)."""
         s, C = self.streams, self.block
-        first_query = jnp.arange(0, self.tokens, C, dtype=jnp.int32)
-        return jnp.maximum(s * documents[:, ::C], s * first_query - self.window) // (s * C)
+        start = jax.lax.slice(documents, (0, 0), documents.shape, (1, C))  # of the document of each block's first query
+        return jnp.maximum(s * start, s * C * jnp.arange(self.blocks, dtype=jnp.int32) - self.window) // (s * C)
 
     def last_seen_by(self, documents):
         """[rows, T] -> [rows, blocks]: the last block of queries that sees each block of keys."""
         keys = jnp.arange(self.blocks, dtype=jnp.int32)[:, None]
         return jnp.sum(self.first_seen(documents)[:, None] <= keys, axis=-1, dtype=jnp.int32) - 1
 
-    def first_visible(self, documents, i):
-        """documents [1, C] of query block i -> for each stream [1, C]: the first position that each query sees"""
-        s, C = self.streams, self.block
-        t = i * C + jax.lax.broadcasted_iota(jnp.int32, (1, C), 1)
-        return [jnp.maximum(s * documents, s * t + a - self.window) for a in range(s)]
+    def view(self, documents, i, a):
+        """documents [1, C] of block i -> [1, C]: the first position that each query of stream a sees."""
+        t = i * self.block + jax.lax.broadcasted_iota(jnp.int32, (1, self.block), 1)
+        return jnp.maximum(self.streams * documents, self.streams * t + a - self.window)
 
-    def masks(self, first_visible, j, diagonal):
+    def masks(self, views, j, diagonal):
         """For each two streams [C keys of block j, C queries]: 0 where they see each other, -1e9 where not."""
         s, C = self.streams, self.block
         keys, queries = (s * jax.lax.broadcasted_iota(jnp.int32, (C, C), axis) for axis in (0, 1))
         def mask(a, b):
-            visible = keys >= first_visible[a] - (s * j * C + b)
+            visible = keys >= views[a] - (s * C * j + b)
             if diagonal:
                 visible &= keys + b <= queries + a
             return jnp.where(visible, 0.0, -1e9).astype(jnp.float32)
         return {(a, b): mask(a, b) for a in range(s) for b in range(s)}
 
 
-def pipeline(n, depth, first, to_scores, to_probs, consume, scores_ahead, probs_behind):
-    """
-    Heads 0 .. n-1 of one meeting of two blocks, as the hardware likes it: while the vector unit turns the scores of head h
-    into probabilities, the matrix unit computes the scores of head h + depth and consumes the probabilities of head h - depth.
-    Each end of the pipeline reaches into the neighbouring meeting, through scratch memory, for an empty matrix unit takes
-    hundreds of cycles to fill: so the last scores computed here are the next meeting's first.
+def matmul(a, b, transpose_b=False):
+    return jax.lax.dot_general(a, b, (((1,), (1 if transpose_b else 0,)), ((), ())), preferred_element_type=jnp.float32)
 
-    to_scores(h, step) -> arrays and consume(h, step, arrays) do the matmuls of this (step 0), the previous (-1) or the next (1)
-    meeting; to_probs(h, arrays) -> arrays. After the last meeting: drain. scores_ahead, probs_behind: [depth, arrays, C, C].
-    """
-    load = lambda ref, m: tuple(ref[m, x] for x in range(ref.shape[1]))
-    def store(ref, m, arrays):
-        for x, array in enumerate(arrays):
-            ref[m, x] = array
-    scores = {h: to_scores(h, 0) if first else load(scores_ahead, h) for h in range(depth)}
-    probs = {} if first else {h - depth: load(probs_behind, h) for h in range(depth)}
-    for h in range(n):
-        if h + depth < n:
-            scores[h + depth] = to_scores(h + depth, 0)
-        else:
-            store(scores_ahead, h + depth - n, to_scores(h + depth - n, 1))
-        if h - depth in probs:
-            consume((h - depth) % n, 0 if h >= depth else -1, probs.pop(h - depth))
-        p = to_probs(h, scores.pop(h))
-        if h + depth < n:
-            probs[h] = p
-        else:
-            store(probs_behind, h + depth - n, p)
 
-def drain(n, depth, consume, probs_behind):
+def pipeline(n, depth, first, to_scores, to_probs, consume, ahead, behind):
+    """
+    Meetings 0 .. n-1 of two blocks, in the order that keeps the matrix unit busy: while the vector unit turns the scores of
+    meeting m into probabilities, the matrix unit computes the scores of m + depth and consumes the probabilities of m - depth.
+    An empty matrix unit takes hundreds of cycles to fill, so the ends reach into the neighbouring blocks, through VMEM: the last
+    scores computed here are the next block's first. first: there is no previous block. drain does what the last one leaves.
+
+    to_scores(m, step) -> arrays and consume(m, step, arrays) are the matmuls of this block (step 0), the previous (-1) or the
+    next (1; it may not exist, then nothing uses its scores); to_probs(m, arrays) -> arrays. ahead, behind: [depth, arrays, C, C].
+    """
+    scores = {m: to_scores(m, 0) if first else load(ahead, m) for m in range(depth)}
+    probs = {} if first else {m - depth: load(behind, m) for m in range(depth)}
+    for m in range(n):
+        if m + depth < n:
+            scores[m + depth] = to_scores(m + depth, 0)
+        else:
+            store(ahead, m + depth - n, to_scores(m + depth - n, 1))
+        if m - depth in probs:
+            consume((m - depth) % n, 0 if m >= depth else -1, probs.pop(m - depth))
+        probs[m] = to_probs(m, scores.pop(m))
     for m in range(depth):
-        consume(n - depth + m, -1, tuple(probs_behind[m, x] for x in range(probs_behind.shape[1])))
+        store(behind, m, probs.pop(n - depth + m))
 
-def forward_kernel(first_seen, scale, q, k, v, documents, y, sums_out, k_ring, v_ring, sums, acc, scores_ahead, probs_behind, *, band):
+def drain(n, depth, consume, behind):
+    for m in range(depth):
+        consume(n - depth + m, -1, load(behind, m))
+
+def load(ref, m):
+    return tuple(ref[m, x] for x in range(ref.shape[1]))
+
+def store(ref, m, arrays):
+    for x, array in enumerate(arrays):
+        ref[m, x] = array
+
+
+def forward_kernel(first_seen, scale, q, k, v, documents, y, sums, k_ring, v_ring, y_acc, sums_acc, ahead, behind, *, band):
     """
-    One block of queries: y and the sums of exponentials. In HBM: q, k, v, y [rows, H, T, D], documents [rows, 1, T], sums_out
-    [rows, H, T]; here a block of each. Rings: k [slots, H, C, D], v [slots, H, D, C]. sums [H, 8, C] and acc [H, D, C] grow.
+    One block of queries: y, and for the backward pass the sums of exponentials. Blocks: q, k, v, y [1, H, C, D], documents
+    [1, 1, C], sums [1, H, C]. In VMEM: k_ring [slots, H, C, D], v_ring [slots, H, D, C], y_acc [H, D, C], sums_acc [H, 8, C].
     """
     r, i = pl.program_id(0), pl.program_id(1)
     slots, H, C, D = k_ring.shape
-    slot = lambda j: jax.lax.rem(j + slots, slots)  # of block j; block -1 is asked for, though never used
-    meetings, depth = band.meetings, scores_ahead.shape[0]
-    first_visible = band.first_visible(documents[0], i)
-    to_exponent = scale[0] * math.log2(math.e)
+    slot = lambda j: jax.lax.rem(j + slots, slots)  # of block j; the pipeline may ask for block -1
+    views = [band.view(documents[0], i, a) for a in range(band.streams)]
+    meetings, depth = band.meetings, ahead.shape[0]
 
-    k_ring[slot(i)] = k[0]
-    for h in range(H):
+    def bring_in(h):
+        k_ring[slot(i), h] = k[0, h]
         v_ring[slot(i), h] = v[0, h].T
-    sums[...] = jnp.zeros_like(sums)
-    acc[...] = jnp.zeros_like(acc)
+        y_acc[h] = jnp.zeros((D, C), jnp.float32)
+        sums_acc[h] = jnp.zeros((8, C), jnp.float32)
+    bring_in = functools.cache(bring_in)  # once a head
+
+    def consume(j, m, step, probs):
+        _, _, h, g = meetings[m]
+        y_acc[h] += matmul(v_ring[slot(j - step), g], probs[0])
 
     def meet(j, diagonal):
-        masks = band.masks(first_visible, j, diagonal)
+        masks = band.masks(views, j, diagonal)
         def to_scores(m, step):
             _, _, h, g = meetings[m]
+            if diagonal and step == 0:
+                bring_in(h), bring_in(g)
             return (matmul(k_ring[slot(j - step), g], q[0, h], transpose_b=True),)
         def to_probs(m, scores):
             a, b, h, _ = meetings[m]
-            p = 2.0 ** (scores[0] * to_exponent + masks[a, b])
-            sums[h] += p.reshape(C // 8, 8, C).sum(0)
+            p = 2.0 ** (scores[0] * (scale[0] * math.log2(math.e)) + masks[a, b])
+            sums_acc[h] += p.reshape(C // 8, 8, C).sum(0)
             return (p.astype(q.dtype),)
-        pipeline(len(meetings), depth, diagonal, to_scores, to_probs, functools.partial(consume, j), scores_ahead, probs_behind)
-    def consume(j, m, step, probs):
-        _, _, h, g = meetings[m]
-        acc[h] += matmul(v_ring[slot(j - step), g], probs[0])
+        pipeline(len(meetings), depth, diagonal, to_scores, to_probs, functools.partial(consume, j), ahead, behind)
 
     meet(i, diagonal=True)
     jax.lax.fori_loop(1, i - first_seen[r, i] + 1, lambda n, _: meet(i - n, diagonal=False), None)
-    drain(len(meetings), depth, functools.partial(consume, first_seen[r, i] - 1), probs_behind)
+    drain(len(meetings), depth, functools.partial(consume, first_seen[r, i] - 1), behind)
     for h in range(H):
-        total = sums[h].sum(0, keepdims=True)
-        sums_out[0, h] = total[0]
-        y[0, h] = (acc[h] / total).astype(y.dtype).T
+        total = sums_acc[h].sum(0, keepdims=True)
+        sums[0, h] = total[0]
+        y[0, h] = (y_acc[h] / total).astype(y.dtype).T
 
 
-def backward_kernel(last_seen_by, scale, q, k, v, documents, y, sums, dy, dq, dk, dv,
-                    q_ring, dy_ring, dq_ring, delta_ring, lse_ring, first_visible_ring, dk_acc, dv_acc, scores_ahead, probs_behind,
-                    *, band):
+def backward_kernel(last_seen_by, scale, q, k, v, documents, y, sums, dy, dq, dk, dv, q_ring, dy_ring, dq_ring, delta_ring, lse_ring,
+                    view_ring, k_T, dk_acc, dv_acc, ahead, behind, *, band):
     """
-    One block of keys, from the row's last to its first: dk, dv, and its part in the dq of the queries that see it. The dq of a
-    block is done when the farthest block that it could see has been; in the last `reach` programs only those come out.
-    Rings, for blocks of queries: q, dy, dq [slots, H, D, C]; delta, lse [slots, H, 1, C]; first_visible [slots, streams, 1, C].
+    One block of keys, from the row's last to its first: its dk and dv, and its share of the dq of the queries that see it. The dq
+    of a block is complete, and leaves, with the block `reach` before it; the last `reach` programs of a row do nothing else.
+    Rings, of blocks of queries: q, dy, dq [slots, H, D, C]; delta, lse [slots, H, 1, C]; view [slots, streams, 1, C].
+    k_T, dk_acc, dv_acc [H, D, C].
     """
     r, j = pl.program_id(0), band.blocks - 1 - pl.program_id(1)
     slots, H, D, C = q_ring.shape
     slot = lambda i: jax.lax.rem(i, slots)
-    meetings, depth = band.meetings, scores_ahead.shape[0]
-    to_exponent = scale[0] * math.log2(math.e)
+    meetings, depth = band.meetings, ahead.shape[0]
+
+    def bring_in(h):
+        dy_T = dy[0, h].T
+        q_ring[slot(j), h], dy_ring[slot(j), h], k_T[h] = q[0, h].T, dy_T, k[0, h].T
+        delta_ring[slot(j), h] = (dy_T.astype(jnp.float32) * y[0, h].T.astype(jnp.float32)).sum(0, keepdims=True)
+        lse_ring[slot(j), h] = jnp.log2(sums[0, h:h + 1])
+        dq_ring[slot(j), h] = dk_acc[h] = dv_acc[h] = jnp.zeros((D, C), jnp.float32)
+    bring_in = functools.cache(bring_in)  # once a head
+
+    def send_dq(h):
+        dq[0, h] = (dq_ring[slot(j + band.reach), h] * scale[0]).astype(dq.dtype).T
+
+    def consume(i, m, step, probs):
+        _, _, h, g = meetings[m]
+        p, ds = probs
+        dv_acc[g] += matmul(dy_ring[slot(i + step), h], p, transpose_b=True)
+        dk_acc[g] += matmul(q_ring[slot(i + step), h], ds, transpose_b=True)
+        dq_ring[slot(i + step), h] += matmul(k_T[g], ds)
+
+    def meet(i, diagonal):
+        masks = band.masks(view_ring[slot(i)], j, diagonal)
+        def to_scores(m, step):
+            _, _, h, g = meetings[m]
+            if diagonal and step == 0:
+                bring_in(h), bring_in(g)
+            return matmul(k[0, g], q_ring[slot(i + step), h]), matmul(v[0, g], dy_ring[slot(i + step), h])
+        def to_probs(m, scores):
+            a, b, h, _ = meetings[m]
+            p = 2.0 ** (scores[0] * (scale[0] * math.log2(math.e)) + masks[a, b] - lse_ring[slot(i), h])
+            ds = p * (scores[1] - delta_ring[slot(i), h])
+            return p.astype(q.dtype), ds.astype(q.dtype)
+        pipeline(len(meetings), depth, diagonal, to_scores, to_probs, functools.partial(consume, i), ahead, behind)
 
     @pl.when(j >= 0)
     def _():
-        for a, visible in enumerate(band.first_visible(documents[0], j)):
-            first_visible_ring[slot(j), a] = visible
-        for h in range(H):
-            q_ring[slot(j), h] = q[0, h].T
-            dy_ring[slot(j), h] = dy[0, h].T
-            delta_ring[slot(j), h] = (dy[0, h].T.astype(jnp.float32) * y[0, h].T.astype(jnp.float32)).sum(0, keepdims=True)
-            lse_ring[slot(j), h] = jnp.log2(sums[0, h:h + 1])
-        k_T = [k[0, h].T for h in range(H)]
-        dq_ring[slot(j)] = jnp.zeros((H, D, C), jnp.float32)
-        dk_acc[...] = jnp.zeros_like(dk_acc)
-        dv_acc[...] = jnp.zeros_like(dv_acc)
-
-        def meet(i, diagonal):
-            masks = band.masks(first_visible_ring[slot(i)], j, diagonal)
-            def to_scores(m, step):
-                _, _, h, g = meetings[m]
-                return matmul(k[0, g], q_ring[slot(i + step), h]), matmul(v[0, g], dy_ring[slot(i + step), h])
-            def to_probs(m, scores):
-                a, b, h, _ = meetings[m]
-                p = 2.0 ** (scores[0] * to_exponent + masks[a, b] - lse_ring[slot(i), h])
-                ds = p * (scores[1] - delta_ring[slot(i), h])
-                return p.astype(q.dtype), ds.astype(q.dtype)
-            pipeline(len(meetings), depth, diagonal, to_scores, to_probs, functools.partial(consume, i), scores_ahead, probs_behind)
-        def consume(i, m, step, probs):
-            _, _, h, g = meetings[m]
-            p, ds = probs
-            dv_acc[g] += matmul(dy_ring[slot(i + step), h], p, transpose_b=True)
-            dk_acc[g] += matmul(q_ring[slot(i + step), h], ds, transpose_b=True)
-            dq_ring[slot(i + step), h] += matmul(k_T[g], ds)
-
+        for a in range(band.streams):
+            view_ring[slot(j), a] = band.view(documents[0], j, a)
         meet(j, diagonal=True)
         jax.lax.fori_loop(j + 1, last_seen_by[r, j] + 1, lambda i, _: meet(i, diagonal=False), None)
-        drain(len(meetings), depth, functools.partial(consume, last_seen_by[r, j] + 1), probs_behind)
+        drain(len(meetings), depth, functools.partial(consume, last_seen_by[r, j] + 1), behind)
         for h in range(H):
             dk[0, h] = (dk_acc[h] * scale[0]).astype(dk.dtype).T
             dv[0, h] = dv_acc[h].astype(dv.dtype).T
+            send_dq(h)
 
-    for h in range(H):
-        dq[0, h] = (dq_ring[slot(j + band.reach), h] * scale[0]).astype(dq.dtype).T
+    @pl.when(j < 0)
+    def _():
+        for h in range(H):
+            send_dq(h)
 
 
-def forward_call(band, dtype, interpret=False):
-    """(q, k, v [rows, H, T, D], documents [rows, T] int32, scale [1] f32) -> y [rows, H, T, D], sums of exponentials [rows, H, T] f32"""
-    C, slots, H, D, depth = band.block, band.reach + 1, band.heads, band.dim, min(2, len(band.meetings))
-    tokens = pl.BlockSpec((1, H, C, D), lambda r, i, *_: (r, 0, i, 0))
-    lanes = lambda rows: pl.BlockSpec((1, rows, C), lambda r, i, *_: (r, 0, i))
-    call = pl.pallas_call(
-        functools.partial(forward_kernel, band=band), name="window_attention_forward", interpret=interpret,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2, grid=(band.rows, band.blocks),
-            in_specs=[tokens, tokens, tokens, lanes(1)], out_specs=[tokens, lanes(H)],
-            scratch_shapes=[pltpu.VMEM(shape, dtype or jnp.float32) for shape, dtype in (
-                ((slots, H, C, D), dtype), ((slots, H, D, C), dtype), ((H, 8, C), None), ((H, D, C), None),
-                ((depth, 1, C, C), None), ((depth, 1, C, C), dtype))]),
-        out_shape=[jax.ShapeDtypeStruct((band.rows, H, band.tokens, D), dtype), jax.ShapeDtypeStruct((band.rows, H, band.tokens), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT))
+def forward_call(band: Band, dtype, interpret=False):
+    """A function (q, k, v [rows, H, T, D], documents [rows, T] int32, scale [1] f32) -> y as q, sums of exponentials [rows, H, T] f32."""
+    C, H, D, slots, depth, f32 = band.block, band.heads, band.dim, band.reach + 1, min(2, len(band.meetings)), jnp.float32
+    heads = pl.BlockSpec((1, H, C, D), lambda r, i, *_: (r, 0, i, 0))
+    lanes = lambda n: pl.BlockSpec((1, n, C), lambda r, i, *_: (r, 0, i))
+    scratch = [((slots, H, C, D), dtype), ((slots, H, D, C), dtype), ((H, D, C), f32), ((H, 8, C), f32),
+               ((depth, 1, C, C), f32), ((depth, 1, C, C), dtype)]
+    call = pallas_call(
+        forward_kernel, band, (band.rows, band.blocks), scratch, interpret,
+        in_specs=[heads, heads, heads, lanes(1)], out_specs=[heads, lanes(H)],
+        out_shape=[((band.rows, H, band.tokens, D), dtype), ((band.rows, H, band.tokens), f32)])
     return lambda q, k, v, documents, scale: call(band.first_seen(documents), scale, q, k, v, documents[:, None])
 
 
-def backward_call(band, dtype, interpret=False):
-    """(..., y, sums, dy [rows, H, T, D]) -> dq, dk, dv [rows, H, T, D]; the first five arguments and y, sums as forward_call has them"""
-    C, slots, H, D, depth = band.block, band.reach + 1, band.heads, band.dim, 1
-    at = lambda n: jnp.maximum(band.blocks - 1 - n, 0)  # the block of keys of program n of a row
+def backward_call(band: Band, dtype, interpret=False):
+    """A function (what forward_call's takes, what it returns, dy as y) -> dq, dk, dv as q."""
+    C, H, D, slots, depth, f32 = band.block, band.heads, band.dim, band.reach + 1, 1, jnp.float32
+    here = lambda n: jnp.maximum(band.blocks - 1 - n, 0)  # the block of keys of a row's program n
     done = lambda n: jnp.minimum(band.blocks - 1 - n + band.reach, band.blocks - 1)  # the block whose dq leaves
-    tokens = pl.BlockSpec((1, H, C, D), lambda r, n, *_: (r, 0, at(n), 0))
-    lanes = lambda rows: pl.BlockSpec((1, rows, C), lambda r, n, *_: (r, 0, at(n)))
-    call = pl.pallas_call(
-        functools.partial(backward_kernel, band=band), name="window_attention_backward", interpret=interpret,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2, grid=(band.rows, band.blocks + band.reach),
-            in_specs=[tokens, tokens, tokens, lanes(1), tokens, lanes(H), tokens],
-            out_specs=[pl.BlockSpec((1, H, C, D), lambda r, n, *_: (r, 0, done(n), 0)), tokens, tokens],
-            scratch_shapes=[pltpu.VMEM(shape, dtype or jnp.float32) for shape, dtype in (
-                ((slots, H, D, C), dtype), ((slots, H, D, C), dtype), ((slots, H, D, C), None),
-                ((slots, H, 1, C), None), ((slots, H, 1, C), None), ((slots, band.streams, 1, C), jnp.int32),
-                ((H, D, C), None), ((H, D, C), None), ((depth, 2, C, C), None), ((depth, 2, C, C), dtype))]),
-        out_shape=[jax.ShapeDtypeStruct((band.rows, H, band.tokens, D), dtype)] * 3,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT))
+    heads = lambda block: pl.BlockSpec((1, H, C, D), lambda r, n, *_: (r, 0, block(n), 0))
+    lanes = lambda rows: pl.BlockSpec((1, rows, C), lambda r, n, *_: (r, 0, here(n)))
+    scratch = [((slots, H, D, C), dtype), ((slots, H, D, C), dtype), ((slots, H, D, C), f32), ((slots, H, 1, C), f32),
+               ((slots, H, 1, C), f32), ((slots, band.streams, 1, C), jnp.int32),
+               ((H, D, C), dtype), ((H, D, C), f32), ((H, D, C), f32), ((depth, 2, C, C), f32), ((depth, 2, C, C), dtype)]
+    call = pallas_call(
+        backward_kernel, band, (band.rows, band.blocks + band.reach), scratch, interpret,
+        in_specs=[heads(here), heads(here), heads(here), lanes(1), heads(here), lanes(H), heads(here)],
+        out_specs=[heads(done), heads(here), heads(here)],
+        out_shape=[((band.rows, H, band.tokens, D), dtype)] * 3)
     return lambda q, k, v, documents, scale, y, sums, dy: call(
         band.last_seen_by(documents), scale, q, k, v, documents[:, None], y, sums, dy)
 
+
+def pallas_call(kernel, band, grid, scratch, interpret, in_specs, out_specs, out_shape):
+    """The kernel's first two arguments, how far to go and the scale, are scalars in SMEM; `scratch` is VMEM that lives on."""
+    return pl.pallas_call(
+        functools.partial(kernel, band=band), name=f"window_attention_{kernel.__name__}", interpret=interpret,
+        grid_spec=pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=2, grid=grid, in_specs=in_specs, out_specs=out_specs,
+                                               scratch_shapes=[pltpu.VMEM(*x) for x in scratch]),
+        out_shape=[jax.ShapeDtypeStruct(*x) for x in out_shape],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT))
+
 # -----------------------------------------------------------------------------
-# The kernels in torch_xla
+# The kernels in torch_xla's graph
 
 class WindowAttention(torch.autograd.Function):
     """window_attention by the TPU kernels, each device on its own rows."""
     @staticmethod
     def forward(ctx, q, k, v, documents, window, scale, paired):
         scale = scale.float().reshape(1)
-        y, sums = call_kernel("forward", window, paired, q, k, v, documents, scale)
+        y, sums = call_kernel(forward_call, window, paired, q, k, v, documents, scale)
         ctx.window, ctx.paired = window, paired
         ctx.save_for_backward(q, k, v, documents, scale, y, sums)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        dq, dk, dv = call_kernel("backward", ctx.window, ctx.paired, *ctx.saved_tensors, dy)
+        dq, dk, dv = call_kernel(backward_call, ctx.window, ctx.paired, *ctx.saved_tensors, dy)
         return dq, dk, dv, None, None, None, None
 
 
-def rows_are_spread_over() -> int:
-    """The number of devices along the mesh's axis "data"; 1 if there is no mesh."""
+def mesh_devices() -> int:
+    """The number of devices that rows are spread over: along the mesh's axis "data"; 1 if there is no mesh."""
     import torch_xla.distributed.spmd as xs
     mesh = xs.get_global_mesh()
     return 1 if mesh is None else mesh.shape()["data"]
 
 
-def call_kernel(direction: str, window: int, paired: bool, *tensors: Tensor) -> list[Tensor]:
+def get_band(q: Tensor, window: int, paired: bool) -> Band:
+    B, H, T, D = q.shape
+    return Band(B // mesh_devices(), H, T, D, window, paired, block=256 if T % 256 == 0 else 128)
+
+
+def call_kernel(call, window: int, paired: bool, *tensors: Tensor) -> list[Tensor]:
     """
-    One node in torch_xla's graph. With a mesh the tensors are [B, ...] sharded over "data" and the kernel sees one device's rows:
-    the partitioner is kept out by marking what goes in and out as sharded by hand.
+    One node in torch_xla's graph. With a mesh, the tensors [B, ...] are sharded over "data" and the kernel has one device's rows:
+    what goes in and out is marked as sharded by hand, which keeps the partitioner away from it.
     """
     import torch_xla.core.xla_builder as xb
     import torch_xla.distributed.spmd as xs
-    devices = rows_are_spread_over()
-    B, H, T, D = tensors[0].shape
-    band = Band(B // devices, H, T, D, window, paired, block=256 if T % 256 == 0 else 128)
-    run = xb.xla_computation_as_func(lowered(direction, band), f"window_attention_{direction}")
-    if xs.get_global_mesh() is None:
+    B, mesh = tensors[0].size(0), xs.get_global_mesh()
+    run = xb.xla_computation_as_func(lowered(call, get_band(tensors[0], window, paired)))
+    if mesh is None:
         return run(list(tensors))
     spec = lambda x: ("data",) + (None,) * (x.dim() - 1) if x.dim() > 1 else (None,)
-    local = [xs.enable_manual_sharding(x, spec(x)).global_tensor for x in tensors]
-    return [xs.disable_manual_sharding(x, spec(x), (B, *x.shape[1:])).global_tensor for x in run(local)]
+    local = [xs.enable_manual_sharding(x, spec(x), mesh=mesh).global_tensor for x in tensors]
+    return [xs.disable_manual_sharding(x, spec(x), (B, *x.shape[1:]), mesh=mesh).global_tensor for x in run(local)]
 
 
 @functools.cache
-def lowered(direction: str, band: Band):
-    """The kernel as an XLA computation. Made once: a step is traced several times."""
+def lowered(call, band: Band):
+    """The kernel as an XLA computation. Cached, for a step is traced several times."""
     import torch_xla.core.xla_builder as xb
     import_jax()
     rows = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((band.rows, *shape), dtype)
-    x, per_query = rows(band.heads, band.tokens, band.dim), rows(band.heads, band.tokens, dtype=jnp.float32)
+    x = rows(band.heads, band.tokens, band.dim)
     args = [x, x, x, rows(band.tokens, dtype=jnp.int32), jax.ShapeDtypeStruct((1,), jnp.float32)]
-    call, args = (forward_call, args) if direction == "forward" else (backward_call, [*args, x, per_query, x])
+    if call is backward_call:
+        args += [x, rows(band.heads, band.tokens, dtype=jnp.float32), x]
     hlo = jax.jit(call(band, jnp.bfloat16), keep_unused=True).trace(*args).lower(lowering_platforms=("tpu",)).compiler_ir("hlo")
-    return xb.computation_from_module_proto(f"window_attention_{direction}", hlo.as_serialized_hlo_module_proto())
+    return xb.computation_from_module_proto(call.__name__, hlo.as_serialized_hlo_module_proto())

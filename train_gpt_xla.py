@@ -10,20 +10,21 @@ One process drives all chips. Tensors are whole; a mesh "data" over the devices 
 collectives (SPMD). Upstream's 8 ranks are 8 rows of a batch: 1, 2, 4 or 8 devices compute the same thing.
 Shapes: B rows, T tokens, H heads, D head dim, V vocabulary.
 """
-import os
-import sys
 import argparse
 import difflib
 import gc
 import glob
 import itertools
 import math
+import os
 import queue
+import sys
 import threading
 import time
 import uuid
 import warnings
-from dataclasses import dataclass, field, fields, replace as with_values
+from dataclasses import dataclass, field, fields
+from dataclasses import replace as with_values
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own progress notes
@@ -38,7 +39,7 @@ import torch_xla.runtime as xr
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from muon_xla import ROWS, DistAdam, NorMuon, shard, to_device, to_host  # noqa: F401 to_host is for tools
+from muon_xla import ROWS, DistAdam, NorMuon, shard, to_device, to_host
 from pallas_kernels import window_attention
 from replay import Replay
 
@@ -488,7 +489,8 @@ class GPT(nn.Module):
         scalars = self.scalars.unbind()
         resid_lambdas = scalars[: 1 * self.num_layers]
         x0_lambdas = self.x0_lambdas.unbind()
-        sa_lambdas = list(zip(scalars[1 * self.num_layers: 3 * self.num_layers: 2], scalars[1 * self.num_layers + 1: 3 * self.num_layers: 2], strict=True))
+        sa_lambdas = scalars[1 * self.num_layers: 3 * self.num_layers]
+        sa_lambdas = list(zip(sa_lambdas[::2], sa_lambdas[1::2], strict=True))
         smear_lambda = scalars[3 * self.num_layers]
         backout_lambda = scalars[3 * self.num_layers+1]
         skip_lambda = scalars[3 * self.num_layers+2]
@@ -562,23 +564,34 @@ class GPT(nn.Module):
 # -----------------------------------------------------------------------------
 # Distributed data loader
 
+def get_files(filename_pattern: str) -> list[Path]:
+    files = [Path(file) for file in sorted(glob.glob(filename_pattern))]
+    if not files:
+        raise FileNotFoundError(f"no shard matches {filename_pattern}: 'bash run_tpu.sh data' fetches FineWeb, 'python data/demo.py' "
+                                "makes the rehearsal's corpus, and DATA_PATH names the folder that holds data/")
+    return files
+
 def _load_data_shard(file: Path, vocab_size: int) -> np.ndarray:
     """Tokens of one llm.c shard, uint16, memory-mapped. ValueError names the file and what is wrong with it."""
-    again = f"delete it and fetch it again (bash run_tpu.sh data) or write it again (data/fineweb.py): {file}"
+    tokens = np.memmap(file, dtype=np.uint16, mode="r", offset=1024, shape=(check_data_shard(file),)).view(np.ndarray)
+    if tokens.max() >= vocab_size:
+        raise ValueError(f"{file}: token {tokens.max()} is beyond the vocabulary of {vocab_size}; write it again with data/fineweb.py")
+    return tokens
+
+def check_data_shard(file: Path) -> int:
+    """The number of tokens of a shard whose header and size agree; ValueError otherwise."""
+    again = "delete it and fetch it again ('bash run_tpu.sh data') or write it again (data/fineweb.py)"
     header = np.fromfile(file, dtype=np.int32, count=256) # header is 256 int32
     if len(header) < 256:
-        raise ValueError(f"shorter than its header of 1024 bytes: {again}")
+        raise ValueError(f"{file}: shorter than its header of 1024 bytes; {again}")
     if header[0] != 20240520:
-        raise ValueError(f"magic number {header[0]} instead of 20240520, so not a token shard: {again}")
+        raise ValueError(f"{file}: magic number {header[0]} instead of 20240520, so not a token shard; {again}")
     if header[1] != 1:
-        raise ValueError(f"version {header[1]} instead of 1: {again}")
+        raise ValueError(f"{file}: version {header[1]} instead of 1; {again}")
     num_tokens = int(header[2]) # number of tokens (claimed)
-    if file.stat().st_size != 1024 + 2 * num_tokens:
-        raise ValueError(f"header promises {num_tokens} tokens, the file has {(file.stat().st_size - 1024) / 2:g}: {again}")
-    tokens = np.memmap(file, dtype=np.uint16, mode="r", offset=1024, shape=(num_tokens,)) if num_tokens else np.empty(0, np.uint16)
-    if num_tokens and tokens.max() >= vocab_size:
-        raise ValueError(f"token {tokens.max()} is beyond the vocabulary of {vocab_size}: {again}")
-    return tokens.view(np.ndarray)
+    if file.stat().st_size != 1024 + 2 * num_tokens or num_tokens <= 0:
+        raise ValueError(f"{file}: header promises {num_tokens} tokens, the file has {(file.stat().st_size - 1024) / 2:g}; {again}")
+    return num_tokens
 
 BOS_ID = 50256
 
@@ -646,10 +659,7 @@ def distributed_data_generator(filename_pattern: str, num_tokens: int, max_seq_l
     align_to_bos: each row begins with a document, documents are cut to max_seq_len. send((num_tokens, max_seq_len)) changes
     both for the next batch. D12: all 8 rows at once, where each upstream rank reads its own.
     """
-    files = [Path(file) for file in sorted(glob.glob(filename_pattern))]
-    if not files:
-        raise FileNotFoundError(f"no shard matches {filename_pattern}: fetch FineWeb with 'bash run_tpu.sh data', "
-                                "or set DATA_PATH to the folder that holds data/")
+    files = get_files(filename_pattern)
     world_size = ROWS
 
     def load(file):
@@ -787,7 +797,8 @@ def get_lr(step: int, args: "Hyperparameters"):
         return lr_max * w + (1 - w) * 0.1
     return lr_max
 
-def get_muon_momentum(step: int, args: "Hyperparameters", muon_warmup_steps=300, muon_cooldown_steps=50, momentum_min=0.85, momentum_max=0.95):
+def get_muon_momentum(step: int, args: "Hyperparameters", muon_warmup_steps=300, muon_cooldown_steps=50,
+                      momentum_min=0.85, momentum_max=0.95):
     momentum_cd_start = args.num_iterations - muon_cooldown_steps
     if step < muon_warmup_steps:
         return momentum_min + step / muon_warmup_steps * (momentum_max - momentum_min)
@@ -964,6 +975,14 @@ class TrainingManager():
                 *(x for group in self.muon_opt.param_groups for x in group.values() if isinstance(x, Tensor) and x.ndim),
                 *(x for state in self.adam_opt.state.values() for x in state.values() if isinstance(x, Tensor))]
 
+    def get_state(self) -> list[dict]:
+        """The optimizers' state on the CPU, as dicts of whole tensors: DistAdam's by parameter name, NorMuon's by label."""
+        names = {p: name for name, p in self.model.named_parameters()}
+        host = lambda state: {k: to_host(x) if isinstance(x, Tensor) else x for k, x in state.items()}
+        return [{names[p]: host(state) for p, state in self.adam_opt.state.items()},
+                {group["params"][0].label: host({k: group[k] for k in ("momentum_buffer", "second_momentum_buffer", "master")})
+                 for group in self.muon_opt.param_groups}]
+
     def reset(self):
         """Back to step 0, with the model's weights as they are."""
         for opt in self.optimizers:
@@ -1004,6 +1023,7 @@ class Hyperparameters:
     ws_validate_post_yarn_ext: int = 20 # extend long windows out even further after applying YaRN
     # the model: upstream writes these into its call of GPT
     vocab_size: int = 50257
+    bos_id: int = BOS_ID
     num_layers: int = 11
     num_heads: int = 6
     head_dim: int = 128
@@ -1097,28 +1117,26 @@ def operations_on_host() -> list[str]:
 
 def unigram_entropy(args: Hyperparameters) -> float:
     """In nats, of the validation tokens: what a model reaches that knows the frequency of each token and nothing else."""
-    files = sorted(glob.glob(args.val_files))
-    tokens = _load_data_shard(Path(files[0]), args.vocab_size)[:args.val_tokens]
+    tokens = _load_data_shard(get_files(args.val_files)[0], args.vocab_size)[:args.val_tokens]
     p = np.bincount(tokens) / len(tokens)
     return float(-(p[p > 0] * np.log(p[p > 0])).sum())
 
 def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
     """The whole run: set up, warm up, train, validate. Returns the last validation loss."""
     check_args(args)
-    torch.manual_seed(args.seed)
-    if xr.device_type() == "TPU":
-        os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {LIBTPU_INIT_ARGS}".strip()
-        xr.initialize_cache(os.path.expanduser("~/.cache/modded-nanogpt-xla"))
-    setup_devices()
-
+    for file in get_files(args.train_files) + get_files(args.val_files):
+        check_data_shard(file)
     # begin logging
     run_id = args.run_id
     os.makedirs("logs", exist_ok=True)
     logfile = f"logs/{run_id}.txt"
     bar = tqdm(total=args.num_iterations, unit="step", disable=not sys.stdout.isatty(), dynamic_ncols=True)
     def print0(s, console=False):
-        with open(logfile, "a") as f:
-            print(s, file=f)
+        try:
+            with open(logfile, "a") as f:
+                print(s, file=f)
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, logfile) from None
         if console:
             bar.write(s) if not bar.disable else print(s, flush=True)
     print0(logfile, console=True)
@@ -1126,13 +1144,21 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
     # begin by printing the code
     print0(code)
     print0("="*100)
+    entropy = unigram_entropy(args)
+
+    torch.manual_seed(args.seed)
+    if xr.device_type() == "TPU":
+        os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {LIBTPU_INIT_ARGS}".strip()
+        xr.initialize_cache(os.path.expanduser("~/.cache/modded-nanogpt-xla"))
+    setup_devices()
+
     # log information about the hardware/software environment this is running on
     print0(f"Running Python {sys.version}")
     print0(f"Running PyTorch {torch.__version__} with torch_xla {torch_xla.__version__}")
     print0(f"Running on {xr.global_runtime_device_count()} {xr.device_type()} devices: {xr.global_runtime_device_attributes()}")
     print0(f"{args}")
     print0("="*100)
-    print0(f"unigram entropy: {unigram_entropy(args):.4f} nats", console=True)
+    print0(f"unigram entropy: {entropy:.4f} nats", console=True)
 
     model = GPT(
         vocab_size=args.vocab_size,
@@ -1152,12 +1178,13 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
         for step in steps:
             send_args = (get_bs(step, args), args.train_max_seq_len)
             if loader is None:
-                loader = distributed_data_generator(args.train_files, *send_args, vocab_size=args.vocab_size)
+                loader = distributed_data_generator(args.train_files, *send_args, bos_id=args.bos_id, vocab_size=args.vocab_size)
                 yield next(loader)
             else:
                 yield loader.send(send_args)
     def val_batches(val_steps):
-        loader = distributed_data_generator(args.val_files, args.val_batch_size, -1, align_to_bos=False, vocab_size=args.vocab_size)
+        loader = distributed_data_generator(args.val_files, args.val_batch_size, -1, align_to_bos=False, bos_id=args.bos_id,
+                                            vocab_size=args.vocab_size)
         yield from itertools.islice(loader, val_steps)
     def numbers():
         return to_device(training_manager.get_numbers())
@@ -1239,7 +1266,7 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
 
         if last_step:
             if args.save_checkpoint:
-                log = dict(step=step, code=code, model=model.state_dict(), optimizers=[opt.state_dict() for opt in training_manager.optimizers])
+                log = dict(step=step, code=code, model=model.state_dict(), optimizers=training_manager.get_state())
                 os.makedirs(f"logs/{run_id}", exist_ok=True)
                 torch.save(log, f"logs/{run_id}/state_step{step:06d}.pt")
             # the last step only has the validation loop, so break to avoid training

@@ -2,8 +2,8 @@
 window_attention: the plain-torch twin against a softmax over all T x T scores, the TPU kernels (in Pallas' interpret mode, on a
 CPU) against the twin, and the kernels inside a torch_xla SPMD graph, which libtpu must take for v6e.
 
-    pytest tests/test_pallas_kernels.py                        under a minute
-    pytest tests/test_pallas_kernels.py -m "slow or not slow"  the whole grid, some minutes
+    python -m pytest -q tests/test_pallas_kernels.py -m "not slow"   about a minute
+    python -m pytest -q tests/test_pallas_kernels.py                 the whole grid, some minutes more
 """
 import os
 import subprocess
@@ -72,7 +72,7 @@ def brute_force(q, k, v, documents, window, scale, paired=False):
     return scores.softmax(-1) @ v
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("T, window, paired", [(400, 64, False), (400, 100, True), (333, 130, False), (400, 700, False), (400, 1, True)])
+@pytest.mark.parametrize("T, window, paired", [(333, 64, False), (333, 101, True), (300, 700, False), (300, 1, True)])
 def test_twin(T, window, paired, layout):
     args = documents(layout, 2, T), window, torch.tensor(SCALE), paired
     x = inputs(2, 4, T, 16)
@@ -98,13 +98,11 @@ def check_kernels(rows, H, T, D, window, paired, layout, dtype, block):
     check(kernels(*x, where, window, paired, block), want, 1e-5 if dtype == torch.float32 else 2e-2)
 
 @pytest.mark.parametrize("rows, H, T, window, paired, layout, dtype", [
-    (1, 2, 512, 128, False, "off block edges", torch.float32),  # a window of one block
-    (2, 3, 384, 200, False, "single tokens", torch.float32),  # a window off block edges; rows
+    (2, 3, 512, 128, False, "single tokens", torch.float32),  # a window of one block; rows
+    (1, 2, 384, 200, False, "off block edges", torch.bfloat16),
     (1, 2, 384, 1000, False, "one document", torch.float32),  # a window longer than the row
-    (1, 4, 512, 300, True, "off block edges", torch.float32),
-    (2, 2, 384, 129, True, "padded", torch.float32),  # an odd window
-    (1, 2, 512, 256, False, "padded", torch.bfloat16),
-    (1, 2, 384, 256, True, "on block edges", torch.bfloat16),
+    (1, 4, 512, 301, True, "off block edges", torch.float32),  # an odd window; pairs of heads
+    (2, 2, 384, 256, True, "padded", torch.bfloat16),
 ])
 def test_kernels(rows, H, T, window, paired, layout, dtype):
     check_kernels(rows, H, T, 16, window, paired, layout, dtype, block=128)
@@ -183,7 +181,7 @@ def python(code: str, *args, **environment) -> subprocess.CompletedProcess:
     assert result.returncode == 0, result.stderr[-3000:]
     return result
 
-@pytest.mark.parametrize("n", [8, pytest.param(4, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("n", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 2, 1))])
 def test_compiles_for_v6e(n, tmp_path):
     for package in ("torch_xla", "jax", "libtpu"):
         pytest.importorskip(package)

@@ -26,10 +26,11 @@ LINK_BYTES_PER_S = 100e9
 RINGS = 2
 
 KINDS = ("matmuls", "elementwise", "copies", "kernels", "collectives")
-COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "ragged-all-to-all", "reduce-scatter")
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast", "collective-permute", "ragged-all-to-all",
+               "reduce-scatter")
 MOVERS = {"bitcast", "broadcast", "concatenate", "copy", "dynamic-slice", "dynamic-update-slice", "get-tuple-element", "pad", "reshape",
           "reverse", "slice", "transpose", "tuple"}
-SCATTERED = {"gather", "scatter", "dynamic-slice", "dynamic-update-slice"}  # these touch an unknown part of an operand
+SCATTERED = {"gather", "scatter", "slice", "dynamic-slice", "dynamic-update-slice"}  # these touch an unknown part of an operand
 FREE = {"add-dependency", "after-all", "bitcast", "constant", "get-tuple-element", "opt-barrier", "parameter", "partition-id", "replica-id",
         "tuple"}
 FREE_TARGETS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "GatherScatterIndicesBitpacked", "Sharding"}
@@ -47,6 +48,20 @@ def arrays(shape: str) -> list[tuple[int, int, int]]:
         space = re.search(r"S\((\d+)\)", layout)
         found.append((n, n * bits // 8, int(space.group(1)) if space else 0))
     return found
+
+
+def element(shape: str, index: str) -> str:
+    """The array at an index such as "{1}" or "{0,2}" of a tuple's shape; the shape itself for "{}" or nothing."""
+    for i in re.findall(r"\d+", index):
+        parts, depth, part = [], 0, ""
+        for c in re.sub(r"/\*.*?\*/", "", shape)[1:-1]:
+            depth += (c in "([{") - (c in ")]}")
+            parts, part = (parts + [part], "") if c == "," and not depth else (parts, part + c)
+        parts.append(part)
+        if int(i) >= len(parts):
+            return shape
+        shape = parts[int(i)].strip()
+    return shape
 
 
 def nbytes(shape: str, space: int | None = None) -> int:
@@ -180,7 +195,7 @@ class Module:
         while name in ops and ops[name].opcode in ("copy", "convert", "bitcast"):
             name = ops[name].operands[0]
         op = ops.get(name)
-        is_state = op and op.opcode == "get-tuple-element" and ops[op.operands[0]].opcode == "parameter"
+        is_state = op and op.opcode == "get-tuple-element" and op.operands[0] in ops and ops[op.operands[0]].opcode == "parameter"
         return int(op.attr(r"index=(\d+)")) if is_state else None
 
     def unfused(self, op: Op, computation: str, opcode: str) -> tuple[Op, list] | None:
@@ -220,12 +235,14 @@ class Module:
         if start is None or not update:
             return None
         op, (left, right) = update
-        step = self.constant(*right) if self.counter(*left) == index else self.constant(*left) if op.opcode == "add" else None
-        if not step:
+        if self.counter(*left) != index:
+            left, right = right, left
+        step = self.constant(*right)
+        if not step or self.counter(*left) != index or (op.opcode == "subtract" and left != update[1][0]):
             return None
         step = -step if op.opcode == "subtract" else step
-        span = {"LT": limit - start, "LE": limit - start + 1, "GT": limit - start, "GE": limit - start - 1, "NE": limit - start}.get(direction)
-        return None if span is None else max(0, math.ceil(span / step))
+        past = {"LT": limit, "LE": limit + 1, "GT": limit, "GE": limit - 1, "NE": limit}.get(direction)
+        return None if past is None else max(0, math.ceil((past - start) / step))
 
 # -----------------------------------------------------------------------------
 # Final bundles (libtpu's --xla_jf_dump_llo_text)
@@ -448,8 +465,9 @@ class Estimate:
         if "output_to_operand_aliasing" in op.attrs or any(x.opcode in SCATTERED for x in [op, *inner]):
             moved = 0  # no telling how much of the operands is touched
         bundles = self.bundles.get(op.name) or self.emitted.get(self.module.signature(op, computation))
-        if not bundles:
+        if not bundles and not (moved and self.kind(op, inner) == "copies"):  # some have no program of their own: bare transfers
             return None, "none", moved
+        bundles = bundles or (0, 0)
         issue, stream = 1e3 * bundles[0] / CLOCK_HZ, 1e3 * moved / HBM_BYTES_PER_S
         return max(issue, stream), "bundles" if issue >= stream else "bytes", moved
 
@@ -484,8 +502,8 @@ class Estimate:
                 entry["ms"] += r.cost_ms
         by_kind = {}
         for r in collectives:
-            inner = next((x.opcode for x in [r.op, *self.module.inside(r.op)] if x.opcode.removesuffix("-start") in COLLECTIVES), r.op.opcode)
-            name = "reduce-scatter" if "all-reduce-scatter" in "".join(r.op.callees) else inner.removesuffix("-start")
+            inside = [x.opcode.removesuffix("-start") for x in [r.op, *self.module.inside(r.op)]]
+            name = "reduce-scatter" if "all-reduce-scatter" in "".join(r.op.callees) else next(x for x in inside if x in COLLECTIVES)
             entry = by_kind.setdefault(name, {"count": 0, "mib": 0.0, "ms": 0.0, "exposed_ms": 0.0})
             entry["count"] += r.times
             entry["mib"] += r.times * r.bytes / 2**20
@@ -520,21 +538,24 @@ class Estimate:
     def dearest(self, n: int = 10) -> list[dict]:
         """The n instructions that cost most in a step."""
         rows = sorted(self.rows, key=lambda r: -r.cost_ms)[:n]
-        return [{"ms": r.cost_ms, "times": r.times, "kind": r.kind, "how": r.how, "op": r.op.name, "shape": re.sub(r"/\*.*?\*/", "", r.op.shape),
-                 "source": self.module.source(r.op)} for r in rows]
+        return [{"ms": r.cost_ms, "times": r.times, "kind": r.kind, "how": r.how, "op": r.op.name,
+                 "shape": re.sub(r"/\*.*?\*/", "", r.op.shape), "source": self.module.source(r.op)} for r in rows]
 
 # -----------------------------------------------------------------------------
 # Memory (the buffer assignment that XLA dumps)
 
-def largest_buffers(text: str, n: int = 10) -> list[dict]:
-    """The n largest buffers that are live when the temporaries are at their peak: [{"buffer", "bytes"}]."""
-    peak = text.rfind("(peak):")
-    if peak < 0:
-        return []
+def largest_buffers(text: str, module: Module, n: int = 10) -> list[dict]:
+    """The n largest buffers in HBM when memory is at its fullest, with the shape and source line of what writes them."""
+    ops = {op.name: op for computation in module.computations.values() for op in computation.values()}
     found = []
-    for line in text[peak:].splitlines()[1:]:
+    for line in text[text.rfind("(peak):"):].splitlines()[1:] if "(peak):" in text else []:
         m = re.match(r"\s+([\w.\-]+)(\{[\d,]*\})?: (\d+) bytes", line)
         if not m:
             break
-        found.append({"buffer": m.group(1) + (m.group(2) or "").replace("{}", ""), "bytes": int(m.group(3))})
+        name, index, size = m.group(1), m.group(2) or "", int(m.group(3))
+        op = ops.get(name)
+        shape = element(op.shape, index) if op else ""
+        if size >= 2**16 and not re.search(r"S\([1-9]\d*\)", shape):  # not in VMEM
+            found.append({"buffer": name + index.replace("{}", ""), "bytes": size, "shape": shape,
+                          "source": module.source(op) if op else ""})
     return sorted(found, key=lambda b: -b["bytes"])[:n]

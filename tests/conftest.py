@@ -1,0 +1,58 @@
+"""What several test files use: a toy corpus, and the training script run on it in a process of its own."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BOS = 300
+
+def write_shard(path: Path, tokens, magic=20240520, version=1, promised=None):
+    """A shard in llm.c's format, or a broken one."""
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = magic, version, len(tokens) if promised is None else promised
+    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype=np.uint16).tobytes())
+
+def make_tokens(n: int, seed: int) -> np.ndarray:
+    """Documents of 5 to 90 tokens whose next token is nearly always one of two: easy to learn, far below its unigram entropy."""
+    rng = np.random.default_rng(seed)
+    tokens = np.zeros(n, dtype=np.uint16)
+    i = 0
+    while i < n:
+        length, x = rng.integers(5, 90), rng.integers(0, 256)
+        document = [BOS]
+        for _ in range(length):
+            document.append(x)
+            x = (5 * x + rng.choice([1, 7])) % 256
+        tokens[i:i + len(document)] = document[:n - i]
+        i += len(document)
+    return tokens
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Two training shards, the first of which ends within a run, and a validation shard."""
+    folder = tmp_path_factory.mktemp("corpus")
+    write_shard(folder / "train_000.bin", make_tokens(9_000, 1))
+    write_shard(folder / "train_001.bin", make_tokens(120_000, 2))
+    write_shard(folder / "val_000.bin", make_tokens(6_000, 3))
+    return folder
+
+TOY = dict(vocab_size=301, bos_id=BOS, num_heads=4, head_dim=8, model_dim=32, block_size=16, train_bs_schedule="512,1024,1536",
+           train_bs_extension=1536, train_max_seq_len=64, val_batch_size=2048, val_tokens=4096, num_scheduled_iterations=24,
+           num_extension_iterations=4, val_loss_every=14, train_loss_every=5, run_id="toy")
+
+def toy_options(corpus: Path, **fields) -> list[str]:
+    fields = TOY | dict(train_files=corpus / "train_*.bin", val_files=corpus / "val_*.bin") | fields
+    return [x for name, value in fields.items() for x in (f"--{name}", str(value))]
+
+def run_train(folder: Path, corpus: Path, *options: str, devices: int = 8, patch: str = "", timeout: int = 600, **fields):
+    """train_gpt_xla.py in `folder` on the toy model; patch: code that runs before it. Returns the finished process."""
+    script = [ROOT / "train_gpt_xla.py"]
+    if patch:
+        script = ["-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train_gpt_xla as t\n{patch}\nt.main()"]
+    argv = [sys.executable, *script, *options, *toy_options(corpus, **fields)]
+    env = os.environ | dict(PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(devices), XLA_FLAGS="--xla_backend_optimization_level=0")
+    return subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)

@@ -1,0 +1,162 @@
+"""
+The script as its user runs it: the log, the loss, what is compiled, replay against tracing, and each bad input's one line.
+    python -m pytest tests/test_train.py
+"""
+import os
+import re
+from pathlib import Path
+
+os.environ.setdefault("PJRT_DEVICE", "CPU")
+import numpy as np
+import pytest
+from conftest import BOS, ROOT, make_tokens, run_train, toy_options, write_shard
+
+import train_gpt_xla as t
+
+
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory, corpus):
+    folder = tmp_path_factory.mktemp("run")
+    process = run_train(folder, corpus)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout, (folder / "logs" / "toy.txt").read_text()
+
+def losses(log: str) -> list[tuple[int, str]]:
+    return [(int(s), x) for s, x in re.findall(r"^step:(\d+)/28 .*(?:val|train)_loss:(\S+)", log, re.M)]
+
+def test_log_has_upstreams_form(toy_run):
+    _, log = toy_run
+    source = (ROOT / "train_gpt_xla.py").read_text()
+    assert log.startswith("logs/toy.txt\n" + source), "the log must open with the source that made it"
+    rest = log[len(source):]
+    assert re.search(r"^Running PyTorch 2\.9\.0\S* with torch_xla 2\.9\.0", rest, re.M)
+    assert "Running on 8 CPU devices" in rest
+    steps = re.findall(r"^step:(\d+)/28 train_time:\d+ms step_avg:\d+\.\d\dms", rest, re.M)
+    assert [int(s) for s in steps] == list(range(1, 29))
+    val = re.findall(r"^step:(\d+)/28 val_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$", rest, re.M)
+    assert [int(s) for s in val] == [0, 14, 28]
+
+def test_loss_falls_below_unigram_entropy(toy_run):
+    stdout, _ = toy_run
+    entropy = float(re.search(r"unigram entropy: (\S+) nats", stdout).group(1))
+    val = [float(x) for x in re.findall(r"val_loss:(\S+)", stdout)]
+    assert val[0] > entropy > val[-1], (val, entropy)
+
+def test_nothing_compiled_after_warmup_and_nothing_on_the_host(toy_run):
+    stdout, _ = toy_run
+    assert "graphs compiled after warm-up: 0\n" in stdout
+    assert "operations run on the host: none\n" in stdout
+    graphs = int(re.search(r"Compiling (\d+) graphs", stdout).group(1))
+    assert graphs == len(re.findall(r"^warmup ", stdout, re.M)) == len(t.distinct_graphs(t.parse_args(toy_options(Path()))[0])) > 11
+
+@pytest.mark.slow
+def test_replayed_and_traced_runs_are_identical(toy_run, tmp_path, corpus):
+    process = run_train(tmp_path, corpus, "--no_replay")
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "graphs compiled after warm-up: 0\n" in process.stdout, "a traced step must be the warmed-up step"
+    assert losses(process.stdout) == losses(toy_run[0])
+
+def one_line(message: str, *words: str):
+    """A run stops with a single line that holds the words."""
+    assert message.startswith("train_gpt_xla.py: ") and "\n" not in message.strip(), message[-2000:]
+    for word in words:
+        assert word in message, (word, message)
+
+@pytest.fixture
+def refused(tmp_path, corpus, monkeypatch):
+    """main() on the toy model in this process, for what is refused before any device is touched."""
+    def run(*words: str, **fields):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(t, "setup_devices", lambda: pytest.fail("not refused before the devices are set up"))
+        with pytest.raises(SystemExit) as e:
+            t.main(toy_options(corpus, **fields))
+        one_line(str(e.value), *words)
+    return run
+
+BROKEN = {
+    "wrong magic": (dict(magic=1), ["magic number 1"]),
+    "wrong version": (dict(version=2), ["version 2"]),
+    "header promises more": (dict(promised=9000), ["promises 9000 tokens", "has 8000"]),
+    "header promises fewer": (dict(promised=7000), ["promises 7000 tokens", "has 8000"]),
+}
+
+@pytest.mark.parametrize("pattern", ["train_files", "val_files"])
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_shard(tmp_path, refused, case, pattern):
+    kwargs, words = BROKEN[case]
+    write_shard(tmp_path / "bad_000.bin", make_tokens(8000, 5), **kwargs)
+    refused("bad_000.bin", *words, **{pattern: tmp_path / "bad_*.bin"})
+
+def test_truncated_shards(tmp_path, refused):
+    write_shard(tmp_path / "cut_000.bin", make_tokens(8000, 5))
+    os.truncate(tmp_path / "cut_000.bin", 1024 + 2 * 8000 - 101)
+    refused("cut_000.bin", "promises 8000 tokens", train_files=tmp_path / "cut_*.bin")
+    os.truncate(tmp_path / "cut_000.bin", 500)
+    refused("cut_000.bin", "shorter than its header", train_files=tmp_path / "cut_*.bin")
+
+def test_token_beyond_vocabulary(tmp_path, refused):
+    tokens = make_tokens(8000, 5)
+    tokens[4321] = 301
+    write_shard(tmp_path / "oov_000.bin", tokens)
+    refused("oov_000.bin", "token 301", "vocabulary of 301", val_files=tmp_path / "oov_*.bin")
+
+def test_no_shard(tmp_path, refused):
+    refused("none_*.bin", "run_tpu.sh data", train_files=tmp_path / "none_*.bin")
+
+@pytest.mark.parametrize("fields, words", [
+    (dict(train_bs_schedule="512,1000,1536"), ["train_bs_schedule", "1000"]),
+    (dict(train_bs_extension=100), ["train_bs_extension", "100"]),
+    (dict(val_tokens=4000), ["val_tokens", "4000", "2048"]),
+    (dict(num_layers=12), ["num_layers", "12"]),
+    (dict(num_heads=3), ["num_heads 3"]),
+    (dict(dtype="float16"), ["float16"]),
+])
+def test_fields_that_cannot_run(refused, fields, words):
+    refused(*words, **fields)
+
+def test_unknown_field_names_the_nearest(corpus, capsys):
+    with pytest.raises(SystemExit) as e:
+        t.main(toy_options(corpus, val_loss_evry=3))
+    assert e.value.code == 2 and "did you mean --val_loss_every?" in capsys.readouterr().err
+
+def test_unwritable_log_folder(tmp_path, refused):
+    (tmp_path / "logs").write_text("a file where the folder should be")
+    refused("logs")
+
+def test_no_disk_space(tmp_path, refused):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "toy.txt").symlink_to("/dev/full")
+    refused("No space left on device", "logs/toy.txt")
+
+def test_devices_that_do_not_divide_rows(tmp_path, corpus):
+    process = run_train(tmp_path, corpus, devices=3)
+    assert process.returncode == 1
+    one_line(process.stderr.strip().splitlines()[-1], "3 devices", "8 rows")
+
+def test_no_document_start(tmp_path):
+    write_shard(tmp_path / "nobos_000.bin", np.ones(8000))
+    with pytest.raises(ValueError, match=f"no document start .token {BOS}. in .*nobos_000.bin"):
+        next(t.distributed_data_generator(str(tmp_path / "nobos_*.bin"), 512, 64, bos_id=BOS, vocab_size=301))
+
+def test_shards_used_up_in_the_middle_of_a_run(tmp_path, corpus):
+    """Upstream waits for ever here."""
+    write_shard(tmp_path / "short_000.bin", make_tokens(6000, 6))
+    process = run_train(tmp_path, corpus, train_files=tmp_path / "short_*.bin", num_scheduled_iterations=27, num_extension_iterations=0,
+                        train_bs_schedule="512", train_bs_extension=512, ws_schedule="3", val_loss_every=0, timeout=200)
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+    one_line(process.stderr.strip().splitlines()[-1], "short_*.bin", "used up")
+
+# a weight that is not a number, as an overflow would leave it
+NAN = """
+to_devices = t.GPT.to_devices
+def poisoned(model, dtype):
+    model.blocks[4].mlp.c_fc.data[0, 0] = float("nan")
+    return to_devices(model, dtype)
+t.GPT.to_devices = poisoned
+"""
+
+def test_non_finite_loss(tmp_path, corpus):
+    process = run_train(tmp_path, corpus, num_scheduled_iterations=6, num_extension_iterations=0, train_bs_schedule="512", ws_schedule="3",
+                        val_loss_every=0, train_loss_every=2, timeout=200, patch=NAN)
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+    one_line(process.stderr.strip().splitlines()[-1], "loss before step 2 is nan", "logs/toy.txt")
