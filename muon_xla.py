@@ -41,7 +41,7 @@ def _truncate(x: xb.Op) -> xb.Op:
 truncate_to_bfloat16 = xor.register("truncate_to_bfloat16", _truncate)
 
 # -----------------------------------------------------------------------------
-# Computed for num_iters=5, safety_factor=2e-2, cushion=2
+# Coefficients for 5 iterations, safety factor 2e-2, cushion 2 (the paper's terms)
 polar_express_coeffs = [
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),

@@ -46,7 +46,7 @@ from replay import Replay
 warnings.filterwarnings("ignore", message="Use torch_xla.sync", category=DeprecationWarning)
 
 # -----------------------------------------------------------------------------
-# PyTorch nn.Module definitions for the model
+# The model's parts
 
 def norm(x: Tensor):
     """RMSNorm over the last dim, in float32 with float32's epsilon, as upstream's F.rms_norm does for bfloat16 too."""
@@ -60,7 +60,7 @@ class CastedLinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         with torch.no_grad():
-            self.weight.zero_()  # @Grad62304977 and others
+            self.weight.zero_()  # a projection that starts at zero: @Grad62304977 and others
 
     def forward(self, x: Tensor):
         return F.linear(x, self.weight.type_as(x))
@@ -91,9 +91,9 @@ class Yarn(nn.Module):
     def reset(self):
         angular_freq = (1 / 1024) ** torch.linspace(0, 1, steps=self.head_dim//4, dtype=torch.float32)
         angular_freq = angular_freq.repeat_interleave(2)
-        # half-truncate RoPE by @YouJiacheng (w/ base freq tuning)
+        # the second half of the dims never rotates: @YouJiacheng, who also chose the base
         self.angular_freq = torch.cat([angular_freq, angular_freq.new_zeros(self.head_dim//2)])
-        # start with 0.1, inspired by 0.12 from @leloykun and learnable scalars used by @brendanh0gan
+        # smaller than 1/sqrt(D), as q and k are normed: after @leloykun's 0.12 and @brendanh0gan's learned scales
         self.attn_scale = 0.1
 
     def apply(self, old_window: int, new_window: int, alpha: int = 1, beta: int = 32):
@@ -150,16 +150,14 @@ class CausalSelfAttention(nn.Module):
 
         assert self.hdim == self.dim, "num_heads * head_dim must equal model_dim"
         std = self.dim ** -0.5
-        bound = (3 ** 0.5) * std # improved init scale by @YouJiacheng
-        # merged QKVO weights: suggested by many, implemented by @fernbear.bsky.social, and further improved by @YouJiacheng
-        # Simplified layout by @chrisjmccormick
+        bound = (3 ** 0.5) * std # uniform with this bound has the deviation std: @YouJiacheng
+        # Q, K, V and O in one tensor: many asked for it, @fernbear.bsky.social and @YouJiacheng built it, @chrisjmccormick laid it out
         self.qkvo_w = nn.Parameter(torch.empty(self.dim * 4, self.hdim, dtype=torch.bfloat16))
-        # label all modules for explicit optimizer grouping
         self.qkvo_w.label = 'attn'
 
         with torch.no_grad():
-            self.qkvo_w[:self.dim * 3].uniform_(-bound, bound)  # init QKV weights
-            self.qkvo_w[self.dim * 3:].zero_()  # init O weights to zero
+            self.qkvo_w[:self.dim * 3].uniform_(-bound, bound)
+            self.qkvo_w[self.dim * 3:].zero_() # each block starts as the identity
 
         still = torch.arange(head_dim) % (head_dim // 2) >= head_dim // 4  # [D/4 : D/2] and [3D/4 : D], in upstream's order
         self.still = nn.Buffer(still[half_split(head_dim)], persistent=False)
@@ -178,33 +176,31 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, attn_args: AttnArgs):
         B, T = x.size(0), x.size(1) # rows, tokens a row
         assert T % 16 == 0
-        # unpack attention args
         ve, sa_lambdas, (factor1, factor2) = attn_args.ve, attn_args.sa_lambdas, attn_args.factors
-        # sparse gated attention to enable context based no-op by @classiclarryd
-        # only include gates on layers with value embeds used on forward pass
+        # a gate on every head lets it opt out of a token: @classiclarryd. Value embeddings, where a layer has one, have theirs
         attn_gate_w, ve_gate_w = attn_args.attn_gate_w, attn_args.ve_gate_w
         gate = lambda w: torch.sigmoid(torch.einsum('btc,hc->bht', x[..., :12], w)).unsqueeze(-1)  # [B, H, T, 1]
 
         # D7: heads before tokens, [B, H, T, D]. A TPU tiles the last two dims, so each head's [T, D] must lie together.
         w = (sa_lambdas[0] * self.qkvo_w[:self.dim * 3].type_as(x)).view(3 * self.num_heads, self.head_dim, self.dim)
         q, k, v = torch.einsum('btc,hdc->bhtd', x, w).chunk(3, dim=1)
-        q, k = norm(q), norm(k) # QK norm @Grad62304977
+        q, k = norm(q), norm(k) # @Grad62304977
         if self.paired:
             pairs = lambda x: x.unflatten(1, (-1, 2))  # [B, H/2, 2, T, D]: heads of even and odd number
             q, k = (Yarn.rotary(pairs(x), factor1, factor2).flatten(1, 2) for x in (q, k))
         else:
             q, k = Yarn.rotary(q, factor1, factor2), Yarn.rotary(k, factor1, factor2)
         if attn_args.key_offset:
-            # shift keys forward for the stationary head dims. Enables 1-layer induction.
+            # in the dims that stand still a key carries its predecessor's content, so one layer can do induction
             k = torch.where(self.still, torch.cat([k[:, :, :1], k[:, :, :-1]], dim=2), k)
         if ve is not None:
             ve = ve.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
-            v = v + 2 * gate(ve_gate_w) * ve # @ KoszarskyB & @Grad62304977
+            v = v + 2 * gate(ve_gate_w) * ve # @KoszarskyB, @Grad62304977
 
         y = window_attention(q, k, v, attn_args.documents, attn_args.bm_size, attn_args.attn_scale, self.paired)
         y = y * gate(attn_gate_w)
         w = (sa_lambdas[1] * self.qkvo_w[self.dim * 3:].type_as(y)).view(self.dim, self.num_heads, self.head_dim)
-        return torch.einsum('bhtd,chd->btc', y, w)  # sa_lambdas[1] pre-multiplied to O @shenberg
+        return torch.einsum('bhtd,chd->btc', y, w)  # the lambda on O's weights instead of its output: @shenberg
 
 class PairedHeadCausalSelfAttention(CausalSelfAttention):
     """
@@ -234,28 +230,27 @@ class MLP(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         hdim = 4 * dim
-        # Transposed layout to match attention weights
+        # both 4d x d, so that one stack holds them
         self.c_fc = nn.Parameter(torch.empty(hdim, dim, dtype=torch.bfloat16))
         self.c_proj = nn.Parameter(torch.empty(hdim, dim, dtype=torch.bfloat16))
-        # label all modules for explicit optimizer grouping
         self.c_fc.label = 'mlp'
         self.c_proj.label = 'mlp'
         self.c_proj.lr_mul = 2.
 
         std = 0.5 * (dim ** -0.5)
-        bound = (3 ** 0.5) * std # improved init scale by @YouJiacheng
+        bound = (3 ** 0.5) * std # @YouJiacheng
         with torch.no_grad():
             self.c_fc.uniform_(-bound, bound)
-            self.c_proj.zero_() # zero init suggested by @Grad62304977
+            self.c_proj.zero_() # @Grad62304977
 
     def forward(self, x: Tensor):
-        # relu(x)^2: https://arxiv.org/abs/2109.08668v2; suggested by @SKYLINEZ007 and @Grad62304977
+        # squared ReLU (arXiv:2109.08668): @SKYLINEZ007, @Grad62304977
         return FusedLinearReLUSquareFunction.apply(x, self.c_fc, self.c_proj)
 
 class Block(nn.Module):
     def __init__(self, dim: int, head_dim: int, num_heads: int, layer_idx: int, use_paired_head: bool):
         super().__init__()
-        # skip attention of blocks.6 (the 7th layer) by @YouJiacheng
+        # no attention in the seventh block: @YouJiacheng
         if use_paired_head:
             self.attn = PairedHeadCausalSelfAttention(dim, head_dim, num_heads, layer_idx)
         else:
@@ -370,26 +365,23 @@ class GPT(nn.Module):
         self.skip_gate.weight.lr_mul = 0.05
         self.skip_gate.weight.wd_mul = 0.0
 
-        # token value embeddings by @KoszarskyB - inspired by @Grad62304977's value residual implementation following arXiv:2410.17897
-        # value embedding code simplification inspired by @ragulpr https://github.com/KellerJordan/modded-nanogpt/pull/78
+        # tables of values added to V: @KoszarskyB, after @Grad62304977's value residual (arXiv:2410.17897); @ragulpr simplified them
         self.value_embeds = nn.ModuleList([nn.Embedding(vocab_size, model_dim) for _ in range(3)])
         for embed in self.value_embeds:
             nn.init.zeros_(embed.weight)
         for ve in self.value_embeds:
             ve.weight.label = 'value_embed'
 
-        # parameter banks for attention and value embedding gate weights
-        self.attn_gate_bank = nn.Parameter(torch.zeros(10, num_heads, 12)) # 10 layers
+        self.attn_gate_bank = nn.Parameter(torch.zeros(10, num_heads, 12)) # a gate a head for the 10 layers with attention
         self.attn_gate_bank.label = 'attn_gate_bank'
-        self.ve_gate_bank = nn.Parameter(torch.zeros(5, num_heads, 12)) # 5 layers
+        self.ve_gate_bank = nn.Parameter(torch.zeros(5, num_heads, 12)) # and for the 5 with a value embedding
         self.ve_gate_bank.label = 've_gate_bank'
 
         self.paired_head_layers = [0, 2, 5, 9]
         self.blocks = nn.ModuleList([Block(model_dim, head_dim, num_heads, i, i in self.paired_head_layers) for i in range(num_layers)])
         self.yarn = Yarn(head_dim, block_size)
         self.yarn_paired_head = YarnPairedHead(head_dim, block_size)
-        # there are only 50257 unique GPT-2 tokens; we extend to nearest multiple of 128 for efficiency, as Karpathy does.
-        # suggested by @Grad62304977
+        # the vocabulary is padded to a multiple of 128 (@Grad62304977, after Karpathy); the padding is in the softmax too
         self.lm_head = CastedLinear(model_dim, vocab_size)
         nn.init.normal_(self.lm_head.weight, mean=0, std=0.005)
         self.lm_head.weight.label = 'lm_head'
@@ -397,7 +389,7 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(vocab_size, model_dim)
         self.embed.weight.label = 'embed'
 
-        # x0_lambdas separated out for different optimizer treatment (no beta smoothing)
+        # apart from the other scalars because Adam treats them differently
         self.x0_lambdas = nn.Parameter(torch.zeros(num_layers))
         self.x0_lambdas.label = 'x0_lambdas'
         self.x0_lambdas.lr_mul = 5.0
@@ -407,18 +399,17 @@ class GPT(nn.Module):
         self.scalars = nn.Parameter(
             torch.cat(
                 [
-                    1.1 * torch.ones(num_layers),  # resid lambdas. 1.1 init such that layer i weight is i^(num_layers-i).
-                    *[torch.tensor([0.5, 1.0]) for _ in range(num_layers)],  # SA lambdas
-                    torch.zeros(1), # smear_lambda
-                    0.5*torch.ones(1), # backout_lambda
-                    -1.5 * torch.ones(1),  # skip_lambda -> σ(-1.5) ≈ 0.18
+                    1.1 * torch.ones(num_layers),  # residual lambdas
+                    *[torch.tensor([0.5, 1.0]) for _ in range(num_layers)],  # attention lambdas, on QKV and on O
+                    torch.zeros(1), # smear
+                    0.5 * torch.ones(1), # backout
+                    -1.5 * torch.ones(1), # skip, through a sigmoid: 0.18
                     torch.ones(pad),
                 ]
             )
         )
 
         self.scalars.label = 'scalars'
-        # set learning rates
         for param in self.value_embeds.parameters():
             param.lr_mul = 75.
             param.wd_mul = 5.
@@ -475,17 +466,14 @@ class GPT(nn.Module):
         assert input_seq.ndim == 2
         T, dtype = input_seq.size(1), self.lm_head.weight.dtype
 
-        # unpack schedule_cfg
         mtp_weights, ws_short, ws_long = schedule_cfg.mtp_weights, schedule_cfg.ws_short, schedule_cfg.ws_long
 
-        # set configs
         skip_connections = []
-        skip_in = [3] # long attention window on layer 3
-        skip_out = [6] # no attn op on layer 6
+        skip_in = [3] # the first layer with a long window
+        skip_out = [6] # which has no attention of its own
         x_backout = None
         backout_layer = 7
 
-        # set lambdas
         scalars = self.scalars.unbind()
         resid_lambdas = scalars[: 1 * self.num_layers]
         x0_lambdas = self.x0_lambdas.unbind()
@@ -495,29 +483,25 @@ class GPT(nn.Module):
         backout_lambda = scalars[3 * self.num_layers+1]
         skip_lambda = scalars[3 * self.num_layers+2]
 
-        # set block masks and key shift
         short_bm = ws_short * self.block_size
         long_bm = ws_long * self.block_size
         bm_sizes = [short_bm, short_bm, short_bm, long_bm, short_bm, short_bm, None, short_bm, short_bm, short_bm, long_bm]
         assert len(bm_sizes) == self.num_layers
-        key_offset = [b==long_bm for b in bm_sizes] # apply partial key offset to long windows
+        key_offset = [b==long_bm for b in bm_sizes] # where the window is long
         factors = [yarn.factors(T, cfg[:-1], dtype) + (cfg[-1],) for yarn, cfg in
                    ((self.yarn, schedule_cfg.yarn), (self.yarn_paired_head, schedule_cfg.yarn_paired_head))]
 
-        # weight-tied: use lm_head.weight for embedding lookup (or separate embed after split)
         x = F.embedding(input_seq, self.embed.weight if self.split_embed else self.lm_head.weight)
         ve = [value_embed(input_seq) for value_embed in self.value_embeds]
-        # 012 ... 012 structure on token value embeddings by @YouJiacheng, improved on @leloykun's U-net structure
-        # dropping first layer updates this to .12 ... 012
+        # the tables in the order 1 2 ... 0 1 2: @YouJiacheng, after @leloykun's U-net
         ve = [ve[1], ve[2]] + [None] * (self.num_layers - 5) + [ve[0], ve[1], ve[2]]
         assert len(ve) == self.num_layers
 
-        # smear token embed forward 1 position @classiclarryd
+        # each token takes a gated share of the one before it: @classiclarryd
         smear_gate_out = smear_lambda * torch.sigmoid(self.smear_gate(x[:, 1:, :self.smear_gate.weight.size(-1)]))
         x = torch.cat([x[:, :1], x[:, 1:] + smear_gate_out * x[:, :-1]], dim=1)
         x = x0 = norm(x)
 
-        # unbind gate banks to avoid select_backwards kernel
         ag = self.attn_gate_bank.unbind(0)
         veg = self.ve_gate_bank.unbind(0)
         attn_gates = [*ag[:6], None, *ag[6:]]
@@ -551,11 +535,11 @@ class GPT(nn.Module):
             if i == backout_layer:
                 x_backout = x
 
-        # back out contributions from first 7 layers that are only required for downstream context and not direct prediction
+        # what the first blocks wrote for later blocks to read, not for the prediction, is taken out again
         x = x - backout_lambda * x_backout
         x = norm(x)
-        # @Grad62304977 added tanh softcapping following Gemma 2 paper, @KoszarskyB reduced it from 30 to 15
-        # @YouJiacheng shifted it by +15 (2*sigmoid(2*x)=tanh(x)+1). @classiclarryd updated to 23*sigmoid((logits+5)/7.5)
+        # softcap 23 * sigmoid((logits + 5) / 7.5): Gemma 2's tanh by @Grad62304977, its bound by @KoszarskyB, the sigmoid form
+        # by @YouJiacheng, the constants by @classiclarryd
         if self.training:
             losses = FusedSoftcappedCrossEntropy.apply(x, self.lm_head.weight, target_seq, mtp_weights)
             return losses.sum(1)
@@ -581,14 +565,14 @@ def _load_data_shard(file: Path, vocab_size: int) -> np.ndarray:
 def check_data_shard(file: Path) -> int:
     """The number of tokens of a shard whose header and size agree; ValueError otherwise."""
     again = "delete it and fetch it again ('bash run_tpu.sh data') or write it again (data/fineweb.py)"
-    header = np.fromfile(file, dtype=np.int32, count=256) # header is 256 int32
+    header = np.fromfile(file, dtype=np.int32, count=256)
     if len(header) < 256:
         raise ValueError(f"{file}: shorter than its header of 1024 bytes; {again}")
     if header[0] != 20240520:
         raise ValueError(f"{file}: magic number {header[0]} instead of 20240520, so not a token shard; {again}")
     if header[1] != 1:
         raise ValueError(f"{file}: version {header[1]} instead of 1; {again}")
-    num_tokens = int(header[2]) # number of tokens (claimed)
+    num_tokens = int(header[2])
     if file.stat().st_size != 1024 + 2 * num_tokens or num_tokens <= 0:
         raise ValueError(f"{file}: header promises {num_tokens} tokens, the file has {(file.stat().st_size - 1024) / 2:g}; {again}")
     return num_tokens
@@ -596,7 +580,7 @@ def check_data_shard(file: Path) -> int:
 BOS_ID = 50256
 
 class BOSFinder:
-    # Helper for getting sequences that start at the beginning of documents by @varunneal based on work by @classiclarryd
+    # Packs whole documents into rows: @varunneal, after @classiclarryd
     # D11: no quickload. A whole shard is scanned in 50 ms here, so its first 4 million tokens need no scan of their own.
     def __init__(self, tokens: np.ndarray, world_size: int = ROWS, bos_id: int = BOS_ID):
         self.tokens = tokens
@@ -631,7 +615,7 @@ class BOSFinder:
         return starts, ends
 
 class DataPreloader:
-    # Helper for asynchronously loading next shard and indexing bos tokens
+    # Opens and scans the next shard in a thread
     def __init__(self, file_iter, load):
         self.file_iter = file_iter
         self.load = load
@@ -673,7 +657,7 @@ def distributed_data_generator(filename_pattern: str, num_tokens: int, max_seq_l
             raise ValueError(f"no document start (token {bos_id}) in {file}: write it again with data/fineweb.py")
         return tokens, finder
 
-    preloader = DataPreloader(iter(files), load)  # Use itertools.cycle(files) for multi-epoch training
+    preloader = DataPreloader(iter(files), load)
     preloader.start()
 
     def next_shard():
@@ -684,13 +668,13 @@ def distributed_data_generator(filename_pattern: str, num_tokens: int, max_seq_l
         return data
 
     tokens, finder = next_shard()
-    pos = 0  # for unaligned case
+    pos = 0  # of the next batch in the shard, where rows are not aligned to documents
 
     while True:
         if num_tokens % (world_size * 16):
             raise ValueError(f"batch size {num_tokens} is not divisible by 8 rows x 16 tokens: take {num_tokens // 128 * 128 or 128}")
         num_tokens_local = num_tokens // world_size
-        max_num_docs = next_multiple_of_n(num_tokens_local // 300, n=128)  # median doc length is ~400
+        max_num_docs = next_multiple_of_n(num_tokens_local // 300, n=128)  # upstream's room for documents
 
         if align_to_bos:
             try:
@@ -706,7 +690,7 @@ def distributed_data_generator(filename_pattern: str, num_tokens: int, max_seq_l
                 row[-1] -= 1  # the last document gave one token more, the last target
             cum_lengths = [row.cumsum() for row in lengths]
         else:
-            if pos + num_tokens + 1 >= len(tokens):  # should not occur for val data
+            if pos + num_tokens + 1 >= len(tokens):
                 tokens, pos = next_shard()[0], 0
                 if num_tokens + 1 >= len(tokens):
                     raise ValueError(f"a shard of {filename_pattern} has {len(tokens)} tokens, one batch needs {num_tokens + 2}: "
@@ -731,17 +715,21 @@ def get_documents(cum_seqlens: np.ndarray) -> np.ndarray:
     """cum_seqlens [8, n] -> [8, T] int32, where in its row each token's document starts."""
     return np.stack([np.repeat(row[:-1], np.diff(row)) for row in cum_seqlens])
 
+def pack(inputs: np.ndarray, targets: np.ndarray, cum_seqlens: np.ndarray) -> Tensor:
+    """A batch as the step takes it, in one piece so that it takes one transfer: inputs, targets, documents, [8, 3, T] int32."""
+    return torch.from_numpy(np.stack([inputs, targets, get_documents(cum_seqlens)], axis=1))
+
 def prefetch(batches, depth: int = 2):
     """
-    Runs a generator of (inputs, targets, cum_seqlens) in a thread, depth batches ahead, and yields each as one tensor
-    [8, 3, T] int32 on the devices: inputs, targets, documents. Its errors are raised here.
+    Runs a generator of (inputs, targets, cum_seqlens) in a thread, depth batches ahead, and yields each packed and on the
+    devices. Its errors are raised here.
     """
     ready, stop = queue.Queue(depth), threading.Event()
 
     def work():
         try:
-            for inputs, targets, cum_seqlens in batches:
-                batch = to_device(torch.from_numpy(np.stack([inputs, targets, get_documents(cum_seqlens)], axis=1)), "data")
+            for arrays in batches:
+                batch = to_device(pack(*arrays), "data")
                 while not stop.is_set():
                     try:
                         ready.put(batch, timeout=0.1)
@@ -998,29 +986,29 @@ class TrainingManager():
 @dataclass
 class Hyperparameters:
     # data
-    train_files: str = "data/fineweb10B/fineweb_train_*.bin" # input .bin to train on
-    val_files: str = "data/fineweb10B/fineweb_val_*.bin" # input .bin to eval validation loss on
-    val_tokens: int = 10485760 # how many tokens of validation data? it's important to keep this fixed for consistent comparisons
+    train_files: str = "data/fineweb10B/fineweb_train_*.bin" # shards in llm.c's format, read in the order of their names
+    val_files: str = "data/fineweb10B/fineweb_val_*.bin" # the same, for validation
+    val_tokens: int = 10485760 # validation tokens; another number gives losses that compare with nobody's
     # batch sizes
     train_bs_schedule: tuple = (8 * 2048 * 8, 16 * 2048 * 8, 24 * 2048 * 8)
     train_bs_extension: int = 24 * 2048 * 8
     train_max_seq_len: int = 128 * 16
     val_batch_size: int = 4 * 64 * 1024 * 8
     # optimization
-    num_scheduled_iterations: int = 1735  # number of steps to complete lr and ws schedule
-    num_extension_iterations: int = 40  # number of steps to continue training at final lr and ws
-    cooldown_frac: float = 0.50  # fraction of num_scheduled_iterations spent cooling down the learning rate
-    split_embed_frac: float = 2/3  # fraction of training when embeddings split from lm_head
+    num_scheduled_iterations: int = 1735  # the schedules are fractions of this
+    num_extension_iterations: int = 40  # steps after that, at the last learning rate and windows
+    cooldown_frac: float = 0.50  # part of the schedule in which the learning rate falls to 0.1
+    split_embed_frac: float = 2/3  # part of the schedule before embed and lm_head part
     # evaluation and logging
     run_id: str = field(default_factory=lambda: str(uuid.uuid4()))
-    train_loss_every: int = 25 # every how many steps to read the training loss, of the step before? Upstream never does
-    val_loss_every: int = 250  # every how many steps to evaluate val loss? 0 for only at the end
+    train_loss_every: int = 25 # steps between reads of the training loss (upstream never reads it); 0: never
+    val_loss_every: int = 250  # steps between validations; 0: only at the end
     save_checkpoint: bool = False
-    # attention masking
+    # attention windows, in blocks
     block_size: int = 128
     ws_schedule: tuple = (3, 7, 11)
-    ws_final: int = 13 # increase final validation ws, used for YaRN extension and short window size @classiclarryd
-    ws_validate_post_yarn_ext: int = 20 # extend long windows out even further after applying YaRN
+    ws_final: int = 13 # in the extension @classiclarryd
+    ws_validate_post_yarn_ext: int = 20 # long windows of the last validation, with no further YaRN
     # the model: upstream writes these into its call of GPT
     vocab_size: int = 50257
     bos_id: int = BOS_ID
@@ -1152,7 +1140,6 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
         xr.initialize_cache(os.path.expanduser("~/.cache/modded-nanogpt-xla"))
     setup_devices()
 
-    # log information about the hardware/software environment this is running on
     print0(f"Running Python {sys.version}")
     print0(f"Running PyTorch {torch.__version__} with torch_xla {torch_xla.__version__}")
     print0(f"Running on {xr.global_runtime_device_count()} {xr.device_type()} devices: {xr.global_runtime_device_attributes()}")
@@ -1269,8 +1256,7 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
                 log = dict(step=step, code=code, model=model.state_dict(), optimizers=training_manager.get_state())
                 os.makedirs(f"logs/{run_id}", exist_ok=True)
                 torch.save(log, f"logs/{run_id}/state_step{step:06d}.pt")
-            # the last step only has the validation loop, so break to avoid training
-            break
+                break
 
         # --------------- TRAINING SECTION -----------------
         training_manager.advance_schedule(step)
@@ -1299,7 +1285,7 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
 
 def main(argv: list[str] | None = None):
     with open(__file__) as f:
-        code = f.read()  # read the code of this file ASAP, for logging
+        code = f.read()  # first of all: the log must hold what ran, whatever is edited meanwhile
     args, options = parse_args(sys.argv[1:] if argv is None else argv)
     try:
         train(args, replay=not options.no_replay, code=code)

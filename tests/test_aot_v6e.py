@@ -418,7 +418,8 @@ def test_errors_of_the_compiler(error, message):
 def test_bad_input_is_one_line(tmp_path):
     with pytest.raises(aot_v6e.Refused, match="no preset 'nope': there are record, rehearsal"):
         aot_v6e.listing("nope")
-    done = subprocess.run([sys.executable, ROOT / "tools/aot_v6e.py", "--graphs", "nope", "--out", tmp_path], capture_output=True, text=True)
+    command = [sys.executable, ROOT / "tools/aot_v6e.py", "--graphs", "nope", "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and not done.stdout and "Traceback" not in done.stderr
     assert "aot_v6e: no graph 'nope': did you mean" in done.stderr.splitlines()[-1]
 
@@ -466,11 +467,13 @@ write("kernels", lambda x: (short(x), long(x), jax.lax.fori_loop(0, 3, lambda i,
       arg(whole, 8, 256, 128, dtype=jnp.float32))
 """
 
+def write_programs(out, source=PROGRAMS):
+    subprocess.run([sys.executable, "-c", source, out], check=True, capture_output=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    return out
+
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    out = tmp_path_factory.mktemp("programs")
-    subprocess.run([sys.executable, "-c", PROGRAMS, out], check=True, capture_output=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
-    return out
+    return write_programs(tmp_path_factory.mktemp("programs"))
 
 def entry_of(programs, name, flags=()):
     found = aot_v6e.compiled(name, programs, list(flags), "any")
@@ -523,15 +526,15 @@ def test_flags_reach_the_compiler(programs):
 
 @compiles
 def test_the_fingerprint_is_of_what_is_computed(programs, tmp_path):
-    """Not of source lines or the module's name; of donated buffers, too."""
+    """Not of source lines, in the graph or in its kernels, or the module's name; of donated buffers, too."""
     source = programs / "kernels.hlo.pb"
-    data = source.read_bytes()
-    (tmp_path / "renamed").write_bytes(data.replace(b"jit__lambda", b"jit__lambdb").replace(b"<string>", b"<elsewh>"))
-    (tmp_path / "donated").write_bytes(aot_v6e.donate(data, [0]))
-    aot_v6e.child("fingerprints", source, tmp_path / "renamed", tmp_path / "donated", programs / "loop.hlo.pb", log=tmp_path / "log",
+    moved = write_programs(tmp_path, "\n\n\n" + PROGRAMS) / "kernels.hlo.pb"
+    moved.write_bytes(moved.read_bytes().replace(b"jit__lambda", b"jit__lambdb"))
+    (tmp_path / "donated").write_bytes(aot_v6e.donate(source.read_bytes(), [0]))
+    aot_v6e.child("fingerprints", source, moved, tmp_path / "donated", tmp_path / "matmul.hlo.pb", log=tmp_path / "log",
                   env={"JAX_PLATFORMS": "cpu"})
     prints = (tmp_path / "log").read_text().split()[-4:]
-    assert data != (tmp_path / "renamed").read_bytes()
+    assert source.read_bytes() != moved.read_bytes()
     assert prints[0] == prints[1] and len(set(prints)) == 3
 
 @compiles

@@ -90,7 +90,7 @@ def run_case(case: Path, replay: bool) -> tuple[Report, list]:
                 want, got = batches[f"{key}/{r}/{name}"].astype(np.int64), x[r].astype(np.int64)
                 differs = want.shape != got.shape or (want != got).any()
                 report.add("batches", float(differs), 0.0, f"{where} row {r} {name}")
-        return port.to_device(torch.from_numpy(np.stack([*batch[:2], port.get_documents(batch[2])], axis=1)), "data")
+        return port.to_device(port.pack(*batch), "data")
 
     def gradients(batch):
         manager.bind(port.to_device(manager.get_numbers()))
