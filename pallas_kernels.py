@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-target = None  # "TPU" makes window_attention trace its TPU kernel on any machine; None leaves the choice to the device
+# None: the device decides. "TPU": trace the TPU kernels on any machine, to compile for one. "interpret": run them on a CPU, slowly.
+target = None
 
 # -----------------------------------------------------------------------------
 # Sliding-window attention within documents (upstream: flash_attn_varlen_func with cu_seqlens and window_size=(window, 0))
@@ -42,7 +43,7 @@ def for_tpu(x: Tensor) -> bool:
     if x.device.type != "xla":
         return False
     import torch_xla.runtime as xr
-    return target == "TPU" or xr.device_type() == "TPU"
+    return target is not None or xr.device_type() == "TPU"
 
 
 def kernel_refuses(q: Tensor, k: Tensor, v: Tensor, window: int, paired: bool) -> str | None:
@@ -431,7 +432,7 @@ def call_kernel(call, window: int, paired: bool, *tensors: Tensor) -> list[Tenso
     import torch_xla.core.xla_builder as xb
     import torch_xla.distributed.spmd as xs
     B, mesh = tensors[0].size(0), xs.get_global_mesh()
-    run = xb.xla_computation_as_func(lowered(call, get_band(tensors[0], window, paired)))
+    run = xb.xla_computation_as_func(lowered(call, get_band(tensors[0], window, paired), target == "interpret"))
     if mesh is None:
         return run(list(tensors))
     spec = lambda x: ("data",) + (None,) * (x.dim() - 1) if x.dim() > 1 else (None,)
@@ -440,7 +441,7 @@ def call_kernel(call, window: int, paired: bool, *tensors: Tensor) -> list[Tenso
 
 
 @functools.cache
-def lowered(call, band: Band):
+def lowered(call, band: Band, interpret: bool):
     """The kernel as an XLA computation. Cached, for a step is traced several times."""
     import torch_xla.core.xla_builder as xb
     import_jax()
@@ -449,5 +450,6 @@ def lowered(call, band: Band):
     args = [x, x, x, rows(band.tokens, dtype=jnp.int32), jax.ShapeDtypeStruct((1,), jnp.float32)]
     if call is backward_call:
         args += [x, rows(band.heads, band.tokens, dtype=jnp.float32), x]
-    hlo = jax.jit(call(band, jnp.bfloat16), keep_unused=True).trace(*args).lower(lowering_platforms=("tpu",)).compiler_ir("hlo")
+    traced = jax.jit(call(band, jnp.bfloat16, interpret), keep_unused=True).trace(*args)
+    hlo = traced.lower(lowering_platforms=("cpu" if interpret else "tpu",)).compiler_ir("hlo")
     return xb.computation_from_module_proto(call.__name__, hlo.as_serialized_hlo_module_proto())

@@ -1175,14 +1175,16 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
         yield from itertools.islice(loader, val_steps)
     def numbers():
         return to_device(training_manager.get_numbers())
-    def check_finite(step, loss):
+    def check_finite(loss, which):
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss before step {step} is {loss}: see {logfile}; a smaller learning rate or float32 "
+            raise FloatingPointError(f"the loss of {which} is {loss}: see {logfile}; a smaller learning rate or float32 "
                                      "(--dtype float32) tells whether the data or the numbers are at fault")
         return loss
     def read_loss(step, losses):
         # per token, with the weights of multi-token prediction
-        return check_finite(step + 1, losses.cpu().mean().item() / (get_bs(step, args) // ROWS)) if losses is not None else 0.0
+        if losses is None:
+            return 0.0
+        return check_finite(losses.cpu().mean().item() / (get_bs(step, args) // ROWS), f"step {step + 1}")
 
     ########################################
     #            Warmup kernels            #
@@ -1242,7 +1244,7 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
                 val_losses.append(validation_step(training_manager.graph, batch, numbers()))
                 xm.mark_step()
             val_loss = torch.stack([losses.cpu() for losses in val_losses]).mean().item()
-            check_finite(step, val_loss)
+            check_finite(val_loss, f"the validation at step {step}")
             record = RECORD_VAL_LOSS.get(step) if is_record else None
             record = "" if record is None else f" record:{record:.4f} ({val_loss - record:+.4f})"
             print0(f"step:{step}/{train_steps} val_loss:{val_loss:.4f} train_time:{training_time_ms:.0f}ms "

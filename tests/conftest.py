@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("PJRT_DEVICE", "CPU")
+os.environ.setdefault("CPU_NUM_DEVICES", "8")
 import numpy as np
 import pytest
 
@@ -30,6 +32,12 @@ def make_tokens(n: int, seed: int) -> np.ndarray:
         tokens[i:i + len(document)] = document[:n - i]
         i += len(document)
     return tokens
+
+@pytest.fixture(scope="session", autouse=True)
+def devices():
+    """Before any test: autograd counts the devices at its first backward pass, and would miss those that come later."""
+    import train_gpt_xla
+    train_gpt_xla.setup_devices()
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:

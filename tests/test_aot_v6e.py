@@ -321,9 +321,10 @@ def test_programs_that_were_not_written_are_asked_for_by_name(tmp_path, monkeypa
     assert aot_v6e.compiled("g", tmp_path, [], "y")["bundles"] and asked[2:] == ["k.77"]  # remembered
 
 def test_names_of_programs():
-    flags = aot_v6e.dump_flags("/d", '  ROOT swa_fwd.3.2 = f32[8]{0} custom-call(x), custom_call_target="tpu_custom_call"\n', ["odd.9"])
+    call = '  ROOT swa_fwd.3.2 = f32[8]{0} custom-call(x), custom_call_target="tpu_custom_call"'
+    flags = aot_v6e.dump_flags("/d", f'{call}\n{call}, metadata={{op_name="xla__a/jit(<lambda>)/pallas_call"}}\n', ["odd.9"])
     names = flags.split("matching_hlo=")[1].split(";")
-    assert {"swa_fwd=true", "swa_fwd.0=true", "swa_fwd.71=true", "odd.9=true", "sort=true", "fusion.8=true"} <= set(names)
+    assert {"swa_fwd=true", "swa_fwd.71=true", "_lambda_.71=true", "odd.9=true", "sort=true", "fusion.8=true"} <= set(names)
     assert len(flags) < 100_000  # one string of the environment may have 131072
 
 def test_a_compiler_that_dies_is_told_in_one_line(tmp_path, monkeypatch):

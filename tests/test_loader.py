@@ -2,9 +2,7 @@
 The loader beyond what the parity cases hold: shard ends, many short documents, the prefetch thread's errors.
     python -m pytest tests/test_loader.py
 """
-import os
 
-os.environ.setdefault("PJRT_DEVICE", "CPU")
 import numpy as np
 import pytest
 from conftest import BOS, make_tokens, write_shard

@@ -122,34 +122,51 @@ def test_kernels_at_record_size(H, window, paired):
     check_kernels(3, H, 1024, 128, window, paired, "off block edges", torch.bfloat16, block=256)
 
 # -----------------------------------------------------------------------------
-# In torch_xla's graph, for v6e
+# In torch_xla's SPMD graph
 
-GRAPH = """
-import sys
+SPMD = """
+import sys, warnings
 import numpy as np, torch, torch_xla
 import torch_xla.core.xla_model as xm, torch_xla.distributed.spmd as xs, torch_xla.runtime as xr
 import pallas_kernels as pk
-n, out = int(sys.argv[1]), sys.argv[2]
-pk.target = "TPU"
+n = int(sys.argv[1])
 xr.use_spmd()
 xs.set_global_mesh(mesh := xs.Mesh(np.arange(n), (n,), ("data",)))
 device = torch_xla.device()
-def rows(*shape, dtype=torch.bfloat16):
-    sharding = xs.ShardingSpec(mesh, ("data",) + (None,) * (len(shape) - 1))
-    return xm.send_cpu_data_to_device([torch.zeros(8, *shape, dtype=dtype)], device, sharding)[0]
-scale = torch.tensor(0.1).to(device)
-results = []
-for paired in (False, True):
-    q, k, v, dy = (rows(6, 1024, 128) for _ in range(4))
+def sharded(x):
+    return xm.send_cpu_data_to_device([x], device, xs.ShardingSpec(mesh, ("data",) + (None,) * (x.dim() - 1)))[0]
+def forward_backward(q, k, v, dy, *args):
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    y = pk.window_attention(q, k, v, rows(1024, dtype=torch.int32), 384, scale, paired)
+    y = pk.window_attention(*leaves, *args)
     assert y.shape == q.shape and y.dtype == q.dtype
-    results += [y, *torch.autograd.grad(y, leaves, dy)]
-misses = pk.lowered.cache_info().misses
-pk.window_attention(q, k, v, rows(1024, dtype=torch.int32), 384, scale)
-assert pk.lowered.cache_info().misses == misses == 4, "a kernel was lowered twice"
-pk.window_attention(rows(6, 1024, 64), rows(6, 1024, 64), rows(6, 1024, 64), rows(1024, dtype=torch.int32), 384, scale)
-open(out, "wb").write(torch_xla._XLAC._get_xla_tensors_hlo_proto(results))
+    return [y, *torch.autograd.grad(y, leaves, dy)]
+"""
+
+# on n virtual CPU devices: the kernels, interpreted, against the twin, which has the rows on one
+RUN = SPMD + """
+from test_pallas_kernels import SCALE, check, documents, inputs
+paired, rows = sys.argv[2] == "True", 2 * n
+x, where, scale = inputs(rows, 2, 384, 128, torch.bfloat16), documents("off block edges", rows, 384), torch.tensor(SCALE)
+want = [x.detach().float().numpy() for x in forward_backward(*x, where, 200, scale, paired)]
+pk.target = "interpret"
+got = forward_backward(*map(sharded, x), sharded(where), 200, scale.to(device), paired)
+torch_xla.sync()
+assert pk.lowered.cache_info().misses == 2, "the twin ran"
+check([x.detach().cpu().float().numpy() for x in got], want, 2e-2)
+"""
+
+# for the TPU: written down, not run
+EXPORT = SPMD + """
+warnings.simplefilter("always")
+pk.target = "TPU"
+zeros = lambda *shape, dtype=torch.bfloat16: sharded(torch.zeros(8, *shape, dtype=dtype))
+args = zeros(1024, dtype=torch.int32), 384, torch.tensor(0.1).to(device)
+results = [x for paired in (False, True) for x in forward_backward(*(zeros(6, 1024, 128) for _ in range(4)), *args, paired)]
+forward_backward(*(zeros(6, 1024, 128) for _ in range(4)), *args)
+assert pk.lowered.cache_info().misses == 4, "a kernel was lowered twice"
+for _ in range(2):
+    pk.window_attention(*(zeros(6, 1024, 64) for _ in range(3)), *args)
+open(sys.argv[2], "wb").write(torch_xla._XLAC._get_xla_tensors_hlo_proto(results))
 """
 
 COMPILE = """
@@ -176,17 +193,23 @@ print(executable.hlo_modules()[0].to_string())
 """
 
 def python(code: str, *args, **environment) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **environment}
     result = subprocess.run([sys.executable, "-c", code, *map(str, args)], env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
+
+@pytest.mark.parametrize("n, paired", [(2, False), *(pytest.param(n, True, marks=pytest.mark.slow) for n in (1, 4))])
+def test_on_devices(n, paired):
+    for package in ("torch_xla", "jax"):
+        pytest.importorskip(package)
+    python(RUN, n, paired, PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(n))
 
 @pytest.mark.parametrize("n", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 2, 1))])
 def test_compiles_for_v6e(n, tmp_path):
     for package in ("torch_xla", "jax", "libtpu"):
         pytest.importorskip(package)
     graph = tmp_path / "graph.hlo.pb"
-    traced = python(GRAPH, n, graph, PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(n))
+    traced = python(EXPORT, n, graph, PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(n))
     assert traced.stderr.count("no TPU kernel for (8, 6, 1024, 64)") == 1, "the fallback must say so, once"
 
     tpu = dict(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v6e-8", TPU_WORKER_HOSTNAMES="localhost",
@@ -203,7 +226,8 @@ def test_compiles_for_v6e(n, tmp_path):
 def test_import_is_light():
     python("import sys, pallas_kernels; assert not {'jax', 'torch_xla'} & set(sys.modules)")
 
-def test_cpu_tensors_take_the_twin():
+def test_cpu_tensors_take_the_twin(monkeypatch):
+    monkeypatch.setattr(pk, "target", "TPU")
     q, k, v, _ = inputs(1, 2, 256, 128, torch.bfloat16)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

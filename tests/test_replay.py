@@ -7,22 +7,14 @@ import re
 import subprocess
 import sys
 
-os.environ.setdefault("PJRT_DEVICE", "CPU")
-os.environ.setdefault("CPU_NUM_DEVICES", "8")
 import pytest
 import torch
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as met
 from conftest import ROOT
 
-import train_gpt_xla as t
 from muon_xla import shard, to_device, to_host
 from replay import Replay
-
-
-@pytest.fixture(scope="module", autouse=True)
-def devices():
-    t.setup_devices()
 
 WIDE = 4096
 
@@ -117,7 +109,8 @@ def test_a_tensor_from_elsewhere_is_refused_and_nothing_is_lost():
 DONATES = """
 import sys
 sys.path[:0] = [{tests!r}, {root!r}]
-from test_replay import Toy, inputs, t
+from test_replay import Toy, inputs
+import train_gpt_xla as t
 from replay import Replay
 t.setup_devices()
 toy = Toy()

@@ -3,9 +3,7 @@ The schedule of the real run, step by step against the record's own, YaRN's tabl
     python -m pytest tests/test_schedule.py
 """
 import dataclasses
-import os
 
-os.environ.setdefault("PJRT_DEVICE", "CPU")
 import numpy as np
 import pytest
 import torch

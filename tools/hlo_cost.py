@@ -30,7 +30,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-broadcast",
                "reduce-scatter")
 MOVERS = {"bitcast", "broadcast", "concatenate", "copy", "dynamic-slice", "dynamic-update-slice", "get-tuple-element", "pad", "reshape",
           "reverse", "slice", "transpose", "tuple"}
-SCATTERED = {"gather", "scatter", "slice", "dynamic-slice", "dynamic-update-slice"}  # these touch an unknown part of an operand
+READ_IN_PART, WRITTEN_IN_PART = {"gather", "slice", "dynamic-slice"}, {"scatter", "dynamic-update-slice"}
 FREE = {"add-dependency", "after-all", "bitcast", "constant", "get-tuple-element", "opt-barrier", "parameter", "partition-id", "replica-id",
         "tuple"}
 FREE_TARGETS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "GatherScatterIndicesBitpacked", "Sharding"}
@@ -461,9 +461,11 @@ class Estimate:
     def lower_bound(self, op, computation, inner):
         """(ms, how, HBM bytes) where the compiler gives no estimate."""
         shapes = [*self.module.operand_shapes(op, computation), op.shape]
-        moved = sum(nbytes(s, 0) for s in shapes)
-        if "output_to_operand_aliasing" in op.attrs or any(x.opcode in SCATTERED for x in [op, *inner]):
-            moved = 0  # no telling how much of the operands is touched
+        moved, opcodes = sum(nbytes(s, 0) for s in shapes), {x.opcode for x in [op, *inner]}
+        if opcodes & READ_IN_PART:
+            moved = nbytes(op.shape, 0)
+        if opcodes & WRITTEN_IN_PART or "output_to_operand_aliasing" in op.attrs:
+            moved = 0
         bundles = self.bundles.get(op.name) or self.emitted.get(self.module.signature(op, computation))
         if not bundles and not (moved and self.kind(op, inner) == "copies"):  # some have no program of their own: bare transfers
             return None, "none", moved
