@@ -1038,7 +1038,7 @@ presets = {
     "rehearsal": lambda **kwargs: Hyperparameters(**{**dict(
         train_files="data/demo/demo_train_*.bin", val_files="data/demo/demo_val_*.bin", val_tokens=8 * 2048,
         train_bs_schedule=(8 * 128, 8 * 256, 8 * 384), train_bs_extension=8 * 384, train_max_seq_len=128, val_batch_size=8 * 1024,
-        num_scheduled_iterations=87, num_extension_iterations=9, val_loss_every=24, block_size=16,
+        num_scheduled_iterations=87, num_extension_iterations=9, val_loss_every=48, block_size=16,
         num_heads=4, head_dim=16, model_dim=64), **kwargs}),
 }
 

@@ -95,7 +95,8 @@ def run(steps: int) -> dict:
             known = [chip[g.name] for g in graphs if g.name in chip]
             chip_ms = sum(known) / len(known) if len(known) == len(graphs) else None
             stages.append(dict(name=f"{key[0]}_ws{graphs[0].ws_short}_{key[1]}", retraced_ms=retraced["median"],
-                               replayed_ms=replayed["median"], loader_ms=loader["median"], chip_est_ms=chip_ms, replayed_of_chip=chip_ms and replayed["median"] / chip_ms,
+                               replayed_ms=replayed["median"], loader_ms=loader["median"], chip_est_ms=chip_ms,
+                               replayed_of_chip=chip_ms and replayed["median"] / chip_ms,
                                spread=dict(retraced=retraced, replayed=replayed, loader=loader)))
     return dict(stages=stages, steps=steps, devices=8, cores=os.cpu_count())
 
