@@ -229,8 +229,14 @@ def test_what_has_no_estimate_is_listed():
     assert summary["scalar_ops"] == 1
 
 def test_source_lines():
-    line = WORK + ', metadata={op_name="aten__mul" source_file="train.py" source_line=7}'
-    assert Estimate(hlo(["%x = f32[128]{0} parameter(0)", line], BODY)).dearest()[0]["source"] == "aten__mul train.py:7"
+    line = WORK + ', metadata={op_name="aten__mul" source_file="/home/me/train.py" source_line=7}'
+    other = line.replace("%work", "%more").replace("aten__mul", "aten__add")
+    estimate = Estimate(hlo(["%x = f32[128]{0} parameter(0)", line, other, WORK.replace("%work", "%rest")], BODY))
+    assert estimate.dearest()[0]["source"] == "aten__mul train.py:7"
+    assert [(x["line"], round(x["ms"], 6)) for x in estimate.dearest_lines()] == [("train.py:7", 2), ("no source line", 1)]
+    add = '%a = f32[1]{0} add(), metadata={op_name="n" source_file="/v/site-packages/t/n.py" source_line=3}'
+    within = hlo(["%f = f32[1]{0} fusion(), calls=%c"], ["%c", add])
+    assert within.source(within.computations["main"]["f"]) == "n t/n.py:3"
 
 # -----------------------------------------------------------------------------
 # Bundles
@@ -339,7 +345,7 @@ def test_a_compiler_that_dies_is_told_in_one_line(tmp_path, monkeypatch):
 def entry(name, kind, steps, tokens, ms, compiled=True):
     return {"name": name, "kind": kind, "steps": steps, "tokens_per_chip": tokens, "compiled": compiled, "fits": True, "why": "no",
             "est_ms": {**dict.fromkeys(hlo_cost.KINDS, 0.0), "total": ms}, "not_estimated": [], "lower_bounds_ms": 0.0,
-            "hbm_gib": dict.fromkeys(["arguments", "outputs", "aliased", "temporaries", "code", "total"], 0.0),
+            "hbm_gib": dict.fromkeys(["arguments", "outputs", "aliased", "temporaries", "code", "untouched", "total"], 0.0),
             "collectives": {"count": 0, "mib": 0.0, "ms": 0.0}}
 
 def test_totals_are_steps_times_milliseconds():
@@ -545,7 +551,7 @@ def test_a_graph_of_the_rehearsal(tmp_path):
     run = lambda *options: subprocess.run([sys.executable, ROOT / "tools/aot_v6e.py", "--preset", "rehearsal", "--out", tmp_path, *options],
                                           capture_output=True, text=True)
     listed = [line.split() for line in run("--list").stdout.splitlines()]
-    name, steps = next((line[0], int(line[2])) for line in listed if line[1] == "train")
+    name, steps = next((line[0], int(line[2])) for line in listed if line[0].startswith("odd"))
     done = run("--graphs", name)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
@@ -554,6 +560,7 @@ def test_a_graph_of_the_rehearsal(tmp_path):
     assert "--xla_tpu_prefer_async_allgather_to_allreduce=true" in report["flags"]  # torch_xla's own
     assert any("windowed_einsum" in flag for flag in report["flags"])  # train_gpt_xla's
     gib = e["hbm_gib"]
+    assert gib["total"] == pytest.approx(sum(gib[k] for k in ("arguments", "outputs", "temporaries", "code", "untouched")) - gib["aliased"])
     assert gib["aliased"] > 0.9 * gib["outputs"] > 0  # weights and state exist once
     assert e["est_ms"]["total"] == pytest.approx(sum(e["est_ms"][k] for k in hlo_cost.KINDS)) and e["est_ms"]["matmuls"] > 0
     assert e["collectives"]["mib"] > 1 and {"reduce-scatter", "all-gather"} <= set(e["collectives"]["kinds"])

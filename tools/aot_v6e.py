@@ -116,7 +116,10 @@ def last_words(log: Path) -> str:
 
 
 def export_graphs(preset: str, out: str, *names: str):
-    """Traces graphs of the run and writes their HLO, NAME.hlo.pb, and the flags of a TPU run, flags.json. In a child."""
+    """
+    Traces graphs of the run and writes their HLO, NAME.hlo.pb, and as exported.json the flags of a TPU run and the bytes of
+    state on a chip that each graph does not touch but that lie there all the same. In a child.
+    """
     import torch
     import torch_xla
     from jax._src.lib import xla_client as xc
@@ -131,7 +134,7 @@ def export_graphs(preset: str, out: str, *names: str):
     os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {train.LIBTPU_INIT_ARGS}"
     tpu.version = lambda: 6
     torch_xla._setup_libtpu_flags()
-    Path(out, "flags.json").write_text(json.dumps(os.environ["LIBTPU_INIT_ARGS"].split()))
+    exported = {"flags": os.environ["LIBTPU_INIT_ARGS"].split(), "untouched": {}}
     pallas_kernels.target = "TPU"
     train.setup_devices()
     args = train.presets[preset]()
@@ -144,13 +147,17 @@ def export_graphs(preset: str, out: str, *names: str):
         manager.advance_schedule(steps[0], train=graph.train)
         inputs = [to_device(torch.zeros(ROWS, 3, graph.tokens, dtype=torch.int32), "data"), to_device(manager.get_numbers())]
         recording = Recording(manager.training_step if graph.train else manager.validation_step, inputs, manager.tensors(), hlo=True)
-        tensors = manager.tensors() + inputs
+        state = manager.tensors()
+        tensors = state + inputs
         shapes = [tuple(s.dimensions()) for s in xc.XlaComputation(recording.hlo).program_shape().parameter_shapes()]
         if shapes != [tuple(tensors[i].shape) for i in recording.sources]:
             raise ValueError(f"{graph.name}: the parameters of the exported graph are not in the order of the recording's inputs")
         donors = [k for k, i in enumerate(recording.sources) if i in set(recording.changed)]
         Path(out, f"{graph.name}.hlo.pb").write_bytes(donate(recording.hlo, donors))
+        share = lambda x: ROWS if "devices=" in torch_xla._XLAC._get_xla_sharding_spec(x) else 1
+        exported["untouched"][graph.name] = sum(x.nbytes // share(x) for i, x in enumerate(state) if i not in recording.sources)
         print(f"traced {graph.name} in {time.perf_counter() - began:.1f} s", flush=True)
+    Path(out, "exported.json").write_text(json.dumps(exported))
 
 
 def donate(hlo: bytes, parameters: list[int]) -> bytes:
@@ -358,15 +365,15 @@ def why_not(error: str, kind: str) -> str:
     return line[:300]
 
 
-def assess(graph, found: dict, out: Path) -> dict:
-    """A graph's entry in the report."""
+def assess(graph, found: dict, out: Path, untouched: int = 0) -> dict:
+    """A graph's entry in the report. untouched: bytes of state in HBM that the graph does not take."""
     entry = {"name": graph.name, "kind": graph.kind, "steps": graph.steps, "tokens_per_chip": graph.tokens,
              "compiled": "error" not in found, "cached": found["cached"], "key": found.get("key")}
     if "error" in found:
         return {**entry, "why": why_not(found["error"], graph.kind), "error": found["error"][:4000],
                 "largest_buffers": found.get("buffers", [])}
-    gib = {k: v / 2**30 for k, v in found["bytes"].items()}
-    total = gib["arguments"] + gib["outputs"] - gib["aliased"] + gib["temporaries"] + gib["code"]
+    gib = {k: v / 2**30 for k, v in {**found["bytes"], "untouched": untouched}.items()}
+    total = gib["arguments"] + gib["outputs"] - gib["aliased"] + gib["temporaries"] + gib["code"] + gib["untouched"]
     if total > HBM_GIB:
         entry["why"] = f"does not fit: {total:.2f} of {HBM_GIB} GiB"
     module = hlo_cost.Module((out / f"{graph.name}.tpu.txt").read_text())
@@ -374,7 +381,7 @@ def assess(graph, found: dict, out: Path) -> dict:
     summary = estimate.summary(found["kernel_names"])
     return {**entry, "fits": total <= HBM_GIB, "hbm_gib": {**gib, "total": total, "limit": HBM_GIB}, **summary,
             "kernels_ms": summary["est_ms"]["kernels"], "collectives_ms": summary["collectives"]["ms"], "compile_s": found["compile_s"],
-            "dearest_ops": estimate.dearest(), "largest_buffers": found.get("buffers", [])}
+            "dearest_ops": estimate.dearest(), "dearest_lines": estimate.dearest_lines(), "largest_buffers": found.get("buffers", [])}
 
 
 def build_report(graphs: list[dict], preset: str, flags: list[str], complete: bool) -> dict:
@@ -389,12 +396,13 @@ def build_report(graphs: list[dict], preset: str, flags: list[str], complete: bo
         if g["kind"] == "train" and g["compiled"]:
             stages.setdefault(g["tokens_per_chip"], []).append((g["steps"], g["est_ms"]["total"]))
     mean = lambda parts: sum(n * ms for n, ms in parts) / max(1, sum(n for n, _ in parts))
-    total = totals["train"]
+    total, sizes = totals["train"], [g["hbm_gib"] for g in graphs if g["compiled"]]
     return {
         "preset": preset, "topology": "v6e:2x4", "versions": PINS, "flags": flags,
         "total_est_s": total, "total_est_s_calibrated": total and [total / CALIBRATION[1], total / CALIBRATION[0]],
         "calibration": {"divide_by": CALIBRATION, "why": "another v6e-8 record: 336 and 558 ms a step estimated, 307 and 423 in its log"},
         "validation_est_s": totals["val"], "step_est_ms": {str(t): mean(parts) for t, parts in sorted(stages.items())},
+        "hbm_gib_with_all_code": max((m["total"] - m["code"] for m in sizes), default=0) + sum(m["code"] for m in sizes),
         "cuda_8xH100": {"step_ms": {str(k): v for k, v in CUDA_STEP_MS.items()}, "total_s": CUDA_TOTAL_S},
         "assumptions": {"clock_hz": hlo_cost.CLOCK_HZ, "hbm_bytes_per_s": hlo_cost.HBM_BYTES_PER_S,
                         "link_bytes_per_s": hlo_cost.LINK_BYTES_PER_S, "rings": hlo_cost.RINGS, "source": "Cloud TPU documentation, TPU "
@@ -405,9 +413,9 @@ def build_report(graphs: list[dict], preset: str, flags: list[str], complete: bo
 
 def table(report: dict) -> str:
     """The report for people: a line a graph, the totals, and what is missing from them."""
-    memory = ("arguments", "outputs", "temporaries", "code", "total")
-    lines = [f"{'':28} {'':>5} {'tokens':>6} | {f'HBM, GiB of {HBM_GIB}':^32} | {'estimated ms of a step':^49} | {'collectives':^16}",
-             f"{'graph':28} {'steps':>5} {'a chip':>6} | {'args':>6}{'outs':>6}{'temps':>7}{'code':>6}{'total':>7} | "
+    memory = ("arguments", "outputs", "temporaries", "code", "untouched", "total")
+    lines = [f"{'':28} {'':>5} {'tokens':>6} | {f'HBM, GiB of {HBM_GIB}':^38} | {'estimated ms of a step':^49} | {'collectives':^16}",
+             f"{'graph':28} {'steps':>5} {'a chip':>6} | {'args':>6}{'outs':>6}{'temps':>7}{'code':>6}{'rest':>6}{'total':>7} | "
              f"{'matmul':>8}{'elemw':>8}{'copies':>8}{'kernels':>8}{'links':>8}{'total':>9} | {'n':>4}{'MiB':>6}{'ms':>6}"]
     notes, compiled = [], [g for g in report["graphs"] if g["compiled"]]
     for g in report["graphs"]:
@@ -416,7 +424,7 @@ def table(report: dict) -> str:
             lines.append(start + "not compiled: " + g["why"])
             continue
         gib, ms, c = {**g["hbm_gib"], "outputs": g["hbm_gib"]["outputs"] - g["hbm_gib"]["aliased"]}, g["est_ms"], g["collectives"]
-        lines.append(start + "".join(f"{gib[k]:{w}.2f}" for k, w in zip(memory, (6, 6, 7, 6, 7))) + " | "
+        lines.append(start + "".join(f"{gib[k]:{w}.2f}" for k, w in zip(memory, (6, 6, 7, 6, 6, 7))) + " | "
                      + "".join(f"{ms[k]:8.2f}" for k in hlo_cost.KINDS) + f"{ms['total']:9.2f} | "
                      + f"{c['count']:4}{c['mib']:6.0f}{c['ms']:6.2f}" + ("" if g["fits"] else "  DOES NOT FIT"))
         if g["not_estimated"]:
@@ -425,9 +433,11 @@ def table(report: dict) -> str:
             notes.append(f"  {g['name']}: {len(g['not_estimated'])} operations on {mib:.1f} MiB of HBM, most first: "
                          + ", ".join(f"{x['op']} x {x['times']}" for x in worst))
     bounds = max((g["lower_bounds_ms"] for g in compiled), default=0)
-    lines += ["", "outs: less what takes over an argument's buffer. links: what of the collectives nothing hides. kernels: lower bounds, "
-              "the bundles of", f"their final programs without waits for memory; so are gathers, scatters and sorts. Up to {bounds:.2f} ms "
-              "of a step are such bounds."]
+    lines += ["", "outs: less what takes over an argument's buffer. rest: state that the graph does not touch. links: what of the "
+              "collectives nothing hides.", "kernels: lower bounds, the bundles of their final programs without waits for memory; so are "
+              f"gathers, scatters and sorts. Up to {bounds:.2f} ms", "of a step are such bounds."]
+    if compiled:
+        lines.append(f"With the code of all these graphs in HBM at once, the largest needs {report['hbm_gib_with_all_code']:.2f} GiB.")
     lines += ["Not in the totals:", *notes] if notes else ["Nothing is left out of the totals."] if compiled else []
     for tokens, ms in report["step_est_ms"].items():
         cuda = report["cuda_8xH100"]["step_ms"].get(tokens)
@@ -455,6 +465,10 @@ def explanation(g: dict) -> str:
         for r in g["dearest_ops"]:
             lines += [f"{r['ms']:9.3f} ms  x{r['times']:<4} {r['kind']:11} {r['how']:9} {r['op']}  {r['shape'][:80]}",
                       f"{'':14}{r['source']}"]
+        lines += ["", "The ten dearest source lines"]
+        for r in g["dearest_lines"]:
+            lines.append(f"{r['ms']:9.3f} ms  {r['line']}  (" + ", ".join(f"{k} {r[k]:.2f}" for k in hlo_cost.KINDS if k in r) + ")")
+        lines.append("")
         for name, k in g["kernels"].items():
             lines.append(f"kernel {name}: {k['calls']} calls, at least {k['ms']:.3f} ms in all ({k['how']})")
         for kind, c in g["collectives"]["kinds"].items():
@@ -496,31 +510,33 @@ def select(graphs: list, wanted: str) -> list:
     return [by_name[n] for n in dict.fromkeys(names)]
 
 
-def trace(graphs: list, preset: str, out: Path) -> tuple[list[str], dict]:
+def trace(graphs: list, preset: str, out: Path) -> dict:
     """
-    Exports the graphs to out; returns the flags of a TPU run and the fingerprint of each graph. Where no source file has changed
-    since they were exported, neither have they.
+    Exports the graphs to out; returns the flags of a TPU run and by graph its fingerprint and the state that it does not touch.
+    Where no source file has changed since they were exported, neither have they.
     """
     sources = hashlib.sha256(json.dumps([preset, sorted(PINS.items()), os.environ.get("LIBTPU_INIT_ARGS")] + [
         [p.name, p.read_text()] for p in sorted([*ROOT.glob("*.py"), Path(__file__)])]).encode()).hexdigest()
     kept, log = out / "traced.json", out / "trace.log"
     known = json.loads(kept.read_text()) if kept.exists() else {}
-    known = known if known.get("sources") == sources else {"sources": sources, "fingerprints": {}}
+    known = known if known.get("sources") == sources else {"sources": sources, "fingerprints": {}, "untouched": {}}
     names = [g.name for g in graphs if g.name not in known["fingerprints"] or not (out / f"{g.name}.hlo.pb").exists()]
     if names:
         # Source lines of every operation, for --explain. They do not change what is computed.
         env = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "8", "XLA_HLO_DEBUG": "1", "XLA_IR_DEBUG": "1"}
         if child("export_graphs", preset, out, *names, log=log, env=env):
             raise Refused(f"tracing failed, the whole story is in {log}: {last_words(log)}")
-        known["flags"] = json.loads((out / "flags.json").read_text())
+        exported = json.loads((out / "exported.json").read_text())
         if child("fingerprints", *[out / f"{name}.hlo.pb" for name in names], log=log, env={"JAX_PLATFORMS": "cpu"}):
             raise Refused(f"an exported graph could not be read, see {log}: {last_words(log)}")
         hashes = [line for line in log.read_text().splitlines() if re.fullmatch(r"[0-9a-f]{64}", line)]
+        known["flags"] = exported["flags"]
+        known["untouched"] |= exported["untouched"]
         known["fingerprints"] |= dict(zip(names, hashes, strict=True))
         kept.write_text(json.dumps(known))
         log.unlink()
-        (out / "flags.json").unlink()
-    return known["flags"], {g.name: known["fingerprints"][g.name] for g in graphs}
+        (out / "exported.json").unlink()
+    return known
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -546,17 +562,17 @@ def main(argv: list[str] | None = None) -> int:
         check_disk(out)
         say(f"tracing {len(graphs)} graphs of the {opts.preset} preset on 8 virtual devices, where they have changed ...")
         began = time.perf_counter()
-        flags, prints = trace(graphs, opts.preset, out)
+        traced = trace(graphs, opts.preset, out)
         say(f"traced in {time.perf_counter() - began:.0f} s")
         entries = []
         for i, graph in enumerate(graphs, 1):
             check_disk(out)
-            found = compiled(graph.name, out, flags, prints[graph.name])
-            entries.append(assess(graph, found, out))
+            found = compiled(graph.name, out, traced["flags"], traced["fingerprints"][graph.name])
+            entries.append(assess(graph, found, out, traced["untouched"][graph.name]))
             e = entries[-1]
             said = ", unchanged" if e["cached"] else f", compiled in {found['compile_s']:.0f} s" if e["compiled"] else ""
             say(f"[{i}/{len(graphs)}] {graph.name}: " + (f"{e['est_ms']['total']:.1f} ms est." if e["compiled"] else e["why"]) + said)
-        report = build_report(entries, opts.preset, flags, complete=len(graphs) == len(everything))
+        report = build_report(entries, opts.preset, traced["flags"], complete=len(graphs) == len(everything))
         if not opts.explain:
             (out / "report.json").write_text(json.dumps(report, indent=1))
     except OSError as e:

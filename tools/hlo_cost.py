@@ -158,10 +158,11 @@ class Module:
         return [ops[name].shape for name in op.operands if name in ops]
 
     def source(self, op: Op) -> str:
-        """op_name and file:line that the front end gave it, or the first of them within the fusion."""
+        """op_name and file:line that the front end gave it, or the first of them within the fusion. No folders but a package's."""
         for x in [op, *self.inside(op)]:
             name, file, line = x.attr(r'op_name="([^"]*)"'), x.attr(r'source_file="([^"]*)"'), x.attr(r"source_line=(\d+)")
             if name or file:
+                file = file and re.sub(r".*/(?=[^/]*$)" if "-packages/" not in file else r".*-packages/", "", file)
                 return " ".join(filter(None, [name, file and f"{file}:{line}"]))
         return ""
 
@@ -542,6 +543,15 @@ class Estimate:
         rows = sorted(self.rows, key=lambda r: -r.cost_ms)[:n]
         return [{"ms": r.cost_ms, "times": r.times, "kind": r.kind, "how": r.how, "op": r.op.name,
                  "shape": re.sub(r"/\*.*?\*/", "", r.op.shape), "source": self.module.source(r.op)} for r in rows]
+
+    def dearest_lines(self, n: int = 10) -> list[dict]:
+        """The n source lines whose instructions cost most in a step together."""
+        lines = {}
+        for r in self.rows:
+            ms = lines.setdefault(self.module.source(r.op).rpartition(" ")[2] or "no source line", dict.fromkeys(KINDS, 0.0))
+            ms[r.kind] += r.cost_ms
+        dearest = sorted(lines.items(), key=lambda x: -sum(x[1].values()))[:n]
+        return [{"line": line, "ms": sum(ms.values()), **{k: v for k, v in ms.items() if v}} for line, ms in dearest]
 
 # -----------------------------------------------------------------------------
 # Memory (the buffer assignment that XLA dumps)

@@ -1,0 +1,54 @@
+"""
+The bench measures what it says, and fails where it measured nothing.
+    python -m pytest tests/test_bench.py -m slow
+"""
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+BENCH = ROOT / "tools" / "bench_step.py"
+
+@pytest.mark.slow
+def test_bench_prints_every_stage():
+    process = subprocess.run([sys.executable, BENCH, "--json", "--steps", "6"], capture_output=True, text=True, timeout=1200)
+    assert process.returncode == 0, process.stderr[-2000:]
+    result = json.loads(process.stdout)
+    assert [s["name"] for s in result["stages"]] == ["16384_ws1_3", "32768_ws3_7", "49152_ws5_11", "49152_ws6_13"]
+    for stage in result["stages"]:
+        assert 0 < stage["replayed_ms"] < stage["retraced_ms"] / 5
+        assert 0 < stage["loader_ms"] < 1000
+        assert all(x["n"] >= 5 and x["low"] <= x["median"] <= x["high"] for x in stage["spread"].values())
+
+def test_too_few_steps_are_refused():
+    process = subprocess.run([sys.executable, BENCH, "--steps", "1"], capture_output=True, text=True, timeout=60)
+    assert process.returncode == 2 and "--steps 1" in process.stderr
+
+def test_a_bench_that_measured_nothing_fails(monkeypatch):
+    """A Replay that traces although it should replay is caught by the count of traced steps."""
+    import train_gpt_xla as port
+    sys.path.insert(0, str(BENCH.parent))
+    import bench_step
+
+    class Traces:
+        def __init__(self, fn, state, enabled):
+            self.fn = fn
+        def __call__(self, key, *inputs):
+            return self.fn(*inputs)
+    class Manager:
+        graph, tensors = None, None
+        def __init__(self, model, args): ...
+        def advance_schedule(self, step): ...
+        def get_numbers(self):
+            return port.torch.zeros(1)
+        def training_step(self, batch, numbers):
+            return batch.float().sum()
+    monkeypatch.setattr(port, "Replay", Traces)
+    monkeypatch.setattr(port, "TrainingManager", Manager)
+    monkeypatch.setattr(port.GPT, "to_devices", lambda model: model)
+    args = port.Hyperparameters(vocab_size=128, num_heads=2, head_dim=8, model_dim=16)
+    graphs = [(port.get_graph(0, args), 0)]
+    with pytest.raises(AssertionError, match="nothing was measured"):
+        bench_step.bench_step(port, args, graphs, 4, replay=True)
