@@ -83,7 +83,3 @@ class Replay:
         if recording is None or recording.signature != signature(state + inputs):
             recording = self.recordings[key] = Recording(self.fn, inputs, state)
         return recording.run(inputs, state)
-
-    def export(self, *inputs: Tensor) -> bytes:
-        """The program as torch_xla would hand it to the compiler (HloModuleProto), with its donations; nothing is compiled or run."""
-        return Recording(self.fn, list(inputs), self.state(), hlo=True).hlo
