@@ -1284,9 +1284,11 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
     bar.close()
     print0(f"graphs compiled after warm-up: {graphs_compiled() - compiled}", console=True)
     print0(f"operations run on the host: {', '.join(operations_on_host()) or 'none'}", console=True)
-    memory = xm.get_memory_info(xm.xla_device()) if xr.device_type() == "TPU" else {}
-    if "peak_bytes_used" in memory:
-        print0(f"peak memory allocated: {memory['peak_bytes_used'] // 1024 // 1024} MiB a chip", console=True)
+    try:
+        peak = f"{xm.get_memory_info()['peak_bytes_used'] // 1024 // 1024} MiB a chip"
+    except (RuntimeError, KeyError):  # not every backend says, and SPMD's virtual device need not
+        peak = "not reported by this backend"
+    print0(f"peak memory allocated: {peak}", console=True)
     return val_loss
 
 def main(argv: list[str] | None = None):

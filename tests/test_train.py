@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import BOS, ROOT, make_tokens, run_train, toy_options, write_shard
 
 import train_gpt_xla as t
@@ -16,15 +17,15 @@ import train_gpt_xla as t
 @pytest.fixture(scope="module")
 def toy_run(tmp_path_factory, corpus):
     folder = tmp_path_factory.mktemp("run")
-    process = run_train(folder, corpus)
+    process = run_train(folder, corpus, save_checkpoint=True)
     assert process.returncode == 0, process.stderr[-3000:]
-    return process.stdout, (folder / "logs" / "toy.txt").read_text()
+    return process.stdout, (folder / "logs" / "toy.txt").read_text(), torch.load(folder / "logs" / "toy" / "state_step000028.pt")
 
 def losses(log: str) -> list[tuple[int, str]]:
     return [(int(s), x) for s, x in re.findall(r"^step:(\d+)/28 .*(?:val|train)_loss:(\S+)", log, re.M)]
 
 def test_log_has_upstreams_form(toy_run):
-    _, log = toy_run
+    _, log, _ = toy_run
     source = (ROOT / "train_gpt_xla.py").read_text()
     assert log.startswith("logs/toy.txt\n" + source), "the log must open with the source that made it"
     rest = log[len(source):]
@@ -36,17 +37,32 @@ def test_log_has_upstreams_form(toy_run):
     assert [int(s) for s in val] == [0, 14, 28]
 
 def test_loss_falls_below_unigram_entropy(toy_run):
-    stdout, _ = toy_run
+    stdout, _, _ = toy_run
     entropy = float(re.search(r"unigram entropy: (\S+) nats", stdout).group(1))
     val = [float(x) for x in re.findall(r"val_loss:(\S+)", stdout)]
     assert val[0] > entropy > val[-1], (val, entropy)
 
 def test_nothing_compiled_after_warmup_and_nothing_on_the_host(toy_run):
-    stdout, _ = toy_run
+    stdout, _, _ = toy_run
     assert "graphs compiled after warm-up: 0\n" in stdout
     assert "operations run on the host: none\n" in stdout
     graphs = int(re.search(r"Compiling (\d+) graphs", stdout).group(1))
     assert graphs == len(re.findall(r"^warmup ", stdout, re.M)) == len(t.distinct_graphs(t.parse_args(toy_options(Path()))[0])) > 11
+
+def test_checkpoint_has_upstreams_form(toy_run):
+    _, log, checkpoint = toy_run
+    assert checkpoint["step"] == 28 and checkpoint["code"] in log
+    upstream = np.load(ROOT / "tests" / "data" / "parity" / "A_f32" / "init.npz")
+    assert set(checkpoint["model"]) == set(upstream), "parameters under other names than upstream's"
+    assert checkpoint["model"]["blocks.3.attn.qkvo_w"].shape == (128, 32) and checkpoint["model"]["scalars"].dtype == torch.float32
+    adam, muon = checkpoint["optimizers"]
+    assert {n for n, s in adam.items() if s["step"] == 14} == set(adam), "14 odd steps in 28, and embed takes over lm_head's count"
+    assert muon["attn"]["master"].shape == (40, 32, 32) and muon["mlp"]["master"].shape == (24, 128, 32)
+    qkvo = torch.stack([muon["attn"]["master"][i:i + 4].reshape(128, 32) for i in range(0, 40, 4)])
+    model = [checkpoint["model"][f"blocks.{i}.attn.qkvo_w"] for i in range(11) if i != 6]
+    # O's rows are not reordered: each weight is its float32 master with the lower half cut off
+    for master, weight in zip(qkvo[:, 96:], model, strict=True):
+        assert torch.equal((master.contiguous().view(torch.int32) & -65536).view(torch.float32), weight[96:].float())
 
 @pytest.mark.slow
 def test_replayed_and_traced_runs_are_identical(toy_run, tmp_path, corpus):
