@@ -1160,7 +1160,7 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
         block_size=args.block_size,
     ).to_devices(getattr(torch, args.dtype))
     training_manager = TrainingManager(model, args)
-    # torch.compile's counterpart: each distinct graph is traced once and replayed from then on
+    # D14: torch.compile's counterpart. Each distinct graph is traced once and replayed from then on
     training_step = Replay(training_manager.training_step, training_manager.tensors, enabled=replay)
     validation_step = Replay(training_manager.validation_step, training_manager.tensors, enabled=replay)
 
