@@ -2,12 +2,14 @@
 The record's two optimizers for XLA: NorMuon for the matrices of the blocks, DistAdam for all else.
 
 Upstream splits this work by hand: reduce-scatter, update one chunk a rank, all-gather. Here every tensor is whole and
-carries a sharding instead: a gradient that is annotated as split over the mesh axis "data" arrives by reduce-scatter, each
-chip updates its own part, and a weight that is annotated as replicated leaves by all-gather (ZeRO, arXiv:1910.02054).
+carries a sharding instead: the sum of all devices' gradients, annotated as split over the mesh axis "data", arrives by
+reduce-scatter, each chip updates its own part, and a weight that is annotated as replicated leaves by all-gather (ZeRO,
+arXiv:1910.02054).
 """
 from collections import defaultdict
 
 import torch
+import torch.nn.functional as F
 import torch_xla
 import torch_xla.core.xla_builder as xb
 import torch_xla.core.xla_model as xm
@@ -32,6 +34,18 @@ def shard(x: Tensor, *spec) -> Tensor:
     """Annotates where x lives: a mesh axis or None for each dimension; none given means replicated."""
     spec = spec + (None,) * (x.ndim - len(spec))
     return xs.mark_sharding(x, xs.get_global_mesh(), spec).global_tensor
+
+def enter(x: Tensor, *spec) -> Tensor:
+    """
+    Into the program of a single device, as a rank runs it upstream: it sees its own part of x, or all of a replicated x. XLA splits
+    nothing and communicates nothing until leave().
+    """
+    return xs.enable_manual_sharding(x, spec + (None,) * (x.ndim - len(spec))).global_tensor
+
+def leave(x: Tensor) -> Tensor:
+    """Out of it again: what each device has, [...] -> [devices, ...], split by device."""
+    shape = (xs.get_global_mesh().size(), *x.shape)
+    return xs.disable_manual_sharding(x.unsqueeze(0), ("data",) + (None,) * x.ndim, shape).global_tensor
 
 def _truncate(x: xb.Op) -> xb.Op:
     mask = xb.Op.scalar(x.builder(), -65536, xb.Type.S32)
@@ -135,10 +149,10 @@ class NorMuon(torch.optim.Optimizer):
         for group in self.param_groups:
             params, dtype = group["params"], group["params"][0].dtype
             momentum_buffer, master = group["momentum_buffer"], group["master"]
-            # Rows first, matrices second: each gradient is reduce-scattered as it is made, then whole matrices change hands.
-            grads = torch.stack([shard(p.grad, "data") for p in params]).view(-1, *master.shape[1:])
-            grads = torch.cat([grads, grads.new_zeros(master.size(0) - grads.size(0), *grads.shape[1:])])
-            grads = shard(grads, "data").float()
+            grads = torch.stack([p.each_grad for p in params], dim=1)
+            grads = grads.view(grads.size(0), -1, *master.shape[1:])  # [devices, matrices, rows, cols]
+            grads = F.pad(grads, (0, 0, 0, 0, 0, master.size(0) - grads.size(1)))
+            grads = shard(grads.sum(0), "data").float()  # reduce-scatter, in the gradient's dtype
 
             momentum_buffer.copy_(momentum_buffer + (1 - group["momentum"]) * (grads - momentum_buffer))
             updated_grads = grads + group["momentum"] * (momentum_buffer - grads)
@@ -165,7 +179,7 @@ class DistAdam(torch.optim.Optimizer):
     """
     Adam with cautious weight decay, its state split over the chips by rows (upstream: @vagrawal, @akash5474).
 
-    Gradients of two steps add up in state["grad"] (upstream: in param.grad); step() consumes the sum. Bias correction and
+    Each device adds up its gradients of two steps in state["grad"], [devices, ...] (upstream: in param.grad); step() reduces the sum. Bias correction and
     learning rates are computed on the host and come in as 0-D tensors: param.step_size and param.eff_wd.
     """
     def __init__(self, params, label_order: list[str], betas: list[list[float]], lr: float = 1e-3, eps: float = 1e-8,
@@ -178,7 +192,7 @@ class DistAdam(torch.optim.Optimizer):
         self.reset()
 
     def split(self, p: Tensor) -> tuple:
-        """The sharding of p's gradient and state: by rows, unless it is small or its rows do not divide."""
+        """The sharding of p's moments: by rows, unless it is small or its rows do not divide."""
         return ("data",) if p.numel() >= 1024 and p.size(0) % ROWS == 0 else ()
 
     def reset(self):
@@ -186,8 +200,9 @@ class DistAdam(torch.optim.Optimizer):
             for p in group["params"]:
                 state = self.state[p]
                 state["step"] = 0
-                for name, dtype in dict(exp_avg=torch.float32, exp_avg_sq=torch.float32, grad=p.dtype).items():
-                    zeros = to_device(torch.zeros(p.shape, dtype=dtype), *self.split(p))
+                zeros = dict(exp_avg=to_device(torch.zeros(p.shape), *self.split(p)), exp_avg_sq=to_device(torch.zeros(p.shape), *self.split(p)),
+                             grad=to_device(torch.zeros(xs.get_global_mesh().size(), *p.shape, dtype=p.dtype), "data"))
+                for name, zeros in zeros.items():
                     if name in state:
                         state[name].data = zeros
                     else:
@@ -230,20 +245,20 @@ class DistAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def accumulate(self):
-        """An even step: keeps the gradients for the next one."""
+        """An even step: each device keeps its own gradients for the next one."""
         for p, state in self.state.items():
-            if p.grad is not None:
-                state["grad"].copy_(shard(p.grad, *self.split(p)))
-                shard(state["grad"], *self.split(p))
+            if p.each_grad is not None:
+                state["grad"].copy_(p.each_grad)
+                shard(state["grad"], "data")
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None:
+                if p.each_grad is None:
                     continue
                 state, spec = self.state[p], self.split(p)
-                g_slice = state["grad"] + shard(p.grad, *spec)
+                g_slice = shard((state["grad"] + p.each_grad).sum(0), *spec)  # reduce-scatter
                 weight = self._update_step(p, g_slice, state["exp_avg"], state["exp_avg_sq"], *group["betas"], group["eps"],
                                            p.step_size, p.eff_wd)
                 for name in ("exp_avg", "exp_avg_sq"):

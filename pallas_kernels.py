@@ -57,8 +57,6 @@ def kernel_refuses(q: Tensor, k: Tensor, v: Tensor, window: int, paired: bool) -
         return "they take a multiple of 128 tokens"
     if H < 2 or (paired and H % 2):
         return "they take two heads or more, paired ones even in number"
-    if B % mesh_devices():
-        return f"{B} rows do not divide over {mesh_devices()} devices"
     band = get_band(q, window, paired)
     if (band.reach + 2) * H * band.block * D * 8 > VMEM_LIMIT // 2:
         return f"a window of {window} does not fit in VMEM"
@@ -398,59 +396,42 @@ def pallas_call(kernel, band, grid, scratch, interpret, in_specs, out_specs, out
 # The kernels in torch_xla's graph
 
 class WindowAttention(torch.autograd.Function):
-    """window_attention by the TPU kernels, each device on its own rows."""
+    """window_attention by the TPU kernels."""
     @staticmethod
     def forward(ctx, q, k, v, documents, window, scale, paired):
         scale = scale.float().reshape(1)
-        y, sums = call_kernel(forward_call, window, paired, q, k, v, documents, scale)
-        ctx.window, ctx.paired = window, paired
+        ctx.band = get_band(q, window, paired)
+        y, sums = call_kernel(forward_call, ctx.band, q, k, v, documents, scale)
         ctx.save_for_backward(q, k, v, documents, scale, y, sums)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        dq, dk, dv = call_kernel(backward_call, ctx.window, ctx.paired, *ctx.saved_tensors, dy)
+        dq, dk, dv = call_kernel(backward_call, ctx.band, *ctx.saved_tensors, dy)
         return dq, dk, dv, None, None, None, None
-
-
-def mesh_devices() -> int:
-    """The number of devices that rows are spread over: along the mesh's axis "data"; 1 if there is no mesh."""
-    import torch_xla.distributed.spmd as xs
-    mesh = xs.get_global_mesh()
-    return 1 if mesh is None else mesh.shape()["data"]
 
 
 def get_band(q: Tensor, window: int, paired: bool) -> Band:
     B, H, T, D = q.shape
-    return Band(B // mesh_devices(), H, T, D, window, paired, block=256 if T % 256 == 0 else 128)
+    return Band(B, H, T, D, window, paired, block=256 if T % 256 == 0 else 128)
 
 
-def call_kernel(call, window: int, paired: bool, *tensors: Tensor) -> list[Tensor]:
+def call_kernel(call, key, *tensors: Tensor) -> list[Tensor]:
     """
-    One node in torch_xla's graph. With a mesh, the tensors [B, ...] are sharded over "data" and the kernel has one device's rows:
-    what goes in and out is marked as sharded by hand, which keeps the partitioner away from it.
+    call(key, bfloat16, interpret)(*tensors) as one node in torch_xla's graph. XLA cannot split a kernel over devices, so this
+    belongs in the program of a single device (muon_xla.enter).
     """
     import torch_xla.core.xla_builder as xb
-    import torch_xla.distributed.spmd as xs
-    B, mesh = tensors[0].size(0), xs.get_global_mesh()
-    run = xb.xla_computation_as_func(lowered(call, get_band(tensors[0], window, paired), target == "interpret"))
-    if mesh is None:
-        return run(list(tensors))
-    spec = lambda x: ("data",) + (None,) * (x.dim() - 1) if x.dim() > 1 else (None,)
-    local = [xs.enable_manual_sharding(x, spec(x), mesh=mesh).global_tensor for x in tensors]
-    return [xs.disable_manual_sharding(x, spec(x), (B, *x.shape[1:]), mesh=mesh).global_tensor for x in run(local)]
+    arguments = tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in tensors)
+    return xb.xla_computation_as_func(lowered(call, key, arguments, target == "interpret"))(list(tensors))
 
 
 @functools.cache
-def lowered(call, band: Band, interpret: bool):
+def lowered(call, key, arguments: tuple, interpret: bool):
     """The kernel as an XLA computation. Cached, for a step is traced several times."""
     import torch_xla.core.xla_builder as xb
     import_jax()
-    rows = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((band.rows, *shape), dtype)
-    x = rows(band.heads, band.tokens, band.dim)
-    args = [x, x, x, rows(band.tokens, dtype=jnp.int32), jax.ShapeDtypeStruct((1,), jnp.float32)]
-    if call is backward_call:
-        args += [x, rows(band.heads, band.tokens, dtype=jnp.float32), x]
-    traced = jax.jit(call(band, jnp.bfloat16, interpret), keep_unused=True).trace(*args)
+    arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arguments]
+    traced = jax.jit(call(key, jnp.bfloat16, interpret), keep_unused=True).trace(*arguments)
     hlo = traced.lower(lowering_platforms=("cpu" if interpret else "tpu",)).compiler_ir("hlo")
     return xb.computation_from_module_proto(call.__name__, hlo.as_serialized_hlo_module_proto())

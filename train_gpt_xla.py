@@ -39,7 +39,7 @@ import torch_xla.runtime as xr
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from muon_xla import ROWS, DistAdam, NorMuon, shard, to_device, to_host
+from muon_xla import ROWS, DistAdam, NorMuon, enter, leave, shard, to_device, to_host
 from pallas_kernels import window_attention
 from replay import Replay
 
@@ -912,10 +912,12 @@ class TrainingManager():
         ], dtype=torch.float32)
 
     def bind(self, numbers: Tensor):
-        """Hands the numbers, now on the devices, to those who use them, as 0-D tensors."""
+        """Hands the numbers, now on the devices, to those who use them: the model, on each device, and the optimizers."""
         n = len(self.model.yarn.numbers())
-        mtp_weights, self.yarn, self.yarn_paired_head, muon, adam = numbers.split([3, n, n, 2, 2 * len(self.adam_labels)])
+        sizes = [3, n, n, 2, 2 * len(self.adam_labels)]
+        mtp_weights, self.yarn, self.yarn_paired_head, _, _ = enter(numbers).split(sizes)
         self.mtp_weights = mtp_weights[:self.graph.n_mtp]
+        _, _, _, muon, adam = numbers.split(sizes)
         for group in self.muon_opt.param_groups:
             group["lr"], group["momentum"] = muon.unbind()
         adam = adam.unbind()
@@ -939,23 +941,34 @@ class TrainingManager():
         else:
             self.adam_opt.accumulate()
         self.muon_opt.step()
-        self.model.zero_grad(set_to_none=True)
         if self.graph.copy_embed:
             self.adam_opt.copy_lm_to_embed()
 
+    def forward(self, batch: Tensor, numbers: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """
+        The model on each device's own rows of batch [8, 3, T]: upstream's ranks. Returns what is on each device: the losses of its
+        rows, and the weights by name, which get a gradient of these rows alone.
+        """
+        self.bind(numbers)
+        weights = {name: enter(p.detach()).requires_grad_() for name, p in self.model.named_parameters()}
+        buffers = {name: enter(b) for name, b in self.model.named_buffers()}
+        args = (*enter(batch, "data").unbind(1), self.get_forward_args())
+        return torch.func.functional_call(self.model, weights | buffers, args), weights
+
     def training_step(self, batch: Tensor, numbers: Tensor) -> Tensor:
         """One whole step on batch [8, 3, T]. Returns the loss of each row, [8]."""
-        self.bind(numbers)
-        losses = self.model(*batch.unbind(1), self.get_forward_args())
+        losses, weights = self.forward(batch, numbers)
         (losses.sum() / ROWS).backward()  # the mean over ranks that upstream's reduce_scatter takes
+        for name, p in self.model.named_parameters():
+            p.each_grad = None if weights[name].grad is None else leave(weights[name].grad)
         self.step_optimizers()
-        return shard(losses.detach())
+        return shard(leave(losses.detach()).flatten())
 
     @torch.no_grad()
     def validation_step(self, batch: Tensor, numbers: Tensor) -> Tensor:
         """The mean loss of each row of batch [8, 3, T], [8]."""
-        self.bind(numbers)
-        return shard(self.model(*batch.unbind(1), self.get_forward_args()))
+        losses, _ = self.forward(batch, numbers)
+        return shard(leave(losses).flatten())
 
     def tensors(self) -> list[Tensor]:
         """All tensors on the devices that a step reads or updates: weights and the optimizers' state."""

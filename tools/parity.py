@@ -93,12 +93,11 @@ def run_case(case: Path, replay: bool) -> tuple[Report, list]:
         return port.to_device(port.pack(*batch), "data")
 
     def gradients(batch):
-        manager.bind(port.to_device(manager.get_numbers()))
-        losses = model(*batch.unbind(1), manager.get_forward_args())
+        losses, weights = manager.forward(batch, numbers())
         (losses.sum() / port.ROWS).backward()
+        grads = {name: port.shard(port.leave(w.grad).sum(0)) for name, w in weights.items() if w.grad is not None}
         port.xm.mark_step()
-        grads = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
-        model.zero_grad(set_to_none=True)
+        grads = {name: grad.cpu() for name, grad in grads.items()}
         for i, block in enumerate(model.blocks):
             if block.attn is not None:
                 grads[f"blocks.{i}.attn.qkvo_w"] = block.attn.to_upstream(grads[f"blocks.{i}.attn.qkvo_w"])
