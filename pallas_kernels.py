@@ -39,6 +39,11 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window:
     return torch.cat(y.unflatten(2, (-1, 2)).unbind(3), dim=1)
 
 
+def takes(qkv: Tensor, window: int, paired: bool) -> bool:
+    """Whether prepared_attention's kernels run here."""
+    return for_tpu(qkv) and kernel_refuses(*qkv.chunk(3, dim=1), window, paired) is None
+
+
 def for_tpu(x: Tensor) -> bool:
     if x.device.type != "xla":
         return False
@@ -131,6 +136,7 @@ class BandedAttention(torch.autograd.Function):
 # - A loop ends where the documents do: with documents of 600 tokens, the work of a window of 1408 is about half (simulated).
 #   On a TPU none of this has been timed: compiled for v6e, its instruction bundles counted, and run in interpret mode.
 
+EPS = torch.finfo(torch.float32).eps  # of RMSNorm
 VMEM_LIMIT = 48 * 2**20  # bytes, of a v6e's 128 MiB
 
 jax = jnp = pl = pltpu = None  # import_jax fills them in: only a trace for TPU needs them
@@ -155,6 +161,7 @@ class Band:
     window: int  # in positions: two to a token if paired
     paired: bool
     block: int  # C
+    places: tuple[int, int, int] = (0, 0, 0)  # q, k, v are these H heads of their arrays: (0, 1, 2) takes all from one [B, 3H, T, D]
 
     @property
     def streams(self) -> int:
@@ -353,13 +360,13 @@ def backward_kernel(last_seen_by, scale, q, k, v, documents, y, sums, dy, dq, dk
 def forward_call(band: Band, dtype, interpret=False):
     """A function (q, k, v [rows, H, T, D], documents [rows, T] int32, scale [1] f32) -> y as q, sums of exponentials [rows, H, T] f32."""
     C, H, D, slots, depth, f32 = band.block, band.heads, band.dim, band.reach + 1, min(2, len(band.meetings)), jnp.float32
-    heads = pl.BlockSpec((1, H, C, D), lambda r, i, *_: (r, 0, i, 0))
+    heads = lambda place=0: pl.BlockSpec((1, H, C, D), lambda r, i, *_: (r, place, i, 0))
     lanes = lambda n: pl.BlockSpec((1, n, C), lambda r, i, *_: (r, 0, i))
     scratch = [((slots, H, C, D), dtype), ((slots, H, D, C), dtype), ((H, D, C), f32), ((H, 8, C), f32),
                ((depth, 1, C, C), f32), ((depth, 1, C, C), dtype)]
     call = pallas_call(
         forward_kernel, band, (band.rows, band.blocks), scratch, interpret,
-        in_specs=[heads, heads, heads, lanes(1)], out_specs=[heads, lanes(H)],
+        in_specs=[*map(heads, band.places), lanes(1)], out_specs=[heads(), lanes(H)],
         out_shape=[((band.rows, H, band.tokens, D), dtype), ((band.rows, H, band.tokens), f32)])
     return lambda q, k, v, documents, scale: call(band.first_seen(documents), scale, q, k, v, documents[:, None])
 
@@ -369,18 +376,132 @@ def backward_call(band: Band, dtype, interpret=False):
     C, H, D, slots, depth, f32 = band.block, band.heads, band.dim, band.reach + 1, 1, jnp.float32
     here = lambda n: jnp.maximum(band.blocks - 1 - n, 0)  # the block of keys of a row's program n
     done = lambda n: jnp.minimum(band.blocks - 1 - n + band.reach, band.blocks - 1)  # the block whose dq leaves
-    heads = lambda block: pl.BlockSpec((1, H, C, D), lambda r, n, *_: (r, 0, block(n), 0))
+    heads = lambda block, place=0: pl.BlockSpec((1, H, C, D), lambda r, n, *_: (r, place, block(n), 0))
     lanes = lambda rows: pl.BlockSpec((1, rows, C), lambda r, n, *_: (r, 0, here(n)))
     scratch = [((slots, H, D, C), dtype), ((slots, H, D, C), dtype), ((slots, H, D, C), f32), ((slots, H, 1, C), f32),
                ((slots, H, 1, C), f32), ((slots, band.streams, 1, C), jnp.int32),
                ((H, D, C), dtype), ((H, D, C), f32), ((H, D, C), f32), ((depth, 2, C, C), f32), ((depth, 2, C, C), dtype)]
     call = pallas_call(
         backward_kernel, band, (band.rows, band.blocks + band.reach), scratch, interpret,
-        in_specs=[heads(here), heads(here), heads(here), lanes(1), heads(here), lanes(H), heads(here)],
+        in_specs=[*(heads(here, place) for place in band.places), lanes(1), heads(here), lanes(H), heads(here)],
         out_specs=[heads(done), heads(here), heads(here)],
         out_shape=[((band.rows, H, band.tokens, D), dtype)] * 3)
     return lambda q, k, v, documents, scale, y, sums, dy: call(
         band.last_seen_by(documents), scale, q, k, v, documents[:, None], y, sums, dy)
+
+
+# -----------------------------------------------------------------------------
+# What comes before attention: QK norm, rotary embedding, key offset and value embedding, in one pass over q, k and v. XLA needs a
+# dozen passes, forward and backward, and copies to exchange the halves of a head; in VMEM that is a rotation of lanes.
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """The shapes of one call on one device."""
+    rows: int
+    heads: int
+    tokens: int
+    dim: int
+    paired: bool
+    key_offset: bool
+    ve: bool  # value embeddings
+
+    @property
+    def block(self) -> int:
+        return next(n for n in (512, 256, 128) if self.tokens % n == 0)
+
+    @property
+    def out_heads(self) -> int:
+        """What is written: q and k, and v if it changes."""
+        return (3 if self.ve else 2) * self.heads
+
+
+def rotate(x, factors, h, back=False):
+    """Yarn.rotary of head h of x [bt, D], or its transpose."""
+    factor1, factor2 = (f[h % f.shape[0]].astype(jnp.float32) for f in factors)
+    half = x.shape[-1] // 2
+    return x * factor1 + (pltpu.roll(x * factor2, half, 1) if back else pltpu.roll(x, half, 1) * factor2)
+
+
+def prepare_kernel(qkv, factor1, factor2, still, *refs, heads):
+    """Blocks: qkv, out [1, n, bt, D], factors [1 or 2, bt, D], still [1, D], ve [1, bt, H * D], gate [1, bt, H]; before [H, 1, D]."""
+    *values, out, before = refs
+    H, D, bt = heads.heads, heads.dim, heads.block
+    for h in range(2 * H):
+        x = qkv[0, h].astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + EPS)
+        x = rotate(x, (factor1, factor2), h % H)
+        if heads.key_offset and h >= H:
+            t = jax.lax.broadcasted_iota(jnp.int32, (bt, D), 0)
+            last = x[bt - 1:]
+            first = jnp.where(pl.program_id(1) == 0, x[:1], before[h - H])
+            x = jnp.where(still[...] > 0, jnp.where(t == 0, first, pltpu.roll(x, 1, 0)), x)
+            before[h - H] = last
+        out[0, h] = x.astype(out.dtype)
+    if heads.ve:
+        ve, gate = values
+        for h in range(H):
+            add = gate[0, :, h:h + 1].astype(jnp.float32) * ve[0, :, h * D:(h + 1) * D].astype(jnp.float32)
+            out[0, 2 * H + h] = (qkv[0, 2 * H + h].astype(jnp.float32) + add).astype(out.dtype)
+
+
+def prepare_backward_kernel(qkv, factor1, factor2, still, dq, dk, dv, *refs, heads):
+    """From the row's last block to its first. Blocks as above; dq, dk, dv [1, H, bt, D]; after [H, 1, D]: of the next block's dk."""
+    (*values, dqkv, dve, dgate, after) = refs if heads.ve else (*refs[:-1], None, None, refs[-1])
+    H, D, bt, n = heads.heads, heads.dim, heads.block, pl.num_programs(1) - 1 - pl.program_id(1)
+    for h in range(2 * H):
+        dy = (dq if h < H else dk)[0, h % H].astype(jnp.float32)
+        if heads.key_offset and h >= H:
+            t = n * bt + jax.lax.broadcasted_iota(jnp.int32, (bt, D), 0)
+            following = jnp.where(pl.program_id(1) == 0, 0.0, after[h - H])  # the row's last key has no successor
+            local = jax.lax.broadcasted_iota(jnp.int32, (bt, D), 0)
+            moved = jnp.where(local == bt - 1, following, pltpu.roll(dy, bt - 1, 0))
+            after[h - H] = dy[:1]
+            dy = jnp.where(still[...] > 0, jnp.where(t == 0, moved + dy, moved), dy)  # the first one kept its own
+        dy = rotate(dy, (factor1, factor2), h % H, back=True)
+        x = qkv[0, h].astype(jnp.float32)
+        r = jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + EPS)
+        y = x * r
+        dqkv[0, h] = (r * (dy - y * jnp.mean(dy * y, -1, keepdims=True))).astype(dqkv.dtype)
+    for h in range(H):
+        g = dv[0, h]
+        dqkv[0, 2 * H + h] = g
+        if heads.ve:
+            ve, gate = values
+            at = slice(h * D, (h + 1) * D)
+            g = g.astype(jnp.float32)
+            dve[0, :, at] = (gate[0, :, h:h + 1].astype(jnp.float32) * g).astype(dve.dtype)
+            dgate[0, :, h:h + 1] = (g * ve[0, :, at].astype(jnp.float32)).sum(-1, keepdims=True).astype(dgate.dtype)
+
+
+def prepare_call(heads: Heads, dtype, interpret=False):
+    """
+    A function (qkv [rows, 3H, T, D], factor1, factor2 [1 or 2, T, D], still [1, D] f32 and, with value embeddings, ve [rows, T, H * D],
+    gate [rows, T, H]) -> [rows, 2H or 3H, T, D]: q, k and, where it changed, v.
+    """
+    return prepare_pallas_call(prepare_kernel, heads, lambda i: i, [heads.out_heads], [(heads.out_heads, dtype)], interpret)
+
+
+def prepare_backward_call(heads: Heads, dtype, interpret=False):
+    """A function (qkv, factor1, factor2, still, dq, dk, dv [rows, H, T, D], ve, gate as above) -> dqkv, and dve, dgate if there are any."""
+    last, H = heads.tokens // heads.block - 1, heads.heads
+    return prepare_pallas_call(prepare_backward_kernel, heads, lambda i: last - i, [2 * H, H, H, H], [(3 * H, dtype)], interpret, back=True)
+
+
+def prepare_pallas_call(kernel, heads, block, inputs, outputs, interpret, back=False):
+    H, T, D, bt, n = heads.heads, heads.tokens, heads.dim, heads.block, 2 if heads.paired else 1
+    by_head = lambda n: pl.BlockSpec((1, n, bt, D), lambda r, i: (r, 0, block(i), 0))
+    by_token = lambda n: pl.BlockSpec((1, bt, n), lambda r, i: (r, block(i), 0))
+    factor = pl.BlockSpec((n, bt, D), lambda r, i: (0, block(i), 0))
+    values = [by_token(H * D), by_token(H)] if heads.ve else []
+    dvalues = values if back else []
+    shape = lambda *s: jax.ShapeDtypeStruct((heads.rows, *s), outputs[0][1])
+    return pl.pallas_call(
+        functools.partial(kernel, heads=heads), name=kernel.__name__, interpret=interpret, grid=(heads.rows, T // bt),
+        in_specs=[by_head(inputs[0]), factor, factor, pl.BlockSpec((1, D), lambda r, i: (0, 0)), *map(by_head, inputs[1:]), *values],
+        out_specs=[*(by_head(n) for n, _ in outputs), *dvalues],
+        out_shape=[*(shape(n, T, D) for n, _ in outputs), *([shape(T, H * D), shape(T, H)] if dvalues else [])],
+        scratch_shapes=[pltpu.VMEM((H, 1, D), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT))
 
 
 def pallas_call(kernel, band, grid, scratch, interpret, in_specs, out_specs, out_shape):
@@ -409,6 +530,35 @@ class WindowAttention(torch.autograd.Function):
     def backward(ctx, dy):
         dq, dk, dv = call_kernel(backward_call, ctx.band, *ctx.saved_tensors, dy)
         return dq, dk, dv, None, None, None, None
+
+
+class PreparedAttention(torch.autograd.Function):
+    """
+    QK norm, rotary embedding, key offset and value embedding (prepare_call), then window_attention. qkv [B, 3H, T, D]; factor1, factor2
+    [T, D] or, paired, [2, T, D]; still [D] bool; ve [B, T, H * D] or None; gate [B, T, H], its weight; the rest as window_attention.
+    """
+    @staticmethod
+    def forward(ctx, qkv, factor1, factor2, still, ve, gate, documents, window, scale, key_offset, paired):
+        B, H, T, D = qkv.size(0), qkv.size(1) // 3, qkv.size(2), qkv.size(3)
+        ctx.heads = Heads(B, H, T, D, paired, key_offset, ve is not None)
+        ctx.band = dataclasses.replace(get_band(qkv[:, :H], window, paired), places=(0, 1, 2))
+        tables = [x.view(-1, T, D) for x in (factor1, factor2)] + [still.view(1, D).float()]
+        values = [] if ve is None else [ve, gate]
+        scale = scale.float().reshape(1)
+        prepared, = call_kernel(prepare_call, ctx.heads, qkv, *tables, *values)
+        v = qkv if ve is None else prepared
+        y, sums = call_kernel(forward_call, ctx.band, prepared, prepared, v, documents, scale)
+        ctx.save_for_backward(qkv, prepared, *tables, documents, scale, y, sums, *values)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        qkv, prepared, factor1, factor2, still, documents, scale, y, sums, *values = ctx.saved_tensors
+        v = prepared if values else qkv
+        dqkv = call_kernel(backward_call, ctx.band, prepared, prepared, v, documents, scale, y, sums, dy)
+        dqkv, *dvalues = call_kernel(prepare_backward_call, ctx.heads, qkv, factor1, factor2, still, *dqkv, *values)
+        dve, dgate = dvalues or (None, None)
+        return dqkv, None, None, None, dve, dgate, None, None, None, None, None
 
 
 def get_band(q: Tensor, window: int, paired: bool) -> Band:

@@ -8,8 +8,8 @@ Upstream has torch.compile for this; here Replay records a step once and from th
     step = Replay(training_step, state=lambda: [*model.parameters(), *buffers])
     loss = step(key, batch)    # first call with this key: record, compile, run; later calls: run
 
-fn must be a function of its arguments, of the tensors in state, which it may update in place, and of the key. A tensor from
-anywhere else is refused, and a state or argument of another shape, dtype or sharding than recorded is recorded anew.
+fn must be a function of its arguments, of the tensors in state, which it may update in place, of the key and of the constants.
+A tensor from anywhere else is refused, and a state or argument of another shape, dtype or sharding than recorded is recorded anew.
 The calls into torch_xla are those that its own torch.compile backend makes (torch_xla/_dynamo/dynamo_bridge.py).
 """
 import torch_xla
@@ -66,17 +66,18 @@ class Recording:
 
 class Replay:
     """
-    fn(*tensors) -> tensor, replayed. state() lists the tensors that fn reads or updates beside its arguments.
+    fn(*tensors) -> tensor, replayed. state() lists the tensors that fn reads or updates beside its arguments, constants() the Python
+    values that it depends on and that someone may change: they are part of the key.
     enabled=False traces every call instead, for debugging: same numbers, slower.
     """
-    def __init__(self, fn, state, enabled: bool = True):
-        self.fn, self.state, self.enabled = fn, state, enabled
+    def __init__(self, fn, state, constants=tuple, enabled: bool = True):
+        self.fn, self.state, self.constants, self.enabled = fn, state, constants, enabled
         self.recordings: dict[object, Recording] = {}
 
     def __call__(self, key, *inputs: Tensor) -> Tensor:
         if not self.enabled:
             return self.fn(*inputs)
-        inputs, state = list(inputs), self.state()
+        key, inputs, state = (key, self.constants()), list(inputs), self.state()
         if any(C._check_tensor_need_materialization(inputs + state)):
             xm.mark_step()  # someone changed the state between steps: settle that first
         recording = self.recordings.get(key)

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from muon_xla import ROWS, DistAdam, NorMuon, enter, leave, shard, to_device, to_host
-from pallas_kernels import window_attention
+from pallas_kernels import PreparedAttention, takes, window_attention
 from replay import Replay
 
 warnings.filterwarnings("ignore", message="Use torch_xla.sync", category=DeprecationWarning)
@@ -179,26 +179,32 @@ class CausalSelfAttention(nn.Module):
         ve, sa_lambdas, (factor1, factor2) = attn_args.ve, attn_args.sa_lambdas, attn_args.factors
         # a gate on every head lets it opt out of a token: @classiclarryd. Value embeddings, where a layer has one, have theirs
         attn_gate_w, ve_gate_w = attn_args.attn_gate_w, attn_args.ve_gate_w
-        gate = lambda w: torch.sigmoid(torch.einsum('btc,hc->bht', x[..., :12], w)).unsqueeze(-1)  # [B, H, T, 1]
+        gate = lambda w: torch.sigmoid(F.linear(x[..., :12], w))  # [B, T, H]
+        ve_gate = None if ve is None else 2 * gate(ve_gate_w)
 
         # D7: heads before tokens, [B, H, T, D]. A TPU tiles the last two dims, so each head's [T, D] must lie together.
         w = (sa_lambdas[0] * self.qkvo_w[:self.dim * 3].type_as(x)).view(3 * self.num_heads, self.head_dim, self.dim)
-        q, k, v = torch.einsum('btc,hdc->bhtd', x, w).chunk(3, dim=1)
-        q, k = norm(q), norm(k) # @Grad62304977
-        if self.paired:
-            pairs = lambda x: x.unflatten(1, (-1, 2))  # [B, H/2, 2, T, D]: heads of even and odd number
-            q, k = (Yarn.rotary(pairs(x), factor1, factor2).flatten(1, 2) for x in (q, k))
+        qkv = torch.einsum('btc,hdc->bhtd', x, w)
+        if takes(qkv, attn_args.bm_size, self.paired):
+            # D15: on a TPU the lines below are one kernel, and attention another
+            y = PreparedAttention.apply(qkv, factor1, factor2, self.still, ve, ve_gate, attn_args.documents, attn_args.bm_size,
+                                        attn_args.attn_scale, attn_args.key_offset, self.paired)
         else:
-            q, k = Yarn.rotary(q, factor1, factor2), Yarn.rotary(k, factor1, factor2)
-        if attn_args.key_offset:
-            # in the dims that stand still a key carries its predecessor's content, so one layer can do induction
-            k = torch.where(self.still, torch.cat([k[:, :, :1], k[:, :, :-1]], dim=2), k)
-        if ve is not None:
-            ve = ve.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
-            v = v + 2 * gate(ve_gate_w) * ve # @KoszarskyB, @Grad62304977
-
-        y = window_attention(q, k, v, attn_args.documents, attn_args.bm_size, attn_args.attn_scale, self.paired)
-        y = y * gate(attn_gate_w)
+            q, k, v = qkv.chunk(3, dim=1)
+            q, k = norm(q), norm(k) # @Grad62304977
+            if self.paired:
+                pairs = lambda x: x.unflatten(1, (-1, 2))  # [B, H/2, 2, T, D]: heads of even and odd number
+                q, k = (Yarn.rotary(pairs(x), factor1, factor2).flatten(1, 2) for x in (q, k))
+            else:
+                q, k = Yarn.rotary(q, factor1, factor2), Yarn.rotary(k, factor1, factor2)
+            if attn_args.key_offset:
+                # in the dims that stand still a key carries its predecessor's content, so one layer can do induction
+                k = torch.where(self.still, torch.cat([k[:, :, :1], k[:, :, :-1]], dim=2), k)
+            if ve is not None:
+                ve = ve.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
+                v = v + ve_gate.mT.unsqueeze(-1) * ve # @KoszarskyB, @Grad62304977
+            y = window_attention(q, k, v, attn_args.documents, attn_args.bm_size, attn_args.attn_scale, self.paired)
+        y = y * gate(attn_gate_w).mT.unsqueeze(-1)
         w = (sa_lambdas[1] * self.qkvo_w[self.dim * 3:].type_as(y)).view(self.dim, self.num_heads, self.head_dim)
         return torch.einsum('bhtd,chd->btc', y, w)  # the lambda on O's weights instead of its output: @shenberg
 
@@ -970,6 +976,13 @@ class TrainingManager():
         losses, _ = self.forward(batch, numbers)
         return shard(leave(losses).flatten())
 
+    def constants(self) -> tuple:
+        """What a step takes from Python: part of a recording's key, so that a change of any of it is recorded anew."""
+        names = ("weight_decay", "beta2", "betas", "eps")
+        return (tuple(type(module) for module in self.model.modules()), tuple(p.requires_grad for p in self.model.parameters()),
+                tuple(self.model.paired_head_layers), self.model.block_size,
+                tuple(str(group[name]) for opt in self.optimizers for group in opt.param_groups for name in names if name in group))
+
     def tensors(self) -> list[Tensor]:
         """All tensors on the devices that a step reads or updates: weights and the optimizers' state."""
         return [*self.model.parameters(), *self.model.buffers(),
@@ -1174,8 +1187,8 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
     ).to_devices(getattr(torch, args.dtype))
     training_manager = TrainingManager(model, args)
     # D14: torch.compile's counterpart. Each distinct graph is traced once and replayed from then on
-    training_step = Replay(training_manager.training_step, training_manager.tensors, enabled=replay)
-    validation_step = Replay(training_manager.validation_step, training_manager.tensors, enabled=replay)
+    training_step = Replay(training_manager.training_step, training_manager.tensors, training_manager.constants, enabled=replay)
+    validation_step = Replay(training_manager.validation_step, training_manager.tensors, training_manager.constants, enabled=replay)
 
     def train_batches(steps):
         loader = None

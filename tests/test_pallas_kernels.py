@@ -122,6 +122,55 @@ def test_kernels_at_record_size(H, window, paired):
     check_kernels(3, H, 1024, 128, window, paired, "off block edges", torch.bfloat16, block=256)
 
 # -----------------------------------------------------------------------------
+# What comes before attention
+
+def prepare_plain(qkv, factor1, factor2, still, ve, gate, key_offset, paired):
+    """As CausalSelfAttention.forward does it without the kernel."""
+    from train_gpt_xla import Yarn, norm
+    q, k, v = qkv.chunk(3, dim=1)
+    turn = lambda x: (Yarn.rotary(x.unflatten(1, (-1, 2)), factor1, factor2).flatten(1, 2) if paired
+                      else Yarn.rotary(x, factor1, factor2))
+    q, k = turn(norm(q)), turn(norm(k))
+    if key_offset:
+        k = torch.where(still, torch.cat([k[:, :, :1], k[:, :, :-1]], dim=2), k)
+    if ve is not None:
+        v = v + gate.mT.unsqueeze(-1) * ve.unflatten(2, (-1, v.size(-1))).transpose(1, 2)
+    return q, k, v
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("rows, T, paired, key_offset, values", [
+    (2, 384, False, True, True), (1, 512, True, False, False), (1, 256, False, True, False), (2, 128, True, False, True)])
+def test_prepare(rows, T, paired, key_offset, values, dtype):
+    jax = pytest.importorskip("jax")
+    pk.import_jax()
+    H, D, generator = 4, 32, torch.Generator().manual_seed(T)
+    randn = lambda *shape: torch.randn(*shape, generator=generator)
+    angle = randn(2 if paired else 1, T, D // 2)
+    factor1 = torch.cat([angle.cos(), angle.cos()], -1).to(dtype)
+    factor2 = torch.cat([angle.sin(), -angle.sin()], -1).to(dtype)
+    still = torch.arange(D) % 16 >= 8
+    leaves = [3 * randn(rows, 3 * H, T, D), randn(rows, T, H * D), torch.rand(rows, T, H, generator=generator)][:3 if values else 1]
+    leaves = [x.to(dtype).requires_grad_() for x in leaves]
+    qkv, ve, gate = (*leaves, None, None)[:3]
+    shaped = [x if paired else x[0] for x in (factor1, factor2)]
+    want = prepare_plain(qkv, *shaped, still, ve, gate, key_offset, paired)
+    dy = [randn(rows, H, T, D).to(dtype) for _ in range(3)]
+    want = [torch.cat(want, dim=1), *torch.autograd.grad(want, leaves, dy)]
+
+    heads = pk.Heads(rows, H, T, D, paired, key_offset, values)
+    array = lambda x: jax.numpy.asarray(x.detach().float().numpy(), dtype=str(x.dtype).removeprefix("torch."))
+    args, more = [*map(array, (qkv, factor1, factor2)), array(still.view(1, D).float())], [array(x) for x in leaves[1:]]
+    out, = jax.jit(pk.prepare_call(heads, dtype=args[0].dtype, interpret=True))(*args, *more)
+    got = [out] + list(jax.jit(pk.prepare_backward_call(heads, dtype=args[0].dtype, interpret=True))(*args, *map(array, dy), *more))
+    if not values:
+        want[0] = want[0][:, :2 * H]  # v is left where it is
+    for name, a, b in zip(("prepared", "dqkv", "dve", "dgate"), got, want, strict=False):
+        b = b.detach().float().numpy()
+        error = np.abs(np.asarray(a, dtype=np.float32) - b).max() / np.abs(b).max()
+        assert error <= (1e-5 if dtype == torch.float32 else 2e-2), f"{name}: error {error:.1e}"
+    assert len(got) == len(want)
+
+# -----------------------------------------------------------------------------
 # In torch_xla's SPMD graph
 
 SPMD = """

@@ -27,6 +27,10 @@ class Toy:
         self.w = torch.nn.Parameter(to_device(torch.randn(WIDE, 8, generator=generator)))
         self.m = to_device(torch.zeros(WIDE, 8), "data")
         self.written_only = to_device(torch.zeros(WIDE))
+        self.decay = 0.9
+
+    def constants(self):
+        return (self.decay,)
 
     def state(self):
         return [self.w, self.m, self.written_only]
@@ -35,7 +39,7 @@ class Toy:
         loss = (x @ self.w[:16, :4]).square().mean() + self.w.square().sum()
         loss.backward()
         with torch.no_grad():
-            self.m.copy_(self.m * 0.9 + shard(self.w.grad, "data"))
+            self.m.copy_(self.m * self.decay + shard(self.w.grad, "data"))
             self.w.copy_(shard(self.w - lr * self.m))
             self.written_only.copy_(self.w.sum(1))
         self.w.grad = None
@@ -46,7 +50,7 @@ def inputs(i: int, n: int = 32):
 
 def run(enabled: bool, steps: int = 12, between=lambda toy, i: None):
     toy = Toy()
-    step = Replay(toy.step, toy.state, enabled=enabled)
+    step = Replay(toy.step, toy.state, toy.constants, enabled=enabled)
     losses = []
     for i in range(steps):
         between(toy, i)
@@ -74,7 +78,7 @@ def test_replay_compiles_once_and_traces_nothing():
     assert len(calls) == 1 and compiled() == before
 
 def test_a_change_by_the_user_is_seen():
-    """Reading, changing in place and assigning new data between steps give what tracing gives."""
+    """Reading, changing in place, assigning new data and new Python values between steps give what tracing gives."""
     def meddle(toy, i):
         if i == 4:
             with torch.no_grad():
@@ -83,21 +87,23 @@ def test_a_change_by_the_user_is_seen():
             toy.m.data = to_device(torch.ones(WIDE, 8), "data")
         if i == 8:
             assert torch.isfinite(toy.w.detach().cpu()).all()
+        if i == 9:
+            toy.decay = 0.5
     assert run(True, between=meddle)[0] == run(False, between=meddle)[0]
 
 def test_another_shape_dtype_or_sharding_is_recorded_anew():
     toy = Toy()
     step = Replay(toy.step, toy.state)
     step("step", *inputs(0))
-    first = step.recordings["step"]
+    first = step.recordings["step", ()]
     step("step", *inputs(0))
-    assert step.recordings["step"] is first
+    assert step.recordings["step", ()] is first
     step("step", *inputs(0, n=64))
-    second = step.recordings["step"]
+    second = step.recordings["step", ()]
     assert second is not first
     toy.m.data = to_device(torch.zeros(WIDE, 8))  # replicated, where it was split
     step("step", *inputs(0, n=64))
-    assert step.recordings["step"] is not second
+    assert step.recordings["step", ()] is not second
 
 def test_a_tensor_from_elsewhere_is_refused_and_nothing_is_lost():
     toy = Toy()

@@ -78,8 +78,8 @@ def run_case(case: Path, replay: bool) -> tuple[Report, list]:
     report.add("initial parameters", max((state[n].float() - torch.from_numpy(init[n]).to(state[n].dtype).float()).abs().max().item()
                                          for n in init), 0.0, "")
     manager = port.TrainingManager(model, args)
-    training_step = port.Replay(manager.training_step, manager.tensors, enabled=replay)
-    validation_step = port.Replay(manager.validation_step, manager.tensors, enabled=replay)
+    training_step = port.Replay(manager.training_step, manager.tensors, manager.constants, enabled=replay)
+    validation_step = port.Replay(manager.validation_step, manager.tensors, manager.constants, enabled=replay)
 
     def numbers():
         return port.to_device(manager.get_numbers())
