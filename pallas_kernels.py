@@ -585,3 +585,126 @@ def lowered(call, key, arguments: tuple, interpret: bool):
     traced = jax.jit(call(key, jnp.bfloat16, interpret), keep_unused=True).trace(*arguments)
     hlo = traced.lower(lowering_platforms=("cpu" if interpret else "tpu",)).compiler_ir("hlo")
     return xb.computation_from_module_proto(call.__name__, hlo.as_serialized_hlo_module_proto())
+
+# -----------------------------------------------------------------------------
+# The MLP: relu(x @ W1.T)^2 @ W2 (upstream: FusedLinearReLUSquareFunction; its plain-torch twin here is in train_gpt_xla.py)
+#
+# A program has one block of C tokens. The weights of its row stay in VMEM, and in the backward pass so do the sums of their gradients,
+# in f32. What has 4d features lies as [4d, C]: then every matmul streams a weight or such an array as it lies, and only [d, C] blocks
+# are transposed, besides W2 (forward) or W1 (backward) once a row. The rounding is the twin's.
+
+MLP_VMEM_LIMIT = 96 * 2**20  # bytes, of a v6e's 128 MiB
+
+class ReLUSquareMLP(torch.autograd.Function):
+    """
+    relu(x @ W1.T)^2 @ W2 by the TPU kernels. x: [B, T, d]; W1, W2: [B, 4d, d], each row its own.
+    keep: store relu(x @ W1.T), [B, 4d, T], for the backward pass, which otherwise computes it again. A pass that has none wants False.
+    """
+    @staticmethod
+    def forward(ctx, x, W1, W2, keep):
+        ctx.shapes = get_mlp(x, W1, keep)
+        y, *kept = call_kernel(mlp_forward_call, ctx.shapes, x, W1, W2)
+        ctx.save_for_backward(x, W1, W2, *kept)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, W1, W2, *kept = ctx.saved_tensors
+        dx, dW1, dW2 = call_kernel(mlp_backward_call, ctx.shapes, x, W1, W2, dy, *kept)
+        return dx, dW1, dW2, None
+
+
+def mlp_refuses(x: Tensor, W1: Tensor, W2: Tensor) -> str | None:
+    """What keeps these tensors from ReLUSquareMLP, or None."""
+    (B, T, d), (rows, h, _) = x.shape, W1.shape
+    if {x.dtype, W1.dtype, W2.dtype} != {torch.bfloat16}:
+        return "they take bfloat16"
+    if rows != B or W1.shape != W2.shape or W1.size(2) != d:
+        return f"they take two weights [{B}, 4d, {d}], not {tuple(W1.shape)} and {tuple(W2.shape)}"
+    if T % 128 or d % 128 or h % 256:
+        return "they take multiples of 128 tokens and features, and of 256 hidden ones"
+    block = get_mlp(x, W1, True).block
+    if 18 * h * d + 2 * block * (6 * d + 14 * h) > MLP_VMEM_LIMIT:  # weights, their gradients, bf16 and f32; blocks
+        return f"weights of {h} x {d} do not fit in VMEM"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPShapes:
+    """The shapes of one call on one device. A key: each is lowered once."""
+    rows: int
+    tokens: int
+    dim: int  # d
+    hidden: int  # 4d
+    keep: bool  # the forward pass stores relu(x @ W1.T) and the backward pass reads it
+    block: int  # C
+
+
+def get_mlp(x: Tensor, W1: Tensor, keep: bool) -> MLPShapes:
+    B, T, d = x.shape
+    return MLPShapes(B, T, d, W1.size(1), keep, block=next((n for n in (512, 256) if T % n == 0), 128))
+
+
+def by_strips(when, hidden, do):
+    """do(256 hidden features) for all of them, if `when`: a loop that may be empty, for its program is short."""
+    jax.lax.fori_loop(0, jnp.where(when, hidden // 256, 0), lambda n, _: do(pl.ds(n * 256, 256)), None)
+
+
+def to_hidden(W, x, dtype):
+    """W [4d, d] @ x [C, d].T, rounded."""
+    return matmul(W, x, transpose_b=True).astype(dtype)
+
+
+def mlp_forward_kernel(x, W1, W2, y, *refs):
+    """Blocks: x, y [1, C, d], W1, W2 [1, 4d, d], kept [1, 4d, C]; in VMEM W2_T [d, 4d]."""
+    *kept, W2_T = refs
+    def begin(strip):
+        W2_T[:, strip] = W2[0, strip].T
+    by_strips(pl.program_id(1) == 0, W2.shape[1], begin)
+    act = jnp.maximum(to_hidden(W1[0], x[0], x.dtype), 0)
+    if kept:
+        kept[0][0] = act
+    y[0] = matmul(W2_T[...], act * act).astype(y.dtype).T
+
+
+def mlp_backward_kernel(x, W1, W2, dy, *refs):
+    """Blocks: x, dy, dx [1, C, d], W1, W2, dW1, dW2 [1, 4d, d], kept [1, 4d, C]; in VMEM W1_T [d, 4d], dW1_acc, dW2_acc [4d, d]."""
+    *kept, dx, dW1, dW2, W1_T, dW1_acc, dW2_acc = refs
+    def begin(strip):
+        W1_T[:, strip] = W1[0, strip].T
+        dW1_acc[strip] = dW2_acc[strip] = jnp.zeros((256, x.shape[2]), jnp.float32)
+    by_strips(pl.program_id(1) == 0, W1.shape[1], begin)
+    act = kept[0][0] if kept else jnp.maximum(to_hidden(W1[0], x[0], x.dtype), 0)
+    dpre = 2 * to_hidden(W2[0], dy[0], x.dtype) * act
+    dW2_acc[...] += matmul(act * act, dy[0])
+    dW1_acc[...] += matmul(dpre, x[0])
+    dx[0] = matmul(W1_T[...], dpre).astype(dx.dtype).T
+    def end(strip):
+        dW1[0, strip], dW2[0, strip] = dW1_acc[strip].astype(dW1.dtype), dW2_acc[strip].astype(dW2.dtype)
+    by_strips(pl.program_id(1) == pl.num_programs(1) - 1, W1.shape[1], end)
+
+
+def mlp_forward_call(shapes: MLPShapes, dtype, interpret=False):
+    """A function (x [rows, T, d], W1, W2 [rows, 4d, d]) -> y as x and, if shapes.keep, relu(x @ W1.T) [rows, 4d, T]."""
+    return mlp_pallas_call(mlp_forward_kernel, shapes, dtype, interpret, "xww", "xh" if shapes.keep else "x",
+                           [((shapes.dim, shapes.hidden), dtype)])
+
+
+def mlp_backward_call(shapes: MLPShapes, dtype, interpret=False):
+    """A function (x, W1, W2, dy as x and, if shapes.keep, relu(x @ W1.T)) -> dx, dW1, dW2."""
+    acc = (shapes.hidden, shapes.dim), jnp.float32
+    return mlp_pallas_call(mlp_backward_kernel, shapes, dtype, interpret, "xwwxh" if shapes.keep else "xwwx", "xww",
+                           [((shapes.dim, shapes.hidden), dtype), acc, acc])
+
+
+def mlp_pallas_call(kernel, shapes, dtype, interpret, inputs: str, outputs: str, scratch):
+    """inputs, outputs: a letter for each array: x [rows, T, d], w [rows, 4d, d] (in VMEM once, not twice) or h [rows, 4d, T]."""
+    rows, T, d, h, C = shapes.rows, shapes.tokens, shapes.dim, shapes.hidden, shapes.block
+    shape = {"x": (rows, T, d), "w": (rows, h, d), "h": (rows, h, T)}
+    spec = {"x": pl.BlockSpec((1, C, d), lambda r, i: (r, i, 0)), "h": pl.BlockSpec((1, h, C), lambda r, i: (r, 0, i)),
+            "w": pl.BlockSpec((1, h, d), lambda r, i: (r, 0, 0), pipeline_mode=pl.Buffered(1))}
+    return pl.pallas_call(
+        kernel, name=kernel.__name__, interpret=interpret, grid=(rows, T // C),
+        in_specs=[spec[x] for x in inputs], out_specs=[spec[x] for x in outputs],
+        out_shape=[jax.ShapeDtypeStruct(shape[x], dtype) for x in outputs], scratch_shapes=[pltpu.VMEM(*x) for x in scratch],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=MLP_VMEM_LIMIT))

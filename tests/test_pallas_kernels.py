@@ -1,6 +1,6 @@
 """
 window_attention: the plain-torch twin against a softmax over all T x T scores, the TPU kernels (in Pallas' interpret mode, on a
-CPU) against the twin, and the kernels inside a torch_xla SPMD graph, which libtpu must take for v6e.
+CPU) against the twin, and the kernels inside a torch_xla SPMD graph, which libtpu must take for v6e. The MLP: its kernels likewise.
 
     python -m pytest -q tests/test_pallas_kernels.py -m "not slow"   about a minute
     python -m pytest -q tests/test_pallas_kernels.py                 the whole grid, some minutes more
@@ -50,9 +50,9 @@ def forward_backward(attention, q, k, v, dy, *args) -> list[np.ndarray]:
     y = attention(q, k, v, *args)
     return [x.detach().float().numpy() for x in (y, *torch.autograd.grad(y, (q, k, v), dy))]
 
-def check(got, want, tolerance: float):
+def check(got, want, tolerance: float, names=("y", "dq", "dk", "dv")):
     """Largest error, as a part of the largest value."""
-    for name, a, b in zip(("y", "dq", "dk", "dv"), got, want):
+    for name, a, b in zip(names, got, want, strict=True):
         error = np.abs(np.asarray(a, dtype=np.float32) - b).max() / np.abs(b).max()
         assert error <= tolerance, f"{name}: error {error:.1e}"
 
@@ -171,6 +171,55 @@ def test_prepare(rows, T, paired, key_offset, values, dtype):
     assert len(got) == len(want)
 
 # -----------------------------------------------------------------------------
+# The MLP's kernels against its twin in train_gpt_xla
+
+MLP_RESULTS = "y", "dx", "dW1", "dW2"
+
+def mlp_inputs(rows: int, T: int, d: int, h: int, dtype=torch.float32):
+    """x, W1, W2, dy. A quarter of the tokens is 0, and so are their pre-activations."""
+    generator = torch.Generator().manual_seed(T + rows)
+    randn = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)
+    x, W1, W2, dy = randn(rows, T, d), randn(rows, h, d) * d**-0.5, randn(rows, h, d) * h**-0.5, randn(rows, T, d)
+    x[:, ::4] = 0
+    return x, W1, W2, dy
+
+def mlp_twin(x, W1, W2, dy) -> list[np.ndarray]:
+    """y, dx, dW1, dW2 [rows, ...], each row with its own weights."""
+    from train_gpt_xla import FusedLinearReLUSquareFunction
+    rows = []
+    for *leaves, grad in zip(x, W1, W2, dy):
+        leaves = [t.detach().requires_grad_() for t in leaves]
+        y = FusedLinearReLUSquareFunction.apply(*leaves)
+        rows.append([y, *torch.autograd.grad(y, leaves, grad)])
+    return [torch.stack(ts).detach().float().numpy() for ts in zip(*rows)]
+
+@pytest.mark.parametrize("rows, T, h, keep, dtype, tolerance", [
+    (2, 384, 512, True, torch.float32, 1e-5),  # three blocks of 128; rows
+    (2, 512, 256, False, torch.float32, 1e-5),  # one block
+    (1, 768, 512, False, torch.bfloat16, 2e-2),  # three blocks of 256
+    (1, 1024, 256, True, torch.bfloat16, 2e-2),
+])
+def test_mlp(rows, T, h, keep, dtype, tolerance):
+    jax = pytest.importorskip("jax")
+    pk.import_jax()
+    tensors = mlp_inputs(rows, T, 128, h, dtype)
+    x, W1, W2, dy = (jax.numpy.asarray(t.float().numpy(), dtype=str(dtype).removeprefix("torch.")) for t in tensors)
+    shapes = pk.get_mlp(*tensors[:2], keep)
+    y, *kept = jax.jit(pk.mlp_forward_call(shapes, x.dtype, interpret=True))(x, W1, W2)
+    assert len(kept) == keep
+    got = [y, *jax.jit(pk.mlp_backward_call(shapes, x.dtype, interpret=True))(x, W1, W2, dy, *kept)]
+    check(got, mlp_twin(*tensors), tolerance, MLP_RESULTS)
+
+def test_mlp_refuses():
+    def why_not(rows=1, T=512, d=768, h=3072, dtype=torch.bfloat16, W_rows=None):
+        x, W = torch.empty(rows, T, d, dtype=dtype, device="meta"), torch.empty(W_rows or rows, h, d, dtype=torch.bfloat16, device="meta")
+        return pk.mlp_refuses(x, W, W)
+    assert why_not() is None and why_not(rows=8, T=262144) is None
+    for word, bad in {"bfloat16": dict(dtype=torch.float32), "128 tokens": dict(T=500), "256 hidden": dict(h=3200), "VMEM": dict(d=2048, h=8192),
+                      "two weights": dict(rows=2, W_rows=1)}.items():
+        assert word in why_not(**bad)
+
+# -----------------------------------------------------------------------------
 # In torch_xla's SPMD graph
 
 SPMD = """
@@ -216,6 +265,29 @@ for _ in range(2):
 open(sys.argv[2], "wb").write(torch_xla._XLAC._get_xla_tensors_hlo_proto(results))
 """
 
+# the MLP, on n devices with a row each: written down for the TPU, run on a CPU
+MLP = SPMD + """
+from test_pallas_kernels import MLP_RESULTS, check, mlp_inputs, mlp_twin
+tensors = mlp_inputs(n, 256, 128, 256, torch.bfloat16)
+pk.target = sys.argv[2]
+def graph(*tensors):
+    x, W1, W2, dy = map(split, tensors)
+    leaves = [t.detach().requires_grad_() for t in (x, W1, W2)]
+    assert pk.mlp_refuses(*leaves) is None
+    results = []
+    for keep in (True, False):
+        y = pk.ReLUSquareMLP.apply(*leaves, keep)
+        results += [leave(t) for t in (y.detach(), *torch.autograd.grad(y, leaves, dy))]
+    return results
+results = graph(*tensors)
+assert pk.lowered.cache_info().misses == 4
+if pk.target == "TPU":
+    open(sys.argv[3], "wb").write(torch_xla._XLAC._get_xla_tensors_hlo_proto(results))
+else:
+    torch_xla.sync()
+    check([t.flatten(0, 1).cpu().float().numpy() for t in results], 2 * mlp_twin(*tensors), 2e-2, 2 * MLP_RESULTS)
+"""
+
 COMPILE = """
 import sys
 import numpy as np
@@ -259,15 +331,30 @@ def test_compiles_for_v6e(n, tmp_path):
     traced = python(EXPORT, n, graph, PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(n))
     assert traced.stderr.count(f"no TPU kernel for ({8 // n}, 6, 1024, 64)") == 1, "the fallback must say so, once"
 
-    tpu = dict(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v6e-8", TPU_WORKER_HOSTNAMES="localhost",
-               ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    hlo = python(COMPILE, n, graph, **tpu).stdout
+    hlo = python(COMPILE, n, graph, **TPU).stdout
     assert hlo.count('custom_call_target="tpu_custom_call"') == 4  # forward and backward, plain and paired
     for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"):
         assert f" {word}" not in hlo, f"a {word}: the kernel left its device's rows"
     # of a tensor [rows, 6, 1024, 128] no copy may be made around the kernels
     copies = [line.strip()[:200] for line in hlo.splitlines() if f"bf16[{8 // n},6,1024,128]" in line
               and any(f" {op}(" in line for op in ("copy", "pad", "transpose", "fusion", "concatenate"))]
+    assert not copies, copies
+
+TPU = dict(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v6e-8", TPU_WORKER_HOSTNAMES="localhost",
+           ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+
+def test_mlp_on_devices():
+    for package in ("torch_xla", "jax"):
+        pytest.importorskip(package)
+    python(MLP, 2, "interpret", PJRT_DEVICE="CPU", CPU_NUM_DEVICES="2")
+
+def test_mlp_compiles_for_v6e(tmp_path):
+    for package in ("torch_xla", "jax", "libtpu"):
+        pytest.importorskip(package)
+    python(MLP, 8, "TPU", tmp_path / "graph.hlo.pb", PJRT_DEVICE="CPU", CPU_NUM_DEVICES="8")
+    hlo = python(COMPILE, 8, tmp_path / "graph.hlo.pb", **TPU).stdout
+    assert hlo.count('custom_call_target="tpu_custom_call"') == 4
+    copies = [line.strip()[:200] for line in hlo.splitlines() if any(f" {op}(" in line for op in ("copy", "pad", "transpose"))]
     assert not copies, copies
 
 def test_import_is_light():
