@@ -1,10 +1,9 @@
 """
 The record's two optimizers for XLA: NorMuon for the matrices of the blocks, DistAdam for all else.
 
-Upstream splits this work by hand: reduce-scatter, update one chunk a rank, all-gather. Here every tensor is whole and
-carries a sharding instead: the sum of all devices' gradients, annotated as split over the mesh axis "data", arrives by
-reduce-scatter, each chip updates its own part, and a weight that is annotated as replicated leaves by all-gather (ZeRO,
-arXiv:1910.02054).
+As upstream splits it by hand: reduce-scatter, update one chunk a rank, all-gather (ZeRO, arXiv:1910.02054). From the first to
+the last, tensors are whole and carry a sharding over the mesh axis "data": each chip updates its own part, and a weight that is
+annotated as replicated leaves by all-gather.
 """
 from collections import defaultdict
 
@@ -46,6 +45,17 @@ def leave(x: Tensor) -> Tensor:
     """Out of it again: what each device has, [...] -> [devices, ...], split by device."""
     shape = (xs.get_global_mesh().size(), *x.shape)
     return xs.disable_manual_sharding(x.unsqueeze(0), ("data",) + (None,) * x.ndim, shape).global_tensor
+
+def reduce_scatter(x: Tensor, channel: int) -> Tensor:
+    """
+    Out of it too: the sum of what the devices have, [rows, ...], split by rows (upstream: dist.reduce_scatter_tensor). Explicit,
+    for XLA makes an all-reduce of eight times the bytes where a sum over devices is reshaped. channel: another one for each call.
+    """
+    n = xs.get_global_mesh().size()
+    y = xm.reduce_scatter(xm.REDUCE_SUM, x, 1.0, 0, n, groups=[list(range(n))], pin_layout=False, channel_id=channel,
+                          use_global_device_ids=True)
+    torch_xla._XLAC._set_all_reduce_token(str(torch_xla.device()), None)  # it would tie this collective to the next
+    return xs.disable_manual_sharding(y, ("data",) + (None,) * (x.ndim - 1), x.shape).global_tensor
 
 def _truncate(x: xb.Op) -> xb.Op:
     mask = xb.Op.scalar(x.builder(), -65536, xb.Type.S32)
@@ -146,13 +156,12 @@ class NorMuon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         """One update of every group. group["lr"] and group["momentum"] are 0-D tensors."""
-        for group in self.param_groups:
+        for i, group in enumerate(self.param_groups):
             params, dtype = group["params"], group["params"][0].dtype
             momentum_buffer, master = group["momentum_buffer"], group["master"]
-            grads = torch.stack([p.each_grad for p in params], dim=1)
-            grads = grads.view(grads.size(0), -1, *master.shape[1:])  # [devices, matrices, rows, cols]
-            grads = F.pad(grads, (0, 0, 0, 0, 0, master.size(0) - grads.size(1)))
-            grads = shard(grads.sum(0), "data").float()  # reduce-scatter, in the gradient's dtype
+            grads = torch.stack([p.local_grad for p in params]).view(-1, *master.shape[1:])
+            grads = F.pad(grads, (0, 0, 0, 0, 0, master.size(0) - grads.size(0)))
+            grads = reduce_scatter(grads, channel=1 + i).float()
 
             momentum_buffer.copy_(momentum_buffer + (1 - group["momentum"]) * (grads - momentum_buffer))
             updated_grads = grads + group["momentum"] * (momentum_buffer - grads)
@@ -247,18 +256,19 @@ class DistAdam(torch.optim.Optimizer):
     def accumulate(self):
         """An even step: each device keeps its own gradients for the next one."""
         for p, state in self.state.items():
-            if p.each_grad is not None:
-                state["grad"].copy_(p.each_grad)
+            if p.local_grad is not None:
+                state["grad"].copy_(leave(p.local_grad))
                 shard(state["grad"], "data")
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.each_grad is None:
+        for i, group in enumerate(self.param_groups):
+            for j, p in enumerate(group["params"]):
+                if p.local_grad is None:
                     continue
                 state, spec = self.state[p], self.split(p)
-                g_slice = shard((state["grad"] + p.each_grad).sum(0), *spec)  # reduce-scatter
+                grad = enter(state["grad"], "data").squeeze(0) + p.local_grad
+                g_slice = reduce_scatter(grad, channel=100 + 10 * i + j) if spec else shard(leave(grad).sum(0))
                 weight = self._update_step(p, g_slice, state["exp_avg"], state["exp_avg_sq"], *group["betas"], group["eps"],
                                            p.step_size, p.eff_wd)
                 for name in ("exp_avg", "exp_avg_sq"):

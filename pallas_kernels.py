@@ -26,22 +26,13 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window:
     paired: heads h and h + H/2 form one sequence of length 2T, in which they take turns (position 2t, then 2t + 1);
     window counts positions of that sequence.
 
-    The TPU kernel takes exp(scale * q @ k.T) as it is, with no maximum subtracted: q and k must be normed (QK norm).
+    The plain-torch twin of FusedAttention's middle part.
     """
-    if for_tpu(q):
-        if (why_not := kernel_refuses(q, k, v, window, paired)) is None:
-            return WindowAttention.apply(q, k, v, documents, window, scale, paired)
-        warn_once(f"window_attention: no TPU kernel for {tuple(q.shape)}, {why_not}: plain torch instead, several times slower")
     if not paired:
         return BandedAttention.apply(q, k, v, documents, window, scale)
     turns = lambda x: torch.stack(x.chunk(2, dim=1), dim=3).flatten(2, 3)  # [B, H, T, D] -> [B, H/2, 2T, D]
     y = BandedAttention.apply(turns(q), turns(k), turns(v), 2 * documents.repeat_interleave(2, dim=1), window, scale)
     return torch.cat(y.unflatten(2, (-1, 2)).unbind(3), dim=1)
-
-
-def takes(qkv: Tensor, window: int, paired: bool) -> bool:
-    """Whether prepared_attention's kernels run here."""
-    return for_tpu(qkv) and kernel_refuses(*qkv.chunk(3, dim=1), window, paired) is None
 
 
 def for_tpu(x: Tensor) -> bool:
@@ -51,19 +42,28 @@ def for_tpu(x: Tensor) -> bool:
     return target is not None or xr.device_type() == "TPU"
 
 
-def kernel_refuses(q: Tensor, k: Tensor, v: Tensor, window: int, paired: bool) -> str | None:
-    """What keeps these tensors from the TPU kernels, or None."""
-    B, H, T, D = q.shape
-    if {q.dtype, k.dtype, v.dtype} != {torch.bfloat16}:
+def takes_attention(x: Tensor, heads: int, window: int, paired: bool) -> bool:
+    """Whether FusedAttention runs here; a warning says why not where one would expect it to."""
+    why_not = attention_refuses(x, heads, window, paired)
+    if why_not and for_tpu(x):
+        warn_once(f"attention: no TPU kernel for {tuple(x.shape)}, {why_not}: plain torch instead, several times slower")
+    return for_tpu(x) and not why_not
+
+
+def attention_refuses(x: Tensor, heads: int, window: int, paired: bool) -> str | None:
+    """What keeps x [B, T, C] from the TPU kernels, or None."""
+    B, T, C = x.shape
+    D = C // heads
+    if x.dtype != torch.bfloat16:
         return "they take bfloat16"
     if D != 128:
         return "they take heads of 128"
     if T % 128:
         return "they take a multiple of 128 tokens"
-    if H < 2 or (paired and H % 2):
+    if heads < 2 or (paired and heads % 2):
         return "they take two heads or more, paired ones even in number"
-    band = get_band(q, window, paired)
-    if (band.reach + 2) * H * band.block * D * 8 > VMEM_LIMIT // 2:
+    band = get_band(B, heads, T, D, window, paired)
+    if (band.reach + 2) * heads * band.block * D * 8 > VMEM_LIMIT // 2:
         return f"a window of {window} does not fit in VMEM"
     return None
 
@@ -211,6 +211,8 @@ class Band:
 
 
 def matmul(a, b, transpose_b=False):
+    if target == "interpret":  # torch_xla's CPU runtime has no bfloat16 x bfloat16 -> float32
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jax.lax.dot_general(a, b, (((1,), (1 if transpose_b else 0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
@@ -251,8 +253,8 @@ def store(ref, m, arrays):
 
 def forward_kernel(first_seen, scale, q, k, v, documents, y, sums, k_ring, v_ring, y_acc, sums_acc, ahead, behind, *, band):
     """
-    One block of queries: y, and for the backward pass the sums of exponentials. Blocks: q, k, v, y [1, H, C, D], documents
-    [1, 1, C], sums [1, H, C]. In VMEM: k_ring [slots, H, C, D], v_ring [slots, H, D, C], y_acc [H, D, C], sums_acc [H, 8, C].
+    One block of queries: y, and for the backward pass the sums of exponentials. Blocks: q, k, v [1, H, C, D], y [1, C, H * D],
+    documents [1, 1, C], sums [1, H, C]. In VMEM: k_ring [slots, H, C, D], v_ring [slots, H, D, C], y_acc [H, D, C], sums_acc [H, 8, C].
     """
     r, i = pl.program_id(0), pl.program_id(1)
     slots, H, C, D = k_ring.shape
@@ -291,7 +293,7 @@ def forward_kernel(first_seen, scale, q, k, v, documents, y, sums, k_ring, v_rin
     for h in range(H):
         total = sums_acc[h].sum(0, keepdims=True)
         sums[0, h] = total[0]
-        y[0, h] = (y_acc[h] / total).astype(y.dtype).T
+        y[0, :, h * D:(h + 1) * D] = (y_acc[h] / total).astype(y.dtype).T
 
 
 def backward_kernel(last_seen_by, scale, q, k, v, documents, y, sums, dy, dq, dk, dv, q_ring, dy_ring, dq_ring, delta_ring, lse_ring,
@@ -300,7 +302,7 @@ def backward_kernel(last_seen_by, scale, q, k, v, documents, y, sums, dy, dq, dk
     One block of keys, from the row's last to its first: its dk and dv, and its share of the dq of the queries that see it. The dq
     of a block is complete, and leaves, with the block `reach` before it; the last `reach` programs of a row do nothing else.
     Rings, of blocks of queries: q, dy, dq [slots, H, D, C]; delta, lse [slots, H, 1, C]; view [slots, streams, 1, C].
-    k_T, dk_acc, dv_acc [H, D, C].
+    k_T, dk_acc, dv_acc [H, D, C]. Blocks of y, dy: [1, C, H * D].
     """
     r, j = pl.program_id(0), band.blocks - 1 - pl.program_id(1)
     slots, H, D, C = q_ring.shape
@@ -308,9 +310,10 @@ def backward_kernel(last_seen_by, scale, q, k, v, documents, y, sums, dy, dq, dk
     meetings, depth = band.meetings, ahead.shape[0]
 
     def bring_in(h):
-        dy_T = dy[0, h].T
+        at = slice(h * D, (h + 1) * D)
+        dy_T = dy[0, :, at].T
         q_ring[slot(j), h], dy_ring[slot(j), h], k_T[h] = q[0, h].T, dy_T, k[0, h].T
-        delta_ring[slot(j), h] = (dy_T.astype(jnp.float32) * y[0, h].T.astype(jnp.float32)).sum(0, keepdims=True)
+        delta_ring[slot(j), h] = (dy_T.astype(jnp.float32) * y[0, :, at].T.astype(jnp.float32)).sum(0, keepdims=True)
         lse_ring[slot(j), h] = jnp.log2(sums[0, h:h + 1])
         dq_ring[slot(j), h] = dk_acc[h] = dv_acc[h] = jnp.zeros((D, C), jnp.float32)
     bring_in = functools.cache(bring_in)  # once a head
@@ -358,32 +361,33 @@ def backward_kernel(last_seen_by, scale, q, k, v, documents, y, sums, dy, dq, dk
 
 
 def forward_call(band: Band, dtype, interpret=False):
-    """A function (q, k, v [rows, H, T, D], documents [rows, T] int32, scale [1] f32) -> y as q, sums of exponentials [rows, H, T] f32."""
+    """A function (q, k, v [rows, H, T, D], documents [rows, T] int32, scale [1] f32) -> y [rows, T, H * D], sums of exponentials [rows, H, T] f32."""
     C, H, D, slots, depth, f32 = band.block, band.heads, band.dim, band.reach + 1, min(2, len(band.meetings)), jnp.float32
-    heads = lambda place=0: pl.BlockSpec((1, H, C, D), lambda r, i, *_: (r, place, i, 0))
+    heads = lambda place: pl.BlockSpec((1, H, C, D), lambda r, i, *_: (r, place, i, 0))
     lanes = lambda n: pl.BlockSpec((1, n, C), lambda r, i, *_: (r, 0, i))
     scratch = [((slots, H, C, D), dtype), ((slots, H, D, C), dtype), ((H, D, C), f32), ((H, 8, C), f32),
                ((depth, 1, C, C), f32), ((depth, 1, C, C), dtype)]
     call = pallas_call(
         forward_kernel, band, (band.rows, band.blocks), scratch, interpret,
-        in_specs=[*map(heads, band.places), lanes(1)], out_specs=[heads(), lanes(H)],
-        out_shape=[((band.rows, H, band.tokens, D), dtype), ((band.rows, H, band.tokens), f32)])
+        in_specs=[*map(heads, band.places), lanes(1)], out_specs=[pl.BlockSpec((1, C, H * D), lambda r, i, *_: (r, i, 0)), lanes(H)],
+        out_shape=[((band.rows, band.tokens, H * D), dtype), ((band.rows, H, band.tokens), f32)])
     return lambda q, k, v, documents, scale: call(band.first_seen(documents), scale, q, k, v, documents[:, None])
 
 
 def backward_call(band: Band, dtype, interpret=False):
-    """A function (what forward_call's takes, what it returns, dy as y) -> dq, dk, dv as q."""
+    """A function (what forward_call's takes, what it returns, dy as y) -> dq, dk, dv [rows, H, T, D]."""
     C, H, D, slots, depth, f32 = band.block, band.heads, band.dim, band.reach + 1, 1, jnp.float32
     here = lambda n: jnp.maximum(band.blocks - 1 - n, 0)  # the block of keys of a row's program n
     done = lambda n: jnp.minimum(band.blocks - 1 - n + band.reach, band.blocks - 1)  # the block whose dq leaves
     heads = lambda block, place=0: pl.BlockSpec((1, H, C, D), lambda r, n, *_: (r, place, block(n), 0))
     lanes = lambda rows: pl.BlockSpec((1, rows, C), lambda r, n, *_: (r, 0, here(n)))
+    tokens = pl.BlockSpec((1, C, H * D), lambda r, n, *_: (r, here(n), 0))
     scratch = [((slots, H, D, C), dtype), ((slots, H, D, C), dtype), ((slots, H, D, C), f32), ((slots, H, 1, C), f32),
                ((slots, H, 1, C), f32), ((slots, band.streams, 1, C), jnp.int32),
                ((H, D, C), dtype), ((H, D, C), f32), ((H, D, C), f32), ((depth, 2, C, C), f32), ((depth, 2, C, C), dtype)]
     call = pallas_call(
         backward_kernel, band, (band.rows, band.blocks + band.reach), scratch, interpret,
-        in_specs=[*(heads(here, place) for place in band.places), lanes(1), heads(here), lanes(H), heads(here)],
+        in_specs=[*(heads(here, place) for place in band.places), lanes(1), tokens, lanes(H), tokens],
         out_specs=[heads(done), heads(here), heads(here)],
         out_shape=[((band.rows, H, band.tokens, D), dtype)] * 3)
     return lambda q, k, v, documents, scale, y, sums, dy: call(
@@ -445,7 +449,7 @@ def prepare_kernel(qkv, factor1, factor2, still, *refs, heads):
 
 
 def prepare_backward_kernel(qkv, factor1, factor2, still, dq, dk, dv, *refs, heads):
-    """From the row's last block to its first. Blocks as above; dq, dk, dv [1, H, bt, D]; after [H, 1, D]: of the next block's dk."""
+    """From the row's last block to its first. Blocks as above; dq, dk, dv [1, H, bt, D], dqkv [1, bt, 3H * D]; after [H, 1, D]: of the next dk."""
     (*values, dqkv, dve, dgate, after) = refs if heads.ve else (*refs[:-1], None, None, refs[-1])
     H, D, bt, n = heads.heads, heads.dim, heads.block, pl.num_programs(1) - 1 - pl.program_id(1)
     for h in range(2 * H):
@@ -461,10 +465,10 @@ def prepare_backward_kernel(qkv, factor1, factor2, still, dq, dk, dv, *refs, hea
         x = qkv[0, h].astype(jnp.float32)
         r = jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + EPS)
         y = x * r
-        dqkv[0, h] = (r * (dy - y * jnp.mean(dy * y, -1, keepdims=True))).astype(dqkv.dtype)
+        dqkv[0, :, h * D:(h + 1) * D] = (r * (dy - y * jnp.mean(dy * y, -1, keepdims=True))).astype(dqkv.dtype)
     for h in range(H):
         g = dv[0, h]
-        dqkv[0, 2 * H + h] = g
+        dqkv[0, :, (2 * H + h) * D:(2 * H + h + 1) * D] = g
         if heads.ve:
             ve, gate = values
             at = slice(h * D, (h + 1) * D)
@@ -478,28 +482,29 @@ def prepare_call(heads: Heads, dtype, interpret=False):
     A function (qkv [rows, 3H, T, D], factor1, factor2 [1 or 2, T, D], still [1, D] f32 and, with value embeddings, ve [rows, T, H * D],
     gate [rows, T, H]) -> [rows, 2H or 3H, T, D]: q, k and, where it changed, v.
     """
-    return prepare_pallas_call(prepare_kernel, heads, lambda i: i, [heads.out_heads], [(heads.out_heads, dtype)], interpret)
+    return prepare_pallas_call(prepare_kernel, heads, dtype, interpret, lambda i: i, inputs=[heads.out_heads], outputs=[heads.out_heads])
 
 
 def prepare_backward_call(heads: Heads, dtype, interpret=False):
-    """A function (qkv, factor1, factor2, still, dq, dk, dv [rows, H, T, D], ve, gate as above) -> dqkv, and dve, dgate if there are any."""
+    """A function (qkv, factor1, factor2, still, dq, dk, dv [rows, H, T, D], ve, gate as above) -> dqkv [rows, T, 3H * D], and dve, dgate if any."""
     last, H = heads.tokens // heads.block - 1, heads.heads
-    return prepare_pallas_call(prepare_backward_kernel, heads, lambda i: last - i, [2 * H, H, H, H], [(3 * H, dtype)], interpret, back=True)
+    lanes = [3 * H * heads.dim, *([H * heads.dim, H] if heads.ve else [])]
+    return prepare_pallas_call(prepare_backward_kernel, heads, dtype, interpret, lambda i: last - i, inputs=[2 * H, H, H, H], lanes=lanes)
 
 
-def prepare_pallas_call(kernel, heads, block, inputs, outputs, interpret, back=False):
+def prepare_pallas_call(kernel, heads, dtype, interpret, block, inputs, outputs=(), lanes=()):
+    """inputs, outputs: the heads of arrays [rows, heads, T, D]; lanes: the last dim of outputs [rows, T, lanes]."""
     H, T, D, bt, n = heads.heads, heads.tokens, heads.dim, heads.block, 2 if heads.paired else 1
     by_head = lambda n: pl.BlockSpec((1, n, bt, D), lambda r, i: (r, 0, block(i), 0))
     by_token = lambda n: pl.BlockSpec((1, bt, n), lambda r, i: (r, block(i), 0))
     factor = pl.BlockSpec((n, bt, D), lambda r, i: (0, block(i), 0))
     values = [by_token(H * D), by_token(H)] if heads.ve else []
-    dvalues = values if back else []
-    shape = lambda *s: jax.ShapeDtypeStruct((heads.rows, *s), outputs[0][1])
+    shape = lambda *s: jax.ShapeDtypeStruct((heads.rows, *s), dtype)
     return pl.pallas_call(
         functools.partial(kernel, heads=heads), name=kernel.__name__, interpret=interpret, grid=(heads.rows, T // bt),
         in_specs=[by_head(inputs[0]), factor, factor, pl.BlockSpec((1, D), lambda r, i: (0, 0)), *map(by_head, inputs[1:]), *values],
-        out_specs=[*(by_head(n) for n, _ in outputs), *dvalues],
-        out_shape=[*(shape(n, T, D) for n, _ in outputs), *([shape(T, H * D), shape(T, H)] if dvalues else [])],
+        out_specs=[*map(by_head, outputs), *map(by_token, lanes)],
+        out_shape=[*(shape(n, T, D) for n in outputs), *(shape(T, n) for n in lanes)],
         scratch_shapes=[pltpu.VMEM((H, 1, D), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT))
 
@@ -516,53 +521,40 @@ def pallas_call(kernel, band, grid, scratch, interpret, in_specs, out_specs, out
 # -----------------------------------------------------------------------------
 # The kernels in torch_xla's graph
 
-class WindowAttention(torch.autograd.Function):
-    """window_attention by the TPU kernels."""
-    @staticmethod
-    def forward(ctx, q, k, v, documents, window, scale, paired):
-        scale = scale.float().reshape(1)
-        ctx.band = get_band(q, window, paired)
-        y, sums = call_kernel(forward_call, ctx.band, q, k, v, documents, scale)
-        ctx.save_for_backward(q, k, v, documents, scale, y, sums)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        dq, dk, dv = call_kernel(backward_call, ctx.band, *ctx.saved_tensors, dy)
-        return dq, dk, dv, None, None, None, None
-
-
-class PreparedAttention(torch.autograd.Function):
+class FusedAttention(torch.autograd.Function):
     """
-    QK norm, rotary embedding, key offset and value embedding (prepare_call), then window_attention. qkv [B, 3H, T, D]; factor1, factor2
-    [T, D] or, paired, [2, T, D]; still [D] bool; ve [B, T, H * D] or None; gate [B, T, H], its weight; the rest as window_attention.
+    Projection to q, k and v, QK norm, rotary embedding, key offset, value embedding and window_attention, by a matmul and two kernels.
+    x [B, T, C]; w [3C, C]; factor1, factor2 [T, D] or, paired, [2, T, D]; still [D] bool, the dims of the key offset; ve [B, T, C] or
+    None; gate [B, T, H], its weight; the rest as window_attention. Returns [B, T, C]: tokens before heads, as matmuls want it.
     """
     @staticmethod
-    def forward(ctx, qkv, factor1, factor2, still, ve, gate, documents, window, scale, key_offset, paired):
-        B, H, T, D = qkv.size(0), qkv.size(1) // 3, qkv.size(2), qkv.size(3)
+    def forward(ctx, x, w, factor1, factor2, still, ve, gate, documents, window, scale, key_offset, paired):
+        (B, T, C), D = x.shape, still.numel()
+        H = C // D
         ctx.heads = Heads(B, H, T, D, paired, key_offset, ve is not None)
-        ctx.band = dataclasses.replace(get_band(qkv[:, :H], window, paired), places=(0, 1, 2))
-        tables = [x.view(-1, T, D) for x in (factor1, factor2)] + [still.view(1, D).float()]
+        ctx.band = dataclasses.replace(get_band(B, H, T, D, window, paired), places=(0, 1, 2))
+        tables = [t.view(-1, T, D) for t in (factor1, factor2)] + [still.view(1, D).float()]
         values = [] if ve is None else [ve, gate]
         scale = scale.float().reshape(1)
+        qkv = torch.einsum('btc,hdc->bhtd', x, w.view(3 * H, D, C))
         prepared, = call_kernel(prepare_call, ctx.heads, qkv, *tables, *values)
-        v = qkv if ve is None else prepared
+        v = prepared if values else qkv
         y, sums = call_kernel(forward_call, ctx.band, prepared, prepared, v, documents, scale)
-        ctx.save_for_backward(qkv, prepared, *tables, documents, scale, y, sums, *values)
+        ctx.save_for_backward(x, w, qkv, prepared, *tables, documents, scale, y, sums, *values)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        qkv, prepared, factor1, factor2, still, documents, scale, y, sums, *values = ctx.saved_tensors
+        x, w, qkv, prepared, factor1, factor2, still, documents, scale, y, sums, *values = ctx.saved_tensors
         v = prepared if values else qkv
         dqkv = call_kernel(backward_call, ctx.band, prepared, prepared, v, documents, scale, y, sums, dy)
         dqkv, *dvalues = call_kernel(prepare_backward_call, ctx.heads, qkv, factor1, factor2, still, *dqkv, *values)
         dve, dgate = dvalues or (None, None)
-        return dqkv, None, None, None, dve, dgate, None, None, None, None, None
+        dw = dqkv.flatten(0, 1).T @ x.flatten(0, 1)
+        return dqkv @ w, dw, None, None, None, dve, dgate, None, None, None, None, None
 
 
-def get_band(q: Tensor, window: int, paired: bool) -> Band:
-    B, H, T, D = q.shape
+def get_band(B: int, H: int, T: int, D: int, window: int, paired: bool) -> Band:
     return Band(B, H, T, D, window, paired, block=256 if T % 256 == 0 else 128)
 
 
@@ -589,38 +581,43 @@ def lowered(call, key, arguments: tuple, interpret: bool):
 # -----------------------------------------------------------------------------
 # The MLP: relu(x @ W1.T)^2 @ W2 (upstream: FusedLinearReLUSquareFunction; its plain-torch twin here is in train_gpt_xla.py)
 #
-# A program has one block of C tokens. The weights of its row stay in VMEM, and in the backward pass so do the sums of their gradients,
+# A program has one block of C tokens. The weights stay in VMEM, and in the backward pass so do the sums of their gradients,
 # in f32. What has 4d features lies as [4d, C]: then every matmul streams a weight or such an array as it lies, and only [d, C] blocks
-# are transposed, besides W2 (forward) or W1 (backward) once a row. The rounding is the twin's.
+# are transposed, besides W2 (forward) or W1 (backward) once. The rounding is the twin's.
 
 MLP_VMEM_LIMIT = 96 * 2**20  # bytes, of a v6e's 128 MiB
 
 class ReLUSquareMLP(torch.autograd.Function):
     """
-    relu(x @ W1.T)^2 @ W2 by the TPU kernels. x: [B, T, d]; W1, W2: [B, 4d, d], each row its own.
-    keep: store relu(x @ W1.T), [B, 4d, T], for the backward pass, which otherwise computes it again. A pass that has none wants False.
+    relu(x @ W1.T)^2 @ W2 by the TPU kernels. x: [B, T, d]; W1, W2: [4d, d].
+    keep: store relu(x @ W1.T), [4d, B * T], for the backward pass, which otherwise computes it again. A pass that has none wants False.
     """
     @staticmethod
     def forward(ctx, x, W1, W2, keep):
         ctx.shapes = get_mlp(x, W1, keep)
-        y, *kept = call_kernel(mlp_forward_call, ctx.shapes, x, W1, W2)
+        y, *kept = call_kernel(mlp_forward_call, ctx.shapes, x.flatten(0, 1), W1, W2)
         ctx.save_for_backward(x, W1, W2, *kept)
-        return y
+        return y.view_as(x)
 
     @staticmethod
     def backward(ctx, dy):
         x, W1, W2, *kept = ctx.saved_tensors
-        dx, dW1, dW2 = call_kernel(mlp_backward_call, ctx.shapes, x, W1, W2, dy, *kept)
-        return dx, dW1, dW2, None
+        dx, dW1, dW2 = call_kernel(mlp_backward_call, ctx.shapes, x.flatten(0, 1), W1, W2, dy.flatten(0, 1), *kept)
+        return dx.view_as(x), dW1, dW2, None
+
+
+def takes_mlp(x: Tensor, W1: Tensor, W2: Tensor) -> bool:
+    """Whether ReLUSquareMLP runs here."""
+    return for_tpu(x) and mlp_refuses(x, W1, W2) is None
 
 
 def mlp_refuses(x: Tensor, W1: Tensor, W2: Tensor) -> str | None:
     """What keeps these tensors from ReLUSquareMLP, or None."""
-    (B, T, d), (rows, h, _) = x.shape, W1.shape
+    (B, T, d), h = x.shape, W1.size(0)
     if {x.dtype, W1.dtype, W2.dtype} != {torch.bfloat16}:
         return "they take bfloat16"
-    if rows != B or W1.shape != W2.shape or W1.size(2) != d:
-        return f"they take two weights [{B}, 4d, {d}], not {tuple(W1.shape)} and {tuple(W2.shape)}"
+    if not W1.shape == W2.shape == (h, d):
+        return f"they take two weights [4d, {d}], not {tuple(W1.shape)} and {tuple(W2.shape)}"
     if T % 128 or d % 128 or h % 256:
         return "they take multiples of 128 tokens and features, and of 256 hidden ones"
     block = get_mlp(x, W1, True).block
@@ -632,8 +629,7 @@ def mlp_refuses(x: Tensor, W1: Tensor, W2: Tensor) -> str | None:
 @dataclasses.dataclass(frozen=True)
 class MLPShapes:
     """The shapes of one call on one device. A key: each is lowered once."""
-    rows: int
-    tokens: int
+    tokens: int  # of all rows
     dim: int  # d
     hidden: int  # 4d
     keep: bool  # the forward pass stores relu(x @ W1.T) and the backward pass reads it
@@ -642,7 +638,7 @@ class MLPShapes:
 
 def get_mlp(x: Tensor, W1: Tensor, keep: bool) -> MLPShapes:
     B, T, d = x.shape
-    return MLPShapes(B, T, d, W1.size(1), keep, block=next((n for n in (512, 256) if T % n == 0), 128))
+    return MLPShapes(B * T, d, W1.size(0), keep, block=next((n for n in (512, 256) if B * T % n == 0), 128))
 
 
 def by_strips(when, hidden, do):
@@ -656,36 +652,36 @@ def to_hidden(W, x, dtype):
 
 
 def mlp_forward_kernel(x, W1, W2, y, *refs):
-    """Blocks: x, y [1, C, d], W1, W2 [1, 4d, d], kept [1, 4d, C]; in VMEM W2_T [d, 4d]."""
+    """Blocks: x, y [C, d], W1, W2 [4d, d], kept [4d, C]; in VMEM W2_T [d, 4d]."""
     *kept, W2_T = refs
     def begin(strip):
-        W2_T[:, strip] = W2[0, strip].T
-    by_strips(pl.program_id(1) == 0, W2.shape[1], begin)
-    act = jnp.maximum(to_hidden(W1[0], x[0], x.dtype), 0)
+        W2_T[:, strip] = W2[strip].T
+    by_strips(pl.program_id(0) == 0, W2.shape[0], begin)
+    act = jnp.maximum(to_hidden(W1[...], x[...], x.dtype), 0)
     if kept:
-        kept[0][0] = act
-    y[0] = matmul(W2_T[...], act * act).astype(y.dtype).T
+        kept[0][...] = act
+    y[...] = matmul(W2_T[...], act * act).astype(y.dtype).T
 
 
 def mlp_backward_kernel(x, W1, W2, dy, *refs):
-    """Blocks: x, dy, dx [1, C, d], W1, W2, dW1, dW2 [1, 4d, d], kept [1, 4d, C]; in VMEM W1_T [d, 4d], dW1_acc, dW2_acc [4d, d]."""
+    """Blocks: x, dy, dx [C, d], W1, W2, dW1, dW2 [4d, d], kept [4d, C]; in VMEM W1_T [d, 4d], dW1_acc, dW2_acc [4d, d]."""
     *kept, dx, dW1, dW2, W1_T, dW1_acc, dW2_acc = refs
     def begin(strip):
-        W1_T[:, strip] = W1[0, strip].T
-        dW1_acc[strip] = dW2_acc[strip] = jnp.zeros((256, x.shape[2]), jnp.float32)
-    by_strips(pl.program_id(1) == 0, W1.shape[1], begin)
-    act = kept[0][0] if kept else jnp.maximum(to_hidden(W1[0], x[0], x.dtype), 0)
-    dpre = 2 * to_hidden(W2[0], dy[0], x.dtype) * act
-    dW2_acc[...] += matmul(act * act, dy[0])
-    dW1_acc[...] += matmul(dpre, x[0])
-    dx[0] = matmul(W1_T[...], dpre).astype(dx.dtype).T
+        W1_T[:, strip] = W1[strip].T
+        dW1_acc[strip] = dW2_acc[strip] = jnp.zeros((256, x.shape[1]), jnp.float32)
+    by_strips(pl.program_id(0) == 0, W1.shape[0], begin)
+    act = kept[0][...] if kept else jnp.maximum(to_hidden(W1[...], x[...], x.dtype), 0)
+    dpre = 2 * to_hidden(W2[...], dy[...], x.dtype) * act
+    dW2_acc[...] += matmul(act * act, dy[...])
+    dW1_acc[...] += matmul(dpre, x[...])
+    dx[...] = matmul(W1_T[...], dpre).astype(dx.dtype).T
     def end(strip):
-        dW1[0, strip], dW2[0, strip] = dW1_acc[strip].astype(dW1.dtype), dW2_acc[strip].astype(dW2.dtype)
-    by_strips(pl.program_id(1) == pl.num_programs(1) - 1, W1.shape[1], end)
+        dW1[strip], dW2[strip] = dW1_acc[strip].astype(dW1.dtype), dW2_acc[strip].astype(dW2.dtype)
+    by_strips(pl.program_id(0) == pl.num_programs(0) - 1, W1.shape[0], end)
 
 
 def mlp_forward_call(shapes: MLPShapes, dtype, interpret=False):
-    """A function (x [rows, T, d], W1, W2 [rows, 4d, d]) -> y as x and, if shapes.keep, relu(x @ W1.T) [rows, 4d, T]."""
+    """A function (x [tokens, d], W1, W2 [4d, d]) -> y as x and, if shapes.keep, relu(x @ W1.T) transposed, [4d, tokens]."""
     return mlp_pallas_call(mlp_forward_kernel, shapes, dtype, interpret, "xww", "xh" if shapes.keep else "x",
                            [((shapes.dim, shapes.hidden), dtype)])
 
@@ -698,13 +694,13 @@ def mlp_backward_call(shapes: MLPShapes, dtype, interpret=False):
 
 
 def mlp_pallas_call(kernel, shapes, dtype, interpret, inputs: str, outputs: str, scratch):
-    """inputs, outputs: a letter for each array: x [rows, T, d], w [rows, 4d, d] (in VMEM once, not twice) or h [rows, 4d, T]."""
-    rows, T, d, h, C = shapes.rows, shapes.tokens, shapes.dim, shapes.hidden, shapes.block
-    shape = {"x": (rows, T, d), "w": (rows, h, d), "h": (rows, h, T)}
-    spec = {"x": pl.BlockSpec((1, C, d), lambda r, i: (r, i, 0)), "h": pl.BlockSpec((1, h, C), lambda r, i: (r, 0, i)),
-            "w": pl.BlockSpec((1, h, d), lambda r, i: (r, 0, 0), pipeline_mode=pl.Buffered(1))}
+    """inputs, outputs: a letter for each array: x [tokens, d], w [4d, d] (in VMEM once, not twice) or h [4d, tokens]."""
+    T, d, h, C = shapes.tokens, shapes.dim, shapes.hidden, shapes.block
+    shape = {"x": (T, d), "w": (h, d), "h": (h, T)}
+    spec = {"x": pl.BlockSpec((C, d), lambda i: (i, 0)), "h": pl.BlockSpec((h, C), lambda i: (0, i)),
+            "w": pl.BlockSpec((h, d), lambda i: (0, 0), pipeline_mode=pl.Buffered(1))}
     return pl.pallas_call(
-        kernel, name=kernel.__name__, interpret=interpret, grid=(rows, T // C),
+        kernel, name=kernel.__name__, interpret=interpret, grid=(T // C,),
         in_specs=[spec[x] for x in inputs], out_specs=[spec[x] for x in outputs],
         out_shape=[jax.ShapeDtypeStruct(shape[x], dtype) for x in outputs], scratch_shapes=[pltpu.VMEM(*x) for x in scratch],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=MLP_VMEM_LIMIT))
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=MLP_VMEM_LIMIT))

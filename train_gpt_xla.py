@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from muon_xla import ROWS, DistAdam, NorMuon, enter, leave, shard, to_device, to_host
-from pallas_kernels import PreparedAttention, takes, window_attention
+from pallas_kernels import FusedAttention, ReLUSquareMLP, takes_attention, takes_mlp, window_attention
 from replay import Replay
 
 warnings.filterwarnings("ignore", message="Use torch_xla.sync", category=DeprecationWarning)
@@ -182,15 +182,14 @@ class CausalSelfAttention(nn.Module):
         gate = lambda w: torch.sigmoid(F.linear(x[..., :12], w))  # [B, T, H]
         ve_gate = None if ve is None else 2 * gate(ve_gate_w)
 
-        # D7: heads before tokens, [B, H, T, D]. A TPU tiles the last two dims, so each head's [T, D] must lie together.
-        w = (sa_lambdas[0] * self.qkvo_w[:self.dim * 3].type_as(x)).view(3 * self.num_heads, self.head_dim, self.dim)
-        qkv = torch.einsum('btc,hdc->bhtd', x, w)
-        if takes(qkv, attn_args.bm_size, self.paired):
-            # D15: on a TPU the lines below are one kernel, and attention another
-            y = PreparedAttention.apply(qkv, factor1, factor2, self.still, ve, ve_gate, attn_args.documents, attn_args.bm_size,
-                                        attn_args.attn_scale, attn_args.key_offset, self.paired)
+        w = sa_lambdas[0] * self.qkvo_w[:self.dim * 3].type_as(x)
+        if takes_attention(x, self.num_heads, attn_args.bm_size, self.paired):
+            # D15: on a TPU all that stands below is a matmul and two kernels
+            y = FusedAttention.apply(x, w, factor1, factor2, self.still, ve, ve_gate, attn_args.documents, attn_args.bm_size,
+                                     attn_args.attn_scale, attn_args.key_offset, self.paired)
         else:
-            q, k, v = qkv.chunk(3, dim=1)
+            # D7: heads before tokens, [B, H, T, D]. A TPU tiles the last two dims, so each head's [T, D] must lie together.
+            q, k, v = torch.einsum('btc,hdc->bhtd', x, w.view(3 * self.num_heads, self.head_dim, self.dim)).chunk(3, dim=1)
             q, k = norm(q), norm(k) # @Grad62304977
             if self.paired:
                 pairs = lambda x: x.unflatten(1, (-1, 2))  # [B, H/2, 2, T, D]: heads of even and odd number
@@ -204,9 +203,9 @@ class CausalSelfAttention(nn.Module):
                 ve = ve.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
                 v = v + ve_gate.mT.unsqueeze(-1) * ve # @KoszarskyB, @Grad62304977
             y = window_attention(q, k, v, attn_args.documents, attn_args.bm_size, attn_args.attn_scale, self.paired)
-        y = y * gate(attn_gate_w).mT.unsqueeze(-1)
-        w = (sa_lambdas[1] * self.qkvo_w[self.dim * 3:].type_as(y)).view(self.dim, self.num_heads, self.head_dim)
-        return torch.einsum('bhtd,chd->btc', y, w)  # the lambda on O's weights instead of its output: @shenberg
+            y = y.transpose(1, 2).flatten(2)
+        y = (y.unflatten(2, (-1, self.head_dim)) * gate(attn_gate_w).unsqueeze(-1)).flatten(2)
+        return F.linear(y, sa_lambdas[1] * self.qkvo_w[self.dim * 3:].type_as(y))  # lambda on O's weights, not its output: @shenberg
 
 class PairedHeadCausalSelfAttention(CausalSelfAttention):
     """
@@ -251,6 +250,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor):
         # squared ReLU (arXiv:2109.08668): @SKYLINEZ007, @Grad62304977
+        if takes_mlp(x, self.c_fc, self.c_proj):
+            return ReLUSquareMLP.apply(x, self.c_fc, self.c_proj, torch.is_grad_enabled())
         return FusedLinearReLUSquareFunction.apply(x, self.c_fc, self.c_proj)
 
 class Block(nn.Module):
@@ -966,7 +967,7 @@ class TrainingManager():
         losses, weights = self.forward(batch, numbers)
         (losses.sum() / ROWS).backward()  # the mean over ranks that upstream's reduce_scatter takes
         for name, p in self.model.named_parameters():
-            p.each_grad = None if weights[name].grad is None else leave(weights[name].grad)
+            p.local_grad = weights[name].grad
         self.step_optimizers()
         return shard(leave(losses.detach()).flatten())
 

@@ -6,6 +6,7 @@ CPU) against the twin, and the kernels inside a torch_xla SPMD graph, which libt
     python -m pytest -q tests/test_pallas_kernels.py                 the whole grid, some minutes more
 """
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -86,11 +87,12 @@ def kernels(q, k, v, dy, documents, window, paired, block):
     jax = pytest.importorskip("jax")
     pk.import_jax()
     dtype = {torch.float32: jax.numpy.float32, torch.bfloat16: jax.numpy.bfloat16}[q.dtype]
-    q, k, v, dy = (jax.numpy.asarray(x.float().numpy(), dtype=dtype) for x in (q, k, v, dy))
+    q, k, v, dy = (jax.numpy.asarray(x.float().numpy(), dtype=dtype) for x in (q, k, v, dy.transpose(1, 2).flatten(2)))
     band = pk.Band(*q.shape, window, paired, block)
     args = q, k, v, jax.numpy.asarray(documents.numpy()), jax.numpy.full((1,), SCALE, jax.numpy.float32)
     y, sums = jax.jit(pk.forward_call(band, dtype, interpret=True))(*args)
-    return y, *jax.jit(pk.backward_call(band, dtype, interpret=True))(*args, y, sums, dy)
+    B, H, T, D = q.shape
+    return y.reshape(B, T, H, D).swapaxes(1, 2), *jax.jit(pk.backward_call(band, dtype, interpret=True))(*args, y, sums, dy)
 
 def check_kernels(rows, H, T, D, window, paired, layout, dtype, block):
     x, where = inputs(rows, H, T, D, dtype), documents(layout, rows, T)
@@ -155,7 +157,8 @@ def test_prepare(rows, T, paired, key_offset, values, dtype):
     shaped = [x if paired else x[0] for x in (factor1, factor2)]
     want = prepare_plain(qkv, *shaped, still, ve, gate, key_offset, paired)
     dy = [randn(rows, H, T, D).to(dtype) for _ in range(3)]
-    want = [torch.cat(want, dim=1), *torch.autograd.grad(want, leaves, dy)]
+    dqkv, *dvalues = torch.autograd.grad(want, leaves, dy)
+    want = [torch.cat(want, dim=1), dqkv.transpose(1, 2).flatten(2), *dvalues]
 
     heads = pk.Heads(rows, H, T, D, paired, key_offset, values)
     array = lambda x: jax.numpy.asarray(x.detach().float().numpy(), dtype=str(x.dtype).removeprefix("torch."))
@@ -179,19 +182,16 @@ def mlp_inputs(rows: int, T: int, d: int, h: int, dtype=torch.float32):
     """x, W1, W2, dy. A quarter of the tokens is 0, and so are their pre-activations."""
     generator = torch.Generator().manual_seed(T + rows)
     randn = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)
-    x, W1, W2, dy = randn(rows, T, d), randn(rows, h, d) * d**-0.5, randn(rows, h, d) * h**-0.5, randn(rows, T, d)
+    x, W1, W2, dy = randn(rows, T, d), randn(h, d) * d**-0.5, randn(h, d) * h**-0.5, randn(rows, T, d)
     x[:, ::4] = 0
     return x, W1, W2, dy
 
 def mlp_twin(x, W1, W2, dy) -> list[np.ndarray]:
-    """y, dx, dW1, dW2 [rows, ...], each row with its own weights."""
+    """y, dx, dW1, dW2."""
     from train_gpt_xla import FusedLinearReLUSquareFunction
-    rows = []
-    for *leaves, grad in zip(x, W1, W2, dy):
-        leaves = [t.detach().requires_grad_() for t in leaves]
-        y = FusedLinearReLUSquareFunction.apply(*leaves)
-        rows.append([y, *torch.autograd.grad(y, leaves, grad)])
-    return [torch.stack(ts).detach().float().numpy() for ts in zip(*rows)]
+    leaves = [t.detach().requires_grad_() for t in (x, W1, W2)]
+    y = FusedLinearReLUSquareFunction.apply(*leaves)
+    return [t.detach().float().numpy() for t in (y, *torch.autograd.grad(y, leaves, dy))]
 
 @pytest.mark.parametrize("rows, T, h, keep, dtype, tolerance", [
     (2, 384, 512, True, torch.float32, 1e-5),  # three blocks of 128; rows
@@ -203,20 +203,21 @@ def test_mlp(rows, T, h, keep, dtype, tolerance):
     jax = pytest.importorskip("jax")
     pk.import_jax()
     tensors = mlp_inputs(rows, T, 128, h, dtype)
-    x, W1, W2, dy = (jax.numpy.asarray(t.float().numpy(), dtype=str(dtype).removeprefix("torch.")) for t in tensors)
+    x, W1, W2, dy = (jax.numpy.asarray(t.flatten(0, -2).float().numpy(), dtype=str(dtype).removeprefix("torch.")) for t in tensors)
     shapes = pk.get_mlp(*tensors[:2], keep)
     y, *kept = jax.jit(pk.mlp_forward_call(shapes, x.dtype, interpret=True))(x, W1, W2)
     assert len(kept) == keep
     got = [y, *jax.jit(pk.mlp_backward_call(shapes, x.dtype, interpret=True))(x, W1, W2, dy, *kept)]
-    check(got, mlp_twin(*tensors), tolerance, MLP_RESULTS)
+    want = mlp_twin(*tensors)
+    check(got, [t.reshape(g.shape) for t, g in zip(want, got, strict=True)], tolerance, MLP_RESULTS)
 
 def test_mlp_refuses():
-    def why_not(rows=1, T=512, d=768, h=3072, dtype=torch.bfloat16, W_rows=None):
-        x, W = torch.empty(rows, T, d, dtype=dtype, device="meta"), torch.empty(W_rows or rows, h, d, dtype=torch.bfloat16, device="meta")
+    def why_not(rows=1, T=512, d=768, h=3072, dtype=torch.bfloat16, W_dim=None):
+        x, W = torch.empty(rows, T, d, dtype=dtype, device="meta"), torch.empty(h, W_dim or d, dtype=torch.bfloat16, device="meta")
         return pk.mlp_refuses(x, W, W)
     assert why_not() is None and why_not(rows=8, T=262144) is None
     for word, bad in {"bfloat16": dict(dtype=torch.float32), "128 tokens": dict(T=500), "256 hidden": dict(h=3200), "VMEM": dict(d=2048, h=8192),
-                      "two weights": dict(rows=2, W_rows=1)}.items():
+                      "two weights": dict(W_dim=640)}.items():
         assert word in why_not(**bad)
 
 # -----------------------------------------------------------------------------
@@ -230,54 +231,82 @@ from muon_xla import enter, leave, to_device
 from train_gpt_xla import setup_devices
 setup_devices()
 n = int(sys.argv[1])
-split = lambda x: enter(to_device(x, "data"), "data")
-def forward_backward(q, k, v, dy, *args):
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    y = pk.window_attention(*leaves, *args)
-    assert y.shape == q.shape and y.dtype == q.dtype
-    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+split, whole = lambda x: enter(to_device(x, "data"), "data"), lambda x: enter(to_device(x))
+from test_pallas_kernels import LEAVES, SCALE, attention_inputs, attention_plain, check
+def fused(x, w, ve, gate, dy, factors, still, where, window, scale, paired, values=True):
+    leaves = [t.detach().requires_grad_() for t in (x, w, ve, gate)]
+    ve, gate = leaves[2:] if values else (None, None)
+    y = pk.FusedAttention.apply(*leaves[:2], *factors, still, ve, gate, where, window, scale, not paired, paired)
+    assert y.shape == x.shape and y.dtype == x.dtype
+    return [y.detach(), *torch.autograd.grad(y, leaves if values else leaves[:2], dy)]
 """
+
+LEAVES = "y", "dx", "dw", "dve", "dgate"
+
+def attention_inputs(rows: int, T: int, H: int, paired: bool):
+    """x, w, ve, gate, dy, (factor1, factor2), still and documents."""
+    D, C, generator = 128, 128 * H, torch.Generator().manual_seed(T)
+    randn = lambda *shape: torch.randn(*shape, generator=generator).bfloat16()
+    angle = randn(2, T, D // 2)
+    factors = [torch.cat([a, b], -1)[slice(None) if paired else 0] for a, b in ((angle.cos(), angle.cos()), (angle.sin(), -angle.sin()))]
+    return (randn(rows, T, C), randn(3 * C, C) * C**-0.5, randn(rows, T, C), randn(rows, T, H).sigmoid(), randn(rows, T, C), factors,
+            torch.arange(D) % 64 >= 32, documents("off block edges", rows, T))
+
+def attention_plain(x, w, ve, gate, dy, factors, still, where, window, scale, paired):
+    """y and the gradients of x, w, ve, gate, as CausalSelfAttention.forward computes them without kernels."""
+    leaves = [t.detach().requires_grad_() for t in (x, w, ve, gate)]
+    qkv = torch.einsum('btc,hdc->bhtd', leaves[0], leaves[1].view(-1, 128, x.size(2)))
+    y = window_attention(*prepare_plain(qkv, *factors, still, *leaves[2:], not paired, paired), where, window, scale, paired)
+    y = y.transpose(1, 2).flatten(2)
+    return [t.detach().float().numpy() for t in (y, *torch.autograd.grad(y, leaves, dy))]
 
 # on n virtual CPU devices: the kernels, interpreted, against the twin, which has the rows on one
 RUN = SPMD + """
-from test_pallas_kernels import SCALE, check, documents, inputs
 paired, rows = sys.argv[2] == "True", 2 * n
-x, where, scale = inputs(rows, 2, 384, 128, torch.bfloat16), documents("off block edges", rows, 384), torch.tensor(SCALE)
-want = [x.detach().float().numpy() for x in forward_backward(*x, where, 200, scale, paired)]
+inputs = attention_inputs(rows, 384, 2, paired)
+want = attention_plain(*inputs, 200, torch.tensor(SCALE), paired)
 pk.target = "interpret"
-got = [leave(x).flatten(0, 1) for x in forward_backward(*map(split, x), split(where), 200, enter(to_device(scale)), paired)]
+x, w, ve, gate, dy, factors, still, where = inputs
+got = fused(split(x), whole(w), split(ve), split(gate), split(dy), [whole(t) for t in factors], whole(still), split(where), 200,
+            whole(torch.tensor(SCALE)), paired)
+y, dx, dw, dve, dgate = map(leave, got)
 torch_xla.sync()
-assert pk.lowered.cache_info().misses == 2, "the twin ran"
-check([x.cpu().float().numpy() for x in got], want, 2e-2)
+assert pk.lowered.cache_info().misses == 4, "the twin ran"
+got = [y.flatten(0, 1), dx.flatten(0, 1), dw.float().sum(0), dve.flatten(0, 1), dgate.flatten(0, 1)]
+check([x.cpu().float().numpy() for x in got], want, 2e-2, LEAVES)
 """
 
 # for the TPU: written down, not run
 EXPORT = SPMD + """
 warnings.simplefilter("always")
 pk.target = "TPU"
-zeros = lambda *shape, dtype=torch.bfloat16: split(torch.zeros(8, *shape, dtype=dtype))
-args = zeros(1024, dtype=torch.int32), 384, enter(to_device(torch.tensor(0.1)))
-results = [leave(x) for paired in (False, True) for x in forward_backward(*(zeros(6, 1024, 128) for _ in range(4)), *args, paired)]
-forward_backward(*(zeros(6, 1024, 128) for _ in range(4)), *args)
-assert pk.lowered.cache_info().misses == 4, "a kernel was lowered twice"
+def results(paired, values):
+    x, w, ve, gate, dy, factors, still, where = attention_inputs(8, 1024, 6, paired)
+    return fused(split(x), whole(w), split(ve), split(gate), split(dy), [whole(t) for t in factors], whole(still), split(where), 384,
+                 whole(torch.tensor(SCALE)), paired, values)
+outputs = [leave(x) for paired, values in ((False, True), (True, False)) for x in results(paired, values)]
+results(False, True)
+assert pk.lowered.cache_info().misses == 8, "a kernel was lowered twice"
+x = split(torch.zeros(8, 1024, 6 * 64, dtype=torch.bfloat16))
 for _ in range(2):
-    pk.window_attention(*(zeros(6, 1024, 64) for _ in range(3)), *args)
-open(sys.argv[2], "wb").write(torch_xla._XLAC._get_xla_tensors_hlo_proto(results))
+    assert not pk.takes_attention(x, 6, 384, False)
+open(sys.argv[2], "wb").write(torch_xla._XLAC._get_xla_tensors_hlo_proto(outputs))
 """
 
 # the MLP, on n devices with a row each: written down for the TPU, run on a CPU
 MLP = SPMD + """
-from test_pallas_kernels import MLP_RESULTS, check, mlp_inputs, mlp_twin
-tensors = mlp_inputs(n, 256, 128, 256, torch.bfloat16)
+from test_pallas_kernels import MLP_RESULTS, mlp_inputs, mlp_twin
+tensors = mlp_inputs(n, 384, 128, 256, torch.bfloat16)
 pk.target = sys.argv[2]
-def graph(*tensors):
-    x, W1, W2, dy = map(split, tensors)
+def graph(x, W1, W2, dy):
+    x, dy, W1, W2 = split(x), split(dy), enter(to_device(W1)), enter(to_device(W2))
     leaves = [t.detach().requires_grad_() for t in (x, W1, W2)]
     assert pk.mlp_refuses(*leaves) is None
     results = []
     for keep in (True, False):
         y = pk.ReLUSquareMLP.apply(*leaves, keep)
-        results += [leave(t) for t in (y.detach(), *torch.autograd.grad(y, leaves, dy))]
+        y, dx, *dW = leave(y.detach()), *map(leave, torch.autograd.grad(y, leaves, dy))
+        results += [y.flatten(0, 1), dx.flatten(0, 1), *(t.float().sum(0) for t in dW)]
     return results
 results = graph(*tensors)
 assert pk.lowered.cache_info().misses == 4
@@ -285,7 +314,7 @@ if pk.target == "TPU":
     open(sys.argv[3], "wb").write(torch_xla._XLAC._get_xla_tensors_hlo_proto(results))
 else:
     torch_xla.sync()
-    check([t.flatten(0, 1).cpu().float().numpy() for t in results], 2 * mlp_twin(*tensors), 2e-2, 2 * MLP_RESULTS)
+    check([t.cpu().float().numpy() for t in results], 2 * mlp_twin(*tensors), 2e-2, 2 * MLP_RESULTS)
 """
 
 COMPILE = """
@@ -329,15 +358,15 @@ def test_compiles_for_v6e(n, tmp_path):
         pytest.importorskip(package)
     graph = tmp_path / "graph.hlo.pb"
     traced = python(EXPORT, n, graph, PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(n))
-    assert traced.stderr.count(f"no TPU kernel for ({8 // n}, 6, 1024, 64)") == 1, "the fallback must say so, once"
+    assert traced.stderr.count(f"no TPU kernel for ({8 // n}, 1024, 384)") == 1, "the fallback must say so, once"
 
     hlo = python(COMPILE, n, graph, **TPU).stdout
-    assert hlo.count('custom_call_target="tpu_custom_call"') == 4  # forward and backward, plain and paired
+    assert hlo.count('custom_call_target="tpu_custom_call"') == 8  # two kernels, forward and backward, plain and paired
     for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"):
         assert f" {word}" not in hlo, f"a {word}: the kernel left its device's rows"
-    # of a tensor [rows, 6, 1024, 128] no copy may be made around the kernels
-    copies = [line.strip()[:200] for line in hlo.splitlines() if f"bf16[{8 // n},6,1024,128]" in line
-              and any(f" {op}(" in line for op in ("copy", "pad", "transpose", "fusion", "concatenate"))]
+    # of a tensor as large as q no copy may be made around the kernels
+    copies = [line.strip()[:200] for line in hlo.splitlines() if re.search(rf"= bf16\[{8 // n},(6|12|18),1024,128\]|= bf16\[(1,)?1024,(768|2304)\]", line)
+              and any(f" {op}(" in line for op in ("copy", "pad", "transpose", "concatenate"))]
     assert not copies, copies
 
 TPU = dict(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v6e-8", TPU_WORKER_HOSTNAMES="localhost",
@@ -362,8 +391,6 @@ def test_import_is_light():
 
 def test_cpu_tensors_take_the_twin(monkeypatch):
     monkeypatch.setattr(pk, "target", "TPU")
-    q, k, v, _ = inputs(1, 2, 256, 128, torch.bfloat16)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        y = window_attention(q, k, v, documents("padded", 1, 256), 128, torch.tensor(SCALE))
-    assert y.device.type == "cpu" and y.grad_fn is None
+        assert not pk.takes_attention(torch.zeros(1, 256, 256, dtype=torch.bfloat16), 2, 128, False)

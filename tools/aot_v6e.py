@@ -264,7 +264,7 @@ def dump_flags(directory: str, exported: str, names: list[str]) -> str:
     outer = [re.search(r'op_name="[^"]*?([^/"()]+)\)?/pallas_call', line) for _, line in calls]
     kernels = [name for name, _ in calls] + [re.sub(r"\W", "_", m.group(1)) for m in outer if m]
     likely = {"concatenate": 20, "dynamic-update-slice": 20, "fusion": 20, "gather": 20, "pad": 20, "reshape": 20, "scatter": 20,
-              "shard_map": 200, "slice": 20, "sort": 20}
+              "slice": 20, "sort": 20, "xla__computation": 8 * len(kernels) + 64}
     likely |= dict.fromkeys(kernels, 8 * len(kernels) + 64)
     names = sorted({*names, *likely, *(f"{base}.{i}" for base, n in likely.items() for i in range(n))})
     return (f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles "
