@@ -6,6 +6,7 @@ the last, tensors are whole and carry a sharding over the mesh axis "data": each
 annotated as replicated leaves by all-gather.
 """
 from collections import defaultdict
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ import torch_xla.core.xla_builder as xb
 import torch_xla.core.xla_model as xm
 import torch_xla.core.xla_op_registry as xor
 import torch_xla.distributed.spmd as xs
+from jax._src.lib import xla_client
 from torch import Tensor
 
 ROWS = 8  # the record's 8 ranks; also the most devices, so stacks are padded to a multiple of it
@@ -51,11 +53,25 @@ def reduce_scatter(x: Tensor, channel: int) -> Tensor:
     Out of it too: the sum of what the devices have, [rows, ...], split by rows (upstream: dist.reduce_scatter_tensor). Explicit,
     for XLA makes an all-reduce of eight times the bytes where a sum over devices is reshaped. channel: another one for each call.
     """
-    n = xs.get_global_mesh().size()
-    y = xm.reduce_scatter(xm.REDUCE_SUM, x, 1.0, 0, n, groups=[list(range(n))], pin_layout=False, channel_id=channel,
-                          use_global_device_ids=True)
-    torch_xla._XLAC._set_all_reduce_token(str(torch_xla.device()), None)  # it would tie this collective to the next
+    devices = xs.get_global_mesh().size()
+    y, = xb.xla_computation_as_func(_reduce_scatter(tuple(x.shape), x.dtype, devices, channel))([x])
     return xs.disable_manual_sharding(y, ("data",) + (None,) * (x.ndim - 1), x.shape).global_tensor
+
+@cache
+def _reduce_scatter(shape: tuple, dtype: torch.dtype, devices: int, channel: int):
+    """As StableHLO text: xm.reduce_scatter brings a token along, a tensor that replay cannot account for."""
+    element = {torch.bfloat16: "bf16", torch.float32: "f32"}[dtype]
+    array = lambda rows: f"tensor<{'x'.join(map(str, (rows, *shape[1:])))}x{element}>"
+    module = xla_client._xla.mlir.mlir_module_to_xla_computation(f"""func.func @main(%x: {array(shape[0])}) -> {array(shape[0] // devices)} {{
+        %y = "stablehlo.reduce_scatter"(%x) <{{scatter_dimension = 0 : i64, use_global_device_ids,
+          replica_groups = dense<[{list(range(devices))}]> : tensor<1x{devices}xi64>,
+          channel_handle = #stablehlo.channel_handle<handle = {channel}, type = 1>}}> ({{
+            ^bb0(%a: tensor<{element}>, %b: tensor<{element}>):
+              %sum = stablehlo.add %a, %b : tensor<{element}>
+              stablehlo.return %sum : tensor<{element}>
+          }}) : ({array(shape[0])}) -> {array(shape[0] // devices)}
+        return %y : {array(shape[0] // devices)} }}""", use_tuple_args=False, return_tuple=True)
+    return xb.computation_from_module_proto("reduce_scatter", module.as_serialized_hlo_module_proto())
 
 def _truncate(x: xb.Op) -> xb.Op:
     mask = xb.Op.scalar(x.builder(), -65536, xb.Type.S32)
