@@ -1,6 +1,7 @@
 """
 window_attention: the plain-torch twin against a softmax over all T x T scores, the TPU kernels (in Pallas' interpret mode, on a
-CPU) against the twin, and the kernels inside a torch_xla SPMD graph, which libtpu must take for v6e.
+CPU) against the twin, and the kernels inside a torch_xla SPMD graph, which libtpu must take for v6e. The same of lm_head's kernels,
+whose twin is train_gpt_xla.FusedSoftcappedCrossEntropy.
 
     python -m pytest -q tests/test_pallas_kernels.py -m "not slow"   about a minute
     python -m pytest -q tests/test_pallas_kernels.py                 the whole grid, some minutes more
@@ -50,9 +51,9 @@ def forward_backward(attention, q, k, v, dy, *args) -> list[np.ndarray]:
     y = attention(q, k, v, *args)
     return [x.detach().float().numpy() for x in (y, *torch.autograd.grad(y, (q, k, v), dy))]
 
-def check(got, want, tolerance: float):
+def check(got, want, tolerance: float, names=("y", "dq", "dk", "dv")):
     """Largest error, as a part of the largest value."""
-    for name, a, b in zip(("y", "dq", "dk", "dv"), got, want):
+    for name, a, b in zip(names, got, want, strict=True):
         error = np.abs(np.asarray(a, dtype=np.float32) - b).max() / np.abs(b).max()
         assert error <= tolerance, f"{name}: error {error:.1e}"
 
@@ -122,6 +123,71 @@ def test_kernels_at_record_size(H, window, paired):
     check_kernels(3, H, 1024, 128, window, paired, "off block edges", torch.bfloat16, block=256)
 
 # -----------------------------------------------------------------------------
+# lm_head's kernels against their twin
+
+def lm_head_inputs(B: int, T: int, d: int, V: int, n: int, dtype):
+    """x, weight [B, V, d], targets with runs of one id and the vocabulary's ends, mtp_weights, an uneven gradient of the losses."""
+    generator = torch.Generator().manual_seed(T + V)
+    x = torch.randn(B, T, d, generator=generator).to(dtype)
+    weight = (torch.randn(B, V, d, generator=generator) * 3 * d**-0.5).to(dtype)
+    targets = torch.randint(0, V, (B, T), generator=generator, dtype=torch.int32)
+    targets[:, T // 2 - 3:T // 2 + 3] = 7  # across blocks of tokens
+    targets[:, 1], targets[:, -1] = 0, V - 1
+    return x, weight, targets, torch.tensor([1.0, 0.5, 0.25])[:n], torch.rand(B, T, generator=generator) * 2 - 0.5
+
+def lm_head_twin(x, weight, targets, mtp_weights, grad) -> list[np.ndarray]:
+    from train_gpt_xla import FusedSoftcappedCrossEntropy
+    rows = []
+    for r in range(len(x)):
+        leaves = [x[r:r + 1].clone().requires_grad_(), weight[r].clone().requires_grad_()]
+        losses = FusedSoftcappedCrossEntropy.apply(*leaves, targets[r:r + 1], mtp_weights)
+        rows.append([losses.detach()[0], *(g.reshape(-1, g.size(-1)) for g in torch.autograd.grad(losses, leaves, grad[r:r + 1]))])
+    return [torch.stack(x).float().numpy() for x in zip(*rows)]
+
+def check_lm_head(B, T, d, V, n, kept, forward_block, backward_block, dtype):
+    jax = pytest.importorskip("jax")
+    pk.import_jax()
+    x, weight, *numbers, grad = tensors = lm_head_inputs(B, T, d, V, n, dtype)
+    jax_dtype = {torch.float32: jax.numpy.float32, torch.bfloat16: jax.numpy.bfloat16}[dtype]
+    args = [jax.numpy.asarray(x.float().numpy(), dtype=jax_dtype) for x in (x, weight)] + [jax.numpy.asarray(x.numpy()) for x in numbers]
+    head = pk.LmHead(B, T, d, V, n, kept, forward_block, backward_block)
+    losses, *saved = jax.jit(pk.losses_and_dx_call(head, jax_dtype, interpret=True))(*args)
+    gradients = jax.jit(pk.dw_call(head, jax_dtype, interpret=True))(*args[:3], *saved, jax.numpy.asarray(grad.numpy()))
+    alone, = jax.jit(pk.losses_call(head, jax_dtype, interpret=True))(*args)
+    want = lm_head_twin(*tensors)
+    check([losses, *gradients, alone], want + want[:1], 1e-5 if dtype == torch.float32 else 2e-2, ("losses", "dx", "dw", "losses alone"))
+
+@pytest.mark.parametrize("B, T, d, V, n, kept, forward_block, backward_block, dtype", [
+    (2, 512, 128, 640, 3, 256, (128, 256), (128, 384), torch.float32),  # some of P kept; V ends within a block; rows
+    (1, 256, 256, 384, 3, 256, (256, 512), (256, 4608), torch.bfloat16),  # one block of each; a block longer than V
+    (1, 384, 128, 1152, 2, 0, (128, 384), (384, 768), torch.float32),  # none of P kept
+    (2, 256, 128, 512, 1, 256, (128, 256), (128, 256), torch.bfloat16),
+])
+def test_lm_head(B, T, d, V, n, kept, forward_block, backward_block, dtype):
+    check_lm_head(B, T, d, V, n, kept, forward_block, backward_block, dtype)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("kept", [0, 256, 768])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_lm_head_grid(dtype, kept, n):
+    check_lm_head(2, 768, 128, 896, n, kept, (256, 512), (128, 512), dtype)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [0, 2048, 4096])
+def test_lm_head_at_record_size(kept):
+    """The record's dimension and blocks, a vocabulary of two blocks and a bit."""
+    check_lm_head(1, 4096, 768, 2 * 4608 + 128, 3, kept, (2048, 512), (512, 4608), torch.bfloat16)
+
+def test_lm_head_refuses():
+    head = lambda T, V, d, dtype=torch.bfloat16: pk.lm_head_refuses(torch.zeros(1, T, d, dtype=dtype), torch.zeros(1, V, d, dtype=dtype))
+    assert head(256, 384, 128) is None
+    for bad in (head(192, 384, 128), head(256, 300, 128), head(256, 384, 64), head(256, 384, 128, torch.float32), head(256, 384, 4096)):
+        assert bad.startswith(("they take", "a dimension of 4096"))
+    head = pk.get_lm_head(torch.zeros(2, 3 * 16384, 128), torch.zeros(2, 384, 128), 1)  # both rows share what may be kept
+    assert head.kept * head.rows == pk.LM_HEAD_KEPT and head.kept % head.forward_block[0] == 0 == head.kept % head.backward_block[0]
+
+# -----------------------------------------------------------------------------
 # In torch_xla's SPMD graph
 
 SPMD = """
@@ -151,6 +217,20 @@ got = [leave(x).flatten(0, 1) for x in forward_backward(*map(split, x), split(wh
 torch_xla.sync()
 assert pk.lowered.cache_info().misses == 2, "the twin ran"
 check([x.cpu().float().numpy() for x in got], want, 2e-2)
+"""
+
+RUN_LM_HEAD = SPMD + """
+from test_pallas_kernels import check, lm_head_inputs, lm_head_twin
+tensors = lm_head_inputs(n, 256, 128, 384, 2, torch.bfloat16)
+pk.target = "interpret"
+x, weight, targets, grad = (split(tensors[i]) for i in (0, 1, 2, 4))
+leaves, mtp_weights = [x.detach().requires_grad_(), weight.detach().requires_grad_()], enter(to_device(tensors[3]))
+losses = pk.SoftcappedCrossEntropy.apply(*leaves, targets, mtp_weights)
+got = [losses.detach(), *torch.autograd.grad(losses, leaves, grad), pk.softcapped_losses(x, weight[0], targets, mtp_weights)]
+got = [leave(x).flatten(0, 1) for x in got]
+torch_xla.sync()
+want = lm_head_twin(*tensors)
+check([x.cpu().float().numpy() for x in got], want + want[:1], 2e-2, ("losses", "dx", "dw", "losses alone"))
 """
 
 # for the TPU: written down, not run
@@ -201,6 +281,11 @@ def test_on_devices(n, paired):
     for package in ("torch_xla", "jax"):
         pytest.importorskip(package)
     python(RUN, n, paired, PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(n))
+
+def test_lm_head_on_devices():
+    for package in ("torch_xla", "jax"):
+        pytest.importorskip(package)
+    python(RUN_LM_HEAD, 2, PJRT_DEVICE="CPU", CPU_NUM_DEVICES="2")
 
 @pytest.mark.parametrize("n", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 2, 1))])
 def test_compiles_for_v6e(n, tmp_path):
