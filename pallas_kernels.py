@@ -417,13 +417,9 @@ class LmHead:
     forward_block: tuple[int, int]  # tokens, vocabulary
     backward_block: tuple[int, int]
 
-    def after(self, x):
-        """x [rows, T, ...] -> for each target k, x of the token k later; beyond the row's end zeros."""
-        return [jnp.pad(x[:, k:], ((0, 0), (0, k)) + ((0, 0),) * (x.ndim - 2)) for k in range(self.targets)]
-
     def ids(self, targets):
-        """[rows, T] -> [rows, T, targets]: -1 where the row has ended."""
-        return jnp.stack(self.after(targets + 1), axis=-1) - 1
+        """[rows, T] -> [rows, T, targets]: each token's own and the next ones; -1 where the row has ended."""
+        return jnp.stack([jnp.pad(targets[:, k:], ((0, 0), (0, k)), constant_values=-1) for k in range(self.targets)], axis=-1)
 
 
 def exp_softcap(logits, b=SOFTCAP_B):
@@ -449,46 +445,66 @@ def stream(units, start, turn, finish):
     finish(units[-1], turned)
 
 
-def losses_kernel(bias, x, w, sums, *grads, head):
+def losses_kernel(bias, weights, x, w, w_rows, next_rows, numbers, *refs, head):
     """
-    A block of tokens against a block of the vocabulary. Blocks: bias [1, Vb] float32, x [1, Tb, d], w [1, Vb, d]; sums [1, 1, Tb].
-    grads, if the backward pass is to follow: wdx [1, Tb, d] float32 and, if any is kept, P [1, Tb, Vb]. Last, in VMEM, sum_acc [Tb, 128].
+    A block of tokens against a block of the vocabulary; after the last of these the targets. Blocks: bias [1, Vb] float32, weights
+    [1, Tb, targets] float32, x [1, Tb, d], w [1, Vb, d], w_rows, next_rows [1, Tb, d], [1, 16, d], the rows of w of this block's ids and
+    of the next one's first; numbers [1, Tb, targets + 1] float32: th at each target, then the sum of exponentials. For a backward pass
+    dx [1, Tb, d] and, if any is kept, P [1, Tb, Vb]. In VMEM: sum_acc [Tb, 128], row_buffer [Tb + 16, d] and, with dx, dx_acc [Tb, d].
     """
-    *grads, sum_acc = grads
+    results = max(0, len(refs) - 3)
+    (dx, p), (sum_acc, row_buffer, *dx_acc) = (*refs[:results], None, None)[:2], refs[results:]
     v, last = pl.program_id(2), pl.num_programs(2) - 1
-    _, Tb, _ = x.shape
-    Vb = w.shape[1]
+    Tb, Vb, n = x.shape[1], w.shape[1], head.targets
 
     @pl.when(v == 0)
     def _():
-        sum_acc[...] = jnp.zeros_like(sum_acc)
-        if grads:
-            grads[0][...] = jnp.zeros_like(grads[0])
-    if rest := head.vocab % Vb:
+        for ref in (sum_acc, *dx_acc):
+            ref[...] = jnp.zeros_like(ref)
+    rest = -head.vocab % Vb
+    if rest:
         @pl.when(v == last)
         def _():  # beyond the vocabulary lies whatever memory held
-            w[0, rest:] = jnp.zeros((Vb - rest, head.dim), w.dtype)
+            w[0, Vb - rest:] = jnp.zeros((rest, head.dim), w.dtype)
 
     def start(t):
         return wide_matmul(x[0, t], w[0], transpose_b=True)
     def turn(t, logits):
         th, e = exp_softcap(logits, bias[...])
         sum_acc[t] += sum(e[:, i:i + 128] for i in range(0, Vb, 128))
-        if not grads:
+        if dx is None:
             return None
-        p = (e * (1 - th * th)).astype(x.dtype)
-        if len(grads) > 1:
-            grads[1][0, t] = p
-        return p
-    def finish(t, p):
-        if grads:
-            grads[0][0, t] += wide_matmul(p, w[0])
-    step = 512 if grads else 1024
+        q = (e * (1 - th * th)).astype(x.dtype)
+        if p is not None:
+            p[0, t] = q
+        return q
+    def finish(t, q):
+        if dx is not None:
+            dx_acc[0][t] += wide_matmul(q, w[0])
+    step = 1024 if dx is None else 512
     stream([slice(t, min(t + step, Tb)) for t in range(0, Tb, step)], start, turn, finish)
 
     @pl.when(v == last)
-    def _():  # the columns beyond the vocabulary have th = -1
-        sums[0, 0] = sum_acc[...].sum(1) - (Vb - rest if rest else 0) * math.exp(-SOFTCAP_A / 2)
+    def _():
+        row_buffer[:Tb], row_buffer[Tb:] = w_rows[0], next_rows[0]
+        m = min(Tb, 128)
+        def at_targets(i, _):
+            t, weight = pl.ds(pl.multiple_of(i * m, m), m), weights[0, pl.ds(pl.multiple_of(i * m, m), m)]
+            total = sum_acc[t].sum(1, keepdims=True) - rest * math.exp(-SOFTCAP_A / 2)  # beyond the vocabulary th is -1
+            numbers[0, t, n:] = total
+            if dx is not None:
+                slope = SOFTCAP_A / (4 * SOFTCAP_C)
+                d = slope * weight.sum(1, keepdims=True) / total * dx_acc[0][t]
+            rows = row_buffer[pl.ds(pl.multiple_of(i * m, m), m + 16)].astype(jnp.float32)
+            for k in range(n):
+                row = (pltpu.roll(rows, m + 16 - k, 0) if k else rows)[:m]  # of the target k later
+                th, _ = exp_softcap((x[0, t].astype(jnp.float32) * row).sum(1, keepdims=True))
+                numbers[0, t, k:k + 1] = th
+                if dx is not None:
+                    d -= slope * weight[:, k:k + 1] * (1 - th * th) * row
+            if dx is not None:
+                dx[0, t] = d.astype(dx.dtype)
+        jax.lax.fori_loop(0, Tb // m, at_targets, None)
 
 
 def dw_kernel(ids, values, x, x_T, w, *refs, head):
@@ -578,38 +594,34 @@ def losses_call(head: LmHead, dtype, interpret=False, gradients=False):
     A function (x [rows, T, d], w [rows, V, d], targets [rows, T] int32, mtp_weights [targets] f32) -> losses [rows, T] f32. With
     gradients, for gradients of 1 also: dx; A [rows, T] f32; what P is at the targets [rows, T, targets] f32; P [rows, kept, V] if any is.
     """
-    f32, (R, T, d, V), (Tb, Vb) = jnp.float32, (head.rows, head.tokens, head.dim, head.vocab), head.forward_block
+    f32, (R, T, d, V), (Tb, Vb), n = jnp.float32, (head.rows, head.tokens, head.dim, head.vocab), head.forward_block, head.targets
     blocks, skipped = pl.cdiv(V, Vb), (T - head.kept) // Tb
-    out_specs, out_shape = [((1, 1, Tb), lambda r, t, v: (r, 0, t))], [((R, 1, T), f32)]
+    tokens = lambda r, t, v: (r, t, 0)
+    in_specs = [((1, Vb), lambda r, t, v: (0, v)), ((1, Tb, n), tokens), ((1, Tb, d), tokens), ((1, Vb, d), lambda r, t, v: (r, v, 0)),
+                ((1, Tb, d), tokens), ((1, 16, d), lambda r, t, v: (r, jnp.minimum((t + 1) * (Tb // 16), T // 16 - 1), 0))]
+    out_specs, out_shape = [((1, Tb, n + 1), tokens)], [((R, T, n + 1), f32)]
+    scratch = [((Tb, 128), f32), ((Tb + 16, d), dtype)]
     if gradients:
-        out_specs += [((1, Tb, d), lambda r, t, v: (r, t, 0))]
-        out_shape += [((R, T, d), f32)]
+        out_specs, out_shape, scratch = out_specs + [((1, Tb, d), tokens)], out_shape + [((R, T, d), dtype)], scratch + [((Tb, d), f32)]
     if gradients and head.kept:  # what is not kept lands where the first kept block will overwrite it before it leaves VMEM
         out_specs += [((1, Tb, Vb), lambda r, t, v: (r, jnp.maximum(t - skipped, 0), jnp.where(t < skipped, 0, v)))]
         out_shape += [((R, head.kept, V), dtype)]
-    call = lm_head_call(
-        losses_kernel, head, (R, T // Tb, blocks), [((Tb, 128), f32)], interpret,
-        in_specs=[((1, Vb), lambda r, t, v: (0, v)), ((1, Tb, d), lambda r, t, v: (r, t, 0)), ((1, Vb, d), lambda r, t, v: (r, v, 0))],
-        out_specs=out_specs, out_shape=out_shape)
+    call = lm_head_call(losses_kernel, head, (R, T // Tb, blocks), scratch, interpret, in_specs, out_specs, out_shape)
 
     def run(x, w, targets, mtp_weights):
         bias = jnp.where(jnp.arange(blocks * Vb) < V, SOFTCAP_B, -1e9).astype(f32)[None]  # no exponential beyond the vocabulary
-        sums, *gradients_ = call(bias, x, w)
-        sums = sums[:, 0]
         ids = head.ids(targets)
         weights = jnp.where(ids >= 0, mtp_weights, 0.0)
-        total = weights.sum(-1)
-        w_rows = [row.astype(f32) for row in head.after(jax.vmap(lambda w, t: w.at[t].get(mode="promise_in_bounds"))(w, targets))]
-        th, e = exp_softcap(jnp.stack([(x.astype(f32) * row).sum(-1) for row in w_rows], -1))
+        w_rows = jax.vmap(lambda w, t: w.at[t].get(mode="promise_in_bounds"))(w, targets)
+        numbers, *saved = call(bias, weights, x, w, w_rows, w_rows)
+        th, sums, total = numbers[..., :n], numbers[..., n], weights.sum(-1)
         losses = total * jnp.log(sums) - SOFTCAP_A / 2 * (weights * th).sum(-1)
         if not gradients:
             return [losses]
-        slope = SOFTCAP_A / (4 * SOFTCAP_C) * (1 - th * th)  # of the softcap
         a = SOFTCAP_A / (4 * SOFTCAP_C) * total / sums
-        dx = a[..., None] * gradients_[0] - sum((weights * slope)[..., k, None] * row for k, row in enumerate(w_rows))
         same = jnp.where(ids[..., :, None] == ids[..., None, :], weights[..., None, :], 0.0).sum(-1)  # a token may have one id twice
-        at_targets = (1 - th * th) * (e - same * (sums / jnp.where(total == 0, 1.0, total))[..., None])
-        return [losses, dx.astype(dtype), a, at_targets, *gradients_[1:]]
+        e = jnp.exp(SOFTCAP_A / 2 * th) - same * (sums / jnp.where(total == 0, 1.0, total))[..., None]
+        return [losses, saved[0], a, e * (1 - th * th), *saved[1:]]
     return run
 
 
