@@ -133,6 +133,7 @@ def lm_head_inputs(B: int, T: int, d: int, V: int, n: int, dtype):
     targets = torch.randint(0, V, (B, T), generator=generator, dtype=torch.int32)
     targets[:, T // 2 - 3:T // 2 + 3] = 7  # across blocks of tokens
     targets[:, 1], targets[:, -1] = 0, V - 1
+    weight[..., 0], x[:, 5, 0] = 1, -500  # a token to which all logits say no: what lies beyond the vocabulary would count
     return x, weight, targets, torch.tensor([1.0, 0.5, 0.25])[:n], torch.rand(B, T, generator=generator) * 2 - 0.5
 
 def lm_head_twin(x, weight, targets, mtp_weights, grad) -> list[np.ndarray]:
