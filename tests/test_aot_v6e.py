@@ -270,10 +270,10 @@ def test_bundles_of_regions():
     text = textwrap.dedent("""\
            0   :  { %s0 = smov 0 /* iteration_bounds: (1, 2, 10) */ }
          0x1 LB: > { %s1 = sphi %s0, %s2 /* phi copy :: iteration index, stage = 1 iter bound = 2 */ }
-         0x2   : > { %p1 = scmp.ne.s32.totalorder %s1, 9 }
+         0x2   : > { %4 = sst [smem:[#allocation7_spill]] %s1  ;;  %p1 = scmp.ne.s32.totalorder %s1, 9 }
          0x3   : > { %9 = sbr.rel (%p1) target bundleno = 20 (0x14), region = 1 }
         """) + "".join(f" {i:#x}   : > {{ %v1 = vld [vmem:%s1] }}\n" for i in range(4, 10)) + textwrap.dedent("""\
-         0xa PF: > { %p2 = scmp.ge.s32.totalorder %s1, 4 }
+         0xa PF: > { %s9 = sld [smem:[#allocation7_spill]]  ;;  %p2 = scmp.ge.s32.totalorder %s9, 4 }
          0xb   : > { %9 = sbr.rel (!%p2) target bundleno = 30 (0x1e), region = 2 }
         """) + "".join(f" {i:#x}   :  {{}}\n" for i in range(12, 19)) + textwrap.dedent("""\
         0x13 PF: > { %9 = sbr.rel (%p9) target bundleno = 40 (0x28), region = 3 }

@@ -257,6 +257,8 @@ def region_shares(text: str) -> list[tuple[int, int, float]]:
     bounds = re.search(r"iteration_bounds: \(([\d, ]+)\)", text)
     index = {name: int(bounds.group(1).split(",")[int(d)]) for name, d in
              re.findall(r"%(\w+) = sphi [^;{}]*iteration index, stage = \d+ iter bound = (\d+) \*/", text)} if bounds else {}
+    slots = {slot: index[name] for slot, name in re.findall(r"sst \[smem:\[#(\w+_spill)\]\] %(\w+)", text) if name in index}
+    index |= {name: slots[slot] for name, slot in re.findall(r"%(\w+) = sld \[smem:\[#(\w+_spill)\]\]", text) if slot in slots}
     tests = {p: (getattr(operator, relation), index[i], int(n)) for p, relation, i, n in
              re.findall(r"%(\w+) = scmp\.(ne|eq|lt|le|gt|ge)\.s32\.totalorder (?:\([^)]*\), )?%(\w+), (\d+)\b", text) if i in index}
     branches, ends = [], []  # (bundle, negated, predicate, target), bundle
