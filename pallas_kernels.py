@@ -400,6 +400,7 @@ def pallas_call(kernel, band, grid, scratch, interpret, in_specs, out_specs, out
 # gradient of the loss. So the forward pass, in one sweep over V, multiplies P = e * (1 - th^2) by w for dx before sum is known, and
 # what is left for the backward pass is dw = P.T @ (A * x). Of the last `kept` tokens of a row P is kept; the others' is computed again.
 # Targets never meet the sweep: their rows of w are gathered, and what P should be there replaces it on its way into dw.
+# On a TPU none of this has been timed: compiled for v6e, its instruction bundles counted, and run in interpret mode.
 
 SOFTCAP_A, SOFTCAP_B, SOFTCAP_C = 23.0, 5.0, 7.5  # A * sigmoid((logits + B) / C)
 LM_HEAD_VMEM_LIMIT = 100 * 2**20  # bytes, of a v6e's 128 MiB
@@ -429,7 +430,7 @@ def exp_softcap(logits, b=SOFTCAP_B):
 
 
 def wide_matmul(a, b, transpose_b=False):
-    """matmul, 256 columns after the other: so the matrix unit's results are added up before they leave its registers."""
+    """matmul, 256 columns at a time: compiled for v6e, a pass over blocks of 512 x 512 then takes 7% fewer bundles."""
     columns = [b[i:i + 256] if transpose_b else b[:, i:i + 256] for i in range(0, b.shape[0 if transpose_b else 1], 256)]
     return jnp.concatenate([matmul(a, c, transpose_b) for c in columns], axis=1)
 
