@@ -519,6 +519,258 @@ def pallas_call(kernel, band, grid, scratch, interpret, in_specs, out_specs, out
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT))
 
 # -----------------------------------------------------------------------------
+# lm_head with softcapped cross entropy (upstream: FusedSoftcappedCrossEntropy's Triton kernels)
+#
+# With th = tanh((x @ w.T + 5) / 15): softcap z = 11.5 * (1 + th), e = exp(z - 11.5) = exp(11.5 * th), and sum = e.sum over V.
+# The gradient of a logit is A * (e * (1 - th^2) - [its own, at targets]), where A, one number a token, waits for sum and for the
+# gradient of the loss. So the forward pass, in one sweep over V, multiplies P = e * (1 - th^2) by w for dx before sum is known, and
+# what is left for the backward pass is dw = P.T @ (A * x). Of the last `kept` tokens of a row P is kept; the others' is computed again.
+# Targets never meet the sweep: their rows of w are gathered, and what P should be there replaces it on its way into dw.
+# On a TPU none of this has been timed: compiled for v6e, its instruction bundles counted, and run in interpret mode.
+
+SOFTCAP_A, SOFTCAP_B, SOFTCAP_C = 23.0, 5.0, 7.5  # A * sigmoid((logits + B) / C)
+LM_HEAD_VMEM_LIMIT = 100 * 2**20  # bytes, of a v6e's 128 MiB
+LM_HEAD_KEPT = 32768  # tokens of a device whose P is kept: 3.1 GiB at the record's vocabulary
+
+@dataclasses.dataclass(frozen=True)
+class LmHead:
+    """The shapes of one call on one device. A key: each is lowered once. Token blocks divide tokens and kept, V's need not divide V."""
+    rows: int
+    tokens: int
+    dim: int
+    vocab: int
+    targets: int  # of each token: itself and those after it
+    kept: int  # tokens at a row's end whose P [kept, V] stays in HBM for the backward pass
+    forward_block: tuple[int, int]  # tokens, vocabulary
+    backward_block: tuple[int, int]
+
+    def ids(self, targets):
+        """[rows, T] -> [rows, T, targets]: each token's own and the next ones; -1 where the row has ended."""
+        return jnp.stack([jnp.pad(targets[:, k:], ((0, 0), (0, k)), constant_values=-1) for k in range(self.targets)], axis=-1)
+
+
+def exp_softcap(logits, b=SOFTCAP_B):
+    """th and e of float32 logits; b: number or row that is added to them."""
+    th = jnp.tanh((logits + b) * (1 / (2 * SOFTCAP_C)))
+    return th, 2.0 ** (th * (SOFTCAP_A / 2 * math.log2(math.e)))
+
+
+def wide_matmul(a, b, transpose_b=False):
+    """matmul, 256 columns at a time: compiled for v6e, a pass over blocks of 512 x 512 then takes 7% fewer bundles."""
+    columns = [b[i:i + 256] if transpose_b else b[:, i:i + 256] for i in range(0, b.shape[0 if transpose_b else 1], 256)]
+    return jnp.concatenate([matmul(a, c, transpose_b) for c in columns], axis=1)
+
+
+def stream(units, start, turn, finish):
+    """finish(turn(start(unit))) of each unit, each a matmul, vector work, a matmul, in the order that lets them overlap."""
+    started, turned = start(units[0]), None
+    for i, unit in enumerate(units):
+        current, started = started, start(units[i + 1]) if i + 1 < len(units) else None
+        if i:
+            finish(units[i - 1], turned)
+        turned = turn(unit, current)
+    finish(units[-1], turned)
+
+
+def losses_kernel(bias, weights, x, w, w_rows, next_rows, numbers, *refs, head):
+    """
+    A block of tokens against a block of the vocabulary; after the last of these the targets. Blocks: bias [1, Vb] float32, weights
+    [1, Tb, targets] float32, x [1, Tb, d], w [1, Vb, d], w_rows, next_rows [1, Tb, d], [1, 16, d], the rows of w of this block's ids and
+    of the next one's first; numbers [1, Tb, targets + 1] float32: th at each target, then the sum of exponentials. For a backward pass
+    dx [1, Tb, d] and, if any is kept, P [1, Tb, Vb]. In VMEM: sum_acc [Tb, 128], row_buffer [Tb + 16, d] and, with dx, dx_acc [Tb, d].
+    """
+    results = max(0, len(refs) - 3)
+    (dx, p), (sum_acc, row_buffer, *dx_acc) = (*refs[:results], None, None)[:2], refs[results:]
+    v, last = pl.program_id(2), pl.num_programs(2) - 1
+    Tb, Vb, n = x.shape[1], w.shape[1], head.targets
+
+    @pl.when(v == 0)
+    def _():
+        for ref in (sum_acc, *dx_acc):
+            ref[...] = jnp.zeros_like(ref)
+    rest = -head.vocab % Vb
+    if rest:
+        @pl.when(v == last)
+        def _():  # beyond the vocabulary lies whatever memory held
+            w[0, Vb - rest:] = jnp.zeros((rest, head.dim), w.dtype)
+
+    def start(t):
+        return wide_matmul(x[0, t], w[0], transpose_b=True)
+    def turn(t, logits):
+        th, e = exp_softcap(logits, bias[...])
+        sum_acc[t] += sum(e[:, i:i + 128] for i in range(0, Vb, 128))
+        if dx is None:
+            return None
+        q = (e * (1 - th * th)).astype(x.dtype)
+        if p is not None:
+            p[0, t] = q
+        return q
+    def finish(t, q):
+        if dx is not None:
+            dx_acc[0][t] += wide_matmul(q, w[0])
+    step = 1024 if dx is None else 512
+    stream([slice(t, min(t + step, Tb)) for t in range(0, Tb, step)], start, turn, finish)
+
+    @pl.when(v == last)
+    def _():
+        row_buffer[:Tb], row_buffer[Tb:] = w_rows[0], next_rows[0]
+        m = min(Tb, 128)
+        def at_targets(i, _):
+            t, weight = pl.ds(pl.multiple_of(i * m, m), m), weights[0, pl.ds(pl.multiple_of(i * m, m), m)]
+            total = sum_acc[t].sum(1, keepdims=True) - rest * math.exp(-SOFTCAP_A / 2)  # beyond the vocabulary th is -1
+            numbers[0, t, n:] = total
+            if dx is not None:
+                slope = SOFTCAP_A / (4 * SOFTCAP_C)
+                d = slope * weight.sum(1, keepdims=True) / total * dx_acc[0][t]
+            rows = row_buffer[pl.ds(pl.multiple_of(i * m, m), m + 16)].astype(jnp.float32)
+            for k in range(n):
+                row = (pltpu.roll(rows, m + 16 - k, 0) if k else rows)[:m]  # of the target k later
+                th, _ = exp_softcap((x[0, t].astype(jnp.float32) * row).sum(1, keepdims=True))
+                numbers[0, t, k:k + 1] = th
+                if dx is not None:
+                    d -= slope * weight[:, k:k + 1] * (1 - th * th) * row
+            if dx is not None:
+                dx[0, t] = d.astype(dx.dtype)
+        jax.lax.fori_loop(0, Tb // m, at_targets, None)
+
+
+def dw_kernel(ids, values, x, x_T, w, *refs, head):
+    """
+    A block of the vocabulary against a block of tokens. Blocks: ids, values [1, Tb, targets] int32 and float32, x [1, Tb, d], x_T
+    [1, d, Tb] (A * x), w [1, Vb, d], P [1, Tb, Vb] if any is kept; dw [1, Vb, d]. In VMEM: dw_acc [d, Vb] float32.
+    """
+    *p, dw, dw_acc = refs
+    v, t = pl.program_id(1), pl.program_id(2)
+    Tb, Vb = x_T.shape[2], dw.shape[1]
+    slices = lambda n, step: [(i, min(step, n - i)) for i in range(0, n, step)]
+    offset = jnp.clip(ids[0] - v * Vb, -1, Vb).astype(jnp.int16)  # 16 bits: two to a lane, as P
+    value = values[0].astype(x_T.dtype)
+
+    @pl.when(t == 0)
+    def _():
+        dw_acc[...] = jnp.zeros_like(dw_acc)
+
+    def sweep(kept):
+        # what is computed again takes a loop: its program is long
+        tile, group = (256, Vb) if kept or Vb % 384 else (512, Vb // 3)
+        @functools.cache
+        def lanes(k, r, m):
+            return [jnp.broadcast_to(a[r:r + m, k:k + 1], (m, 128)) for a in (offset, value)]
+        def put_targets(q, first, r, m):
+            iota = jax.lax.broadcasted_iota(jnp.int32, (m, 128), 1)
+            parts = [q[:, i:i + 128] for i in range(0, q.shape[1], 128)]
+            for i, part in enumerate(parts):
+                column = (iota + (first + 128 * i)).astype(jnp.int16)
+                for k in range(head.targets):
+                    at, number = lanes(k, r, m)
+                    part = jnp.where(column == at, number, part)
+                parts[i] = part
+            return jnp.concatenate(parts, axis=1)
+        def columns(g, unit):
+            (c, n), (r, m) = unit
+            return pl.ds(pl.multiple_of(g * group + c, 128), n)
+        def body(g, _):
+            def start(unit):
+                _, (r, m) = unit
+                return None if kept else wide_matmul(x[0, r:r + m], w[0, columns(g, unit)], transpose_b=True)
+            def turn(unit, logits):
+                (c, _), (r, m) = unit
+                if kept:
+                    q = p[0][0, r:r + m, columns(g, unit)]
+                else:
+                    th, e = exp_softcap(logits)
+                    q = (e * (1 - th * th)).astype(x_T.dtype)
+                return put_targets(q, g * group + c, r, m)
+            def finish(unit, q):
+                _, (r, m) = unit
+                dw_acc[:, columns(g, unit)] += wide_matmul(x_T[0, :, r:r + m], q)
+            stream([(a, b) for a in slices(group, 512) for b in slices(Tb, tile)], start, turn, finish)
+        jax.lax.fori_loop(0, Vb // group, body, None)
+
+    again = (head.tokens - head.kept) // Tb
+    if head.kept:
+        pl.when(t >= again)(lambda: sweep(True))
+    if again:
+        pl.when(t < again)(lambda: sweep(False))
+
+    @pl.when(t == pl.num_programs(2) - 1)
+    def _():
+        for c, n in slices(Vb, 512):
+            dw[0, c:c + n] = dw_acc[:, c:c + n].astype(dw.dtype).T
+
+
+def lm_head_call(kernel, head, grid, scratch, interpret, in_specs, out_specs, out_shape):
+    return pl.pallas_call(
+        functools.partial(kernel, head=head), name=f"lm_head_{kernel.__name__}", interpret=interpret, grid=grid,
+        in_specs=[pl.BlockSpec(*x) for x in in_specs], out_specs=[pl.BlockSpec(*x) for x in out_specs],
+        out_shape=[jax.ShapeDtypeStruct(*x) for x in out_shape], scratch_shapes=[pltpu.VMEM(*x) for x in scratch],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * 3, vmem_limit_bytes=LM_HEAD_VMEM_LIMIT))
+
+
+def losses_call(head: LmHead, dtype, interpret=False, gradients=False):
+    """
+    A function (x [rows, T, d], w [rows, V, d], targets [rows, T] int32, mtp_weights [targets] f32) -> losses [rows, T] f32. With
+    gradients, for gradients of 1 also: dx; A [rows, T] f32; what P is at the targets [rows, T, targets] f32; P [rows, kept, V] if any is.
+    """
+    f32, (R, T, d, V), (Tb, Vb), n = jnp.float32, (head.rows, head.tokens, head.dim, head.vocab), head.forward_block, head.targets
+    blocks, skipped = pl.cdiv(V, Vb), (T - head.kept) // Tb
+    tokens = lambda r, t, v: (r, t, 0)
+    in_specs = [((1, Vb), lambda r, t, v: (0, v)), ((1, Tb, n), tokens), ((1, Tb, d), tokens), ((1, Vb, d), lambda r, t, v: (r, v, 0)),
+                ((1, Tb, d), tokens), ((1, 16, d), lambda r, t, v: (r, jnp.minimum((t + 1) * (Tb // 16), T // 16 - 1), 0))]
+    out_specs, out_shape = [((1, Tb, n + 1), tokens)], [((R, T, n + 1), f32)]
+    scratch = [((Tb, 128), f32), ((Tb + 16, d), dtype)]
+    if gradients:
+        out_specs, out_shape, scratch = out_specs + [((1, Tb, d), tokens)], out_shape + [((R, T, d), dtype)], scratch + [((Tb, d), f32)]
+    if gradients and head.kept:  # what is not kept lands where the first kept block will overwrite it before it leaves VMEM
+        out_specs += [((1, Tb, Vb), lambda r, t, v: (r, jnp.maximum(t - skipped, 0), jnp.where(t < skipped, 0, v)))]
+        out_shape += [((R, head.kept, V), dtype)]
+    call = lm_head_call(losses_kernel, head, (R, T // Tb, blocks), scratch, interpret, in_specs, out_specs, out_shape)
+
+    def run(x, w, targets, mtp_weights):
+        bias = jnp.where(jnp.arange(blocks * Vb) < V, SOFTCAP_B, -1e9).astype(f32)[None]  # no exponential beyond the vocabulary
+        ids = head.ids(targets)
+        weights = jnp.where(ids >= 0, mtp_weights, 0.0)
+        w_rows = jax.vmap(lambda w, t: w.at[t].get(mode="promise_in_bounds"))(w, targets)
+        numbers, *saved = call(bias, weights, x, w, w_rows, w_rows)
+        th, sums, total = numbers[..., :n], numbers[..., n], weights.sum(-1)
+        losses = total * jnp.log(sums) - SOFTCAP_A / 2 * (weights * th).sum(-1)
+        if not gradients:
+            return [losses]
+        a = SOFTCAP_A / (4 * SOFTCAP_C) * total / sums
+        same = jnp.where(ids[..., :, None] == ids[..., None, :], weights[..., None, :], 0.0).sum(-1)  # a token may have one id twice
+        e = jnp.exp(SOFTCAP_A / 2 * th) - same * (sums / jnp.where(total == 0, 1.0, total))[..., None]
+        return [losses, saved[0], a, e * (1 - th * th), *saved[1:]]
+    return run
+
+
+def losses_and_dx_call(head: LmHead, dtype, interpret=False):
+    return losses_call(head, dtype, interpret, gradients=True)
+
+
+def dw_call(head: LmHead, dtype, interpret=False):
+    """
+    A function (x, w, targets as losses_call's; dx, A, P at the targets and perhaps P as it returned them; the gradient of the losses
+    [rows, T] f32) -> dx [rows, T, d], dw [rows, V, d].
+    """
+    f32, (R, T, d, V), (Tb, Vb) = jnp.float32, (head.rows, head.tokens, head.dim, head.vocab), head.backward_block
+    again = (T - head.kept) // Tb
+    numbers = (1, Tb, head.targets), lambda r, v, t: (r, t, 0)
+    # what a block of tokens has no use for is what the one before it had, and is not fetched again
+    in_specs = [numbers, numbers, ((1, Tb, d), lambda r, v, t: (r, jnp.minimum(t, max(again - 1, 0)), 0)),
+                ((1, d, Tb), lambda r, v, t: (r, 0, t)), ((1, Vb, d), lambda r, v, t: (r, v if again else 0, 0))]
+    if head.kept:
+        in_specs += [((1, Tb, Vb), lambda r, v, t: (r, jnp.maximum(t - again, 0), v))]
+    call = lm_head_call(dw_kernel, head, (R, pl.cdiv(V, Vb), T // Tb), [((d, Vb), f32)], interpret, in_specs=in_specs,
+                        out_specs=[((1, Vb, d), lambda r, v, t: (r, v, 0))], out_shape=[((R, V, d), dtype)])
+
+    def run(x, w, targets, dx, a, at_targets, *rest):
+        *p, dy = rest
+        x_T = ((a * dy)[..., None] * x.astype(f32)).astype(dtype).mT
+        return [(dy[..., None] * dx.astype(f32)).astype(dtype), *call(head.ids(targets), at_targets, x, x_T, w, *p)]
+    return run
+
+
+# -----------------------------------------------------------------------------
 # The kernels in torch_xla's graph
 
 class FusedAttention(torch.autograd.Function):
@@ -552,6 +804,55 @@ class FusedAttention(torch.autograd.Function):
         dve, dgate = dvalues or (None, None)
         dw = dqkv.flatten(0, 1).T @ x.flatten(0, 1)
         return dqkv @ w, dw, None, None, None, dve, dgate, None, None, None, None, None
+
+
+class SoftcappedCrossEntropy(torch.autograd.Function):
+    """
+    x [B, T, d], weight [V, d], targets [B, T] int32, mtp_weights [n] float32 -> losses [B, T] float32, by the TPU kernels. The twin is
+    train_gpt_xla.FusedSoftcappedCrossEntropy.
+    """
+    @staticmethod
+    def forward(ctx, x, weight, targets, mtp_weights):
+        ctx.head, w = get_lm_head(x, weight, mtp_weights.numel()), weight.expand(x.size(0), -1, -1)
+        losses, *saved = call_kernel(losses_and_dx_call, ctx.head, x, w, targets, mtp_weights)
+        ctx.save_for_backward(x, weight, targets, *saved)
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        x, weight, targets, *saved = ctx.saved_tensors
+        dx, dw = call_kernel(dw_call, ctx.head, x, weight.expand(x.size(0), -1, -1), targets, *saved, grad_output)
+        return dx, dw.sum(0), None, None
+
+
+def softcapped_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """What SoftcappedCrossEntropy returns for one target and no gradient: without its temporaries."""
+    head, one = get_lm_head(x, weight, 1, gradients=False), torch.ones(1, device=x.device)
+    return call_kernel(losses_call, head, x, weight.expand(x.size(0), -1, -1), targets, one)[0]
+
+
+def takes_lm_head(x: Tensor, weight: Tensor) -> bool:
+    """Whether these two run here."""
+    return for_tpu(x) and lm_head_refuses(x, weight) is None
+
+
+def lm_head_refuses(x: Tensor, weight: Tensor) -> str | None:
+    """What keeps these tensors from the TPU kernels, or None."""
+    (B, T, d), V = x.shape, weight.size(-2)
+    if {x.dtype, weight.dtype} != {torch.bfloat16}:
+        return "they take bfloat16"
+    if T % 128 or V % 128 or d % 128:
+        return "they take multiples of 128 tokens, dimensions and vocabulary entries"
+    if d > 1024:
+        return f"a dimension of {d} does not fit in VMEM"
+    return None
+
+
+def get_lm_head(x: Tensor, weight: Tensor, targets: int, gradients: bool = True) -> LmHead:
+    (B, T, d), V = x.shape, weight.size(-2)
+    block = lambda most: math.gcd(T, most)  # a power of two
+    kept = min(T, LM_HEAD_KEPT // B // block(2048) * block(2048)) if gradients else 0
+    return LmHead(B, T, d, V, targets, kept, (block(2048 if gradients else 4096), 512), (block(512), 4608))
 
 
 def get_band(B: int, H: int, T: int, D: int, window: int, paired: bool) -> Band:

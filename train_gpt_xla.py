@@ -40,7 +40,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from muon_xla import ROWS, DistAdam, NorMuon, enter, leave, shard, to_device, to_host
-from pallas_kernels import FusedAttention, ReLUSquareMLP, takes_attention, takes_mlp, window_attention
+from pallas_kernels import (FusedAttention, ReLUSquareMLP, SoftcappedCrossEntropy, softcapped_losses, takes_attention, takes_lm_head,
+                            takes_mlp, window_attention)
 from replay import Replay
 
 warnings.filterwarnings("ignore", message="Use torch_xla.sync", category=DeprecationWarning)
@@ -547,10 +548,11 @@ class GPT(nn.Module):
         x = norm(x)
         # softcap 23 * sigmoid((logits + 5) / 7.5): Gemma 2's tanh by @Grad62304977, its bound by @KoszarskyB, the sigmoid form
         # by @YouJiacheng, the constants by @classiclarryd
+        kernels = takes_lm_head(x, self.lm_head.weight)
         if self.training:
-            losses = FusedSoftcappedCrossEntropy.apply(x, self.lm_head.weight, target_seq, mtp_weights)
-            return losses.sum(1)
-        return softcapped_cross_entropy(x, self.lm_head.weight, target_seq).mean(1)
+            cross_entropy = SoftcappedCrossEntropy if kernels else FusedSoftcappedCrossEntropy
+            return cross_entropy.apply(x, self.lm_head.weight, target_seq, mtp_weights).sum(1)
+        return (softcapped_losses if kernels else softcapped_cross_entropy)(x, self.lm_head.weight, target_seq).mean(1)
 
 # -----------------------------------------------------------------------------
 # Distributed data loader

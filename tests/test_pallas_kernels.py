@@ -1,6 +1,7 @@
 """
 window_attention: the plain-torch twin against a softmax over all T x T scores, the TPU kernels (in Pallas' interpret mode, on a
-CPU) against the twin, and the kernels inside a torch_xla SPMD graph, which libtpu must take for v6e. The MLP: its kernels likewise.
+CPU) against the twin, and the kernels inside a torch_xla SPMD graph, which libtpu must take for v6e. The same of the kernels of the MLP
+and of lm_head with its cross entropy, whose twins are in train_gpt_xla.py.
 
     python -m pytest -q tests/test_pallas_kernels.py -m "not slow"   about a minute
     python -m pytest -q tests/test_pallas_kernels.py                 the whole grid, some minutes more
@@ -221,6 +222,72 @@ def test_mlp_refuses():
         assert word in why_not(**bad)
 
 # -----------------------------------------------------------------------------
+# lm_head's kernels against their twin
+
+def lm_head_inputs(B: int, T: int, d: int, V: int, n: int, dtype):
+    """x, weight [B, V, d], targets with runs of one id and the vocabulary's ends, mtp_weights, an uneven gradient of the losses."""
+    generator = torch.Generator().manual_seed(T + V)
+    x = torch.randn(B, T, d, generator=generator).to(dtype)
+    weight = (torch.randn(B, V, d, generator=generator) * 3 * d**-0.5).to(dtype)
+    targets = torch.randint(0, V, (B, T), generator=generator, dtype=torch.int32)
+    targets[:, T // 2 - 3:T // 2 + 3] = 7  # across blocks of tokens
+    targets[:, 1], targets[:, -1] = 0, V - 1
+    weight[..., 0], x[:, 5, 0] = 1, -500  # a token to which all logits say no: what lies beyond the vocabulary would count
+    return x, weight, targets, torch.tensor([1.0, 0.5, 0.25])[:n], torch.rand(B, T, generator=generator) * 2 - 0.5
+
+def lm_head_twin(x, weight, targets, mtp_weights, grad) -> list[np.ndarray]:
+    from train_gpt_xla import FusedSoftcappedCrossEntropy
+    rows = []
+    for r in range(len(x)):
+        leaves = [x[r:r + 1].clone().requires_grad_(), weight[r].clone().requires_grad_()]
+        losses = FusedSoftcappedCrossEntropy.apply(*leaves, targets[r:r + 1], mtp_weights)
+        rows.append([losses.detach()[0], *(g.reshape(-1, g.size(-1)) for g in torch.autograd.grad(losses, leaves, grad[r:r + 1]))])
+    return [torch.stack(x).float().numpy() for x in zip(*rows)]
+
+def check_lm_head(B, T, d, V, n, kept, forward_block, backward_block, dtype):
+    jax = pytest.importorskip("jax")
+    pk.import_jax()
+    x, weight, *numbers, grad = tensors = lm_head_inputs(B, T, d, V, n, dtype)
+    jax_dtype = {torch.float32: jax.numpy.float32, torch.bfloat16: jax.numpy.bfloat16}[dtype]
+    args = [jax.numpy.asarray(x.float().numpy(), dtype=jax_dtype) for x in (x, weight)] + [jax.numpy.asarray(x.numpy()) for x in numbers]
+    head = pk.LmHead(B, T, d, V, n, kept, forward_block, backward_block)
+    losses, *saved = jax.jit(pk.losses_and_dx_call(head, jax_dtype, interpret=True))(*args)
+    gradients = jax.jit(pk.dw_call(head, jax_dtype, interpret=True))(*args[:3], *saved, jax.numpy.asarray(grad.numpy()))
+    alone, = jax.jit(pk.losses_call(head, jax_dtype, interpret=True))(*args)
+    want = lm_head_twin(*tensors)
+    check([losses, *gradients, alone], want + want[:1], 1e-5 if dtype == torch.float32 else 2e-2, ("losses", "dx", "dw", "losses alone"))
+
+@pytest.mark.parametrize("B, T, d, V, n, kept, forward_block, backward_block, dtype", [
+    (2, 512, 128, 640, 3, 256, (128, 256), (128, 384), torch.float32),  # some of P kept; V ends within a block; rows
+    (1, 256, 256, 384, 3, 256, (256, 512), (256, 4608), torch.bfloat16),  # one block of each; a block longer than V
+    (1, 384, 128, 1152, 2, 0, (128, 384), (384, 768), torch.float32),  # none of P kept
+    (2, 256, 128, 512, 1, 256, (128, 256), (128, 256), torch.bfloat16),
+])
+def test_lm_head(B, T, d, V, n, kept, forward_block, backward_block, dtype):
+    check_lm_head(B, T, d, V, n, kept, forward_block, backward_block, dtype)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("kept", [0, 256, 768])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_lm_head_grid(dtype, kept, n):
+    check_lm_head(2, 768, 128, 896, n, kept, (256, 512), (128, 512), dtype)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [0, 2048, 4096])
+def test_lm_head_at_record_size(kept):
+    """The record's dimension and blocks, a vocabulary of two blocks and a bit."""
+    check_lm_head(1, 4096, 768, 2 * 4608 + 128, 3, kept, (2048, 512), (512, 4608), torch.bfloat16)
+
+def test_lm_head_refuses():
+    head = lambda T, V, d, dtype=torch.bfloat16: pk.lm_head_refuses(torch.zeros(1, T, d, dtype=dtype), torch.zeros(1, V, d, dtype=dtype))
+    assert head(256, 384, 128) is None
+    for bad in (head(192, 384, 128), head(256, 300, 128), head(256, 384, 64), head(256, 384, 128, torch.float32), head(256, 384, 4096)):
+        assert bad.startswith(("they take", "a dimension of 4096"))
+    head = pk.get_lm_head(torch.zeros(2, 3 * 16384, 128), torch.zeros(2, 384, 128), 1)  # both rows share what may be kept
+    assert head.kept * head.rows == pk.LM_HEAD_KEPT and head.kept % head.forward_block[0] == 0 == head.kept % head.backward_block[0]
+
+# -----------------------------------------------------------------------------
 # In torch_xla's SPMD graph
 
 SPMD = """
@@ -274,6 +341,23 @@ torch_xla.sync()
 assert pk.lowered.cache_info().misses == 4, "the twin ran"
 got = [y.flatten(0, 1), dx.flatten(0, 1), dw.float().sum(0), dve.flatten(0, 1), dgate.flatten(0, 1)]
 check([x.cpu().float().numpy() for x in got], want, 2e-2, LEAVES)
+"""
+
+# lm_head: two rows a device and one weight for all
+RUN_LM_HEAD = SPMD + """
+from test_pallas_kernels import lm_head_inputs, lm_head_twin
+x, weight, targets, mtp_weights, grad = lm_head_inputs(2 * n, 256, 128, 384, 2, torch.bfloat16)
+weight = weight[:1].expand(2 * n, -1, -1)
+losses, dx, dw = lm_head_twin(x, weight, targets, mtp_weights, grad)
+alone, _, _ = lm_head_twin(x, weight, targets, torch.ones(1), grad)
+pk.target = "interpret"
+leaves, targets = [t.detach().requires_grad_() for t in (split(x), whole(weight[0]))], split(targets)
+got = pk.SoftcappedCrossEntropy.apply(*leaves, targets, whole(mtp_weights))
+got = [got.detach(), *torch.autograd.grad(got, leaves, split(grad)), pk.softcapped_losses(*leaves, targets)]
+got_losses, got_dx, got_dw, got_alone = (leave(t.detach()) for t in got)
+got = [got_losses.flatten(0, 1), got_dx.flatten(0, 1), got_dw.float().sum(0), got_alone.flatten(0, 1)]
+torch_xla.sync()
+check([t.cpu().float().numpy() for t in got], [losses, dx, dw.sum(0), alone], 2e-2, ("losses", "dx", "dw", "losses alone"))
 """
 
 # for the TPU: written down, not run
@@ -351,6 +435,11 @@ def test_on_devices(n, paired):
     for package in ("torch_xla", "jax"):
         pytest.importorskip(package)
     python(RUN, n, paired, PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(n))
+
+def test_lm_head_on_devices():
+    for package in ("torch_xla", "jax"):
+        pytest.importorskip(package)
+    python(RUN_LM_HEAD, 2, PJRT_DEVICE="CPU", CPU_NUM_DEVICES="2")
 
 @pytest.mark.parametrize("n", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 2, 1))])
 def test_compiles_for_v6e(n, tmp_path):

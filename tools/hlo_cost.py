@@ -12,6 +12,7 @@ the operations in between do not hide.
 """
 import dataclasses
 import math
+import operator
 import re
 from functools import cached_property
 
@@ -248,10 +249,41 @@ class Module:
 # -----------------------------------------------------------------------------
 # Final bundles (libtpu's --xla_jf_dump_llo_text)
 
+def region_shares(text: str) -> list[tuple[int, int, float]]:
+    """
+    (first bundle, last bundle, share of a grid's steps that run it) of each region of a kernel that runs only at some index of its grid.
+    The numbers of forward targets are from before the last packing; what they lead to is marked PF, in their order.
+    """
+    bounds = re.search(r"iteration_bounds: \(([\d, ]+)\)", text)
+    index = {name: int(bounds.group(1).split(",")[int(d)]) for name, d in
+             re.findall(r"%(\w+) = sphi [^;{}]*iteration index, stage = \d+ iter bound = (\d+) \*/", text)} if bounds else {}
+    slots = {slot: index[name] for slot, name in re.findall(r"sst \[smem:\[#(\w+_spill)\]\] %(\w+)", text) if name in index}
+    index |= {name: slots[slot] for name, slot in re.findall(r"%(\w+) = sld \[smem:\[#(\w+_spill)\]\]", text) if slot in slots}
+    tests = {p: (getattr(operator, relation), index[i], int(n)) for p, relation, i, n in
+             re.findall(r"%(\w+) = scmp\.(ne|eq|lt|le|gt|ge)\.s32\.totalorder (?:\([^)]*\), )?%(\w+), (\d+)\b", text) if i in index}
+    branches, ends = [], []  # (bundle, negated, predicate, target), bundle
+    for line in text.splitlines():
+        if m := re.match(r"\s*(?:0x)?([0-9a-f]+)\s+(PF)?(?:L[BHE]|PB|CT)?\s*:\s*>*\s*\{", line):
+            at = int(m.group(1), 16)
+            ends += [at] if m.group(2) else []
+        for negated, predicate, target in re.findall(r"sbr\.rel \((!?)%(\w+)\) target bundleno = (\d+)", line):
+            if int(target) > at:
+                branches.append((at, negated, predicate, int(target)))
+    targets = sorted({b[3] for b in branches})
+    shares = []
+    for at, negated, predicate, target in branches if len(targets) == len(ends) else []:
+        if predicate in tests:
+            relation, steps, n = tests[predicate]
+            skipped = sum(bool(relation(i, n)) != bool(negated) for i in range(steps))
+            shares.append((at + 5, ends[targets.index(target)] - 1, 1 - skipped / steps))  # behind the four delay slots
+    return shares
+
+
 def bundle_cycles(text: str) -> tuple[int, int]:
     """
     (bundles issued, loops of unknown length) of one program: a line a bundle, `>` once for each loop that it is in. A loop runs
-    as often as its exit test says; one without a constant test counts once. Predicated regions count as if they were taken.
+    as often as its exit test says; one without a constant test counts once. Predicated regions count as if they were taken, unless
+    an index of the kernel's grid decides alone (region_shares).
     """
     steps = {}
 
@@ -263,7 +295,7 @@ def bundle_cycles(text: str) -> tuple[int, int]:
             steps.update(re.findall(r"%(\w+) = sadd\.s32 (?:\([^)]*\), )?(\d+), %", text))
         return math.ceil(int(m.group(2)) / int(steps.get(m.group(1), 1)))
 
-    stack, unknown, slots = [[0, 1]], 0, 0  # [bundles, trips] of each open loop; delay slots still to come
+    shares, stack, unknown, slots = region_shares(text), [[0, 1]], 0, 0  # [bundles, trips] of each open loop; delay slots still to come
 
     def leave():
         nonlocal unknown
@@ -272,23 +304,23 @@ def bundle_cycles(text: str) -> tuple[int, int]:
         stack[-1][0] += bundles * (n or 1)
 
     for line in text.splitlines():
-        m = re.match(r"\s*(?:0x)?[0-9a-f]+\s+(L[BHE]|P[BF]|CT)?\s*:\s*(>*)\s*\{", line)
+        m = re.match(r"\s*(?:0x)?([0-9a-f]+)\s+(L[BHE]|P[BF]|CT)?\s*:\s*(>*)\s*\{", line)
         if not m:
             continue
-        depth = len(m.group(2))
-        if slots:  # the four bundles behind a branch belong to its loop, marked or not
+        at, depth = int(m.group(1), 16), len(m.group(3))
+        if slots or line.rstrip().endswith("{}"):  # the four bundles behind a branch and empty ones are not always marked
             depth = max(depth, len(stack) - 1)
         slots = 4 if "sbr.rel" in line else max(0, slots - 1)
-        while len(stack) - 1 > depth or (m.group(1) == "LB" and len(stack) - 1 == depth > 0):
+        while len(stack) - 1 > depth or (m.group(2) == "LB" and len(stack) - 1 == depth > 0):
             leave()
         while len(stack) - 1 < depth:
             stack.append([0, None])
-        stack[-1][0] += 1
+        stack[-1][0] += math.prod(share for first, last, share in shares if first <= at <= last)
         if depth and "loop exit test" in line:
             stack[-1][1] = trips(line)
     while len(stack) > 1:
         leave()
-    return stack[0][0], unknown
+    return round(stack[0][0]), unknown
 
 # -----------------------------------------------------------------------------
 # The estimate
