@@ -175,7 +175,9 @@ class NorMuon(torch.optim.Optimizer):
         for i, group in enumerate(self.param_groups):
             params, dtype = group["params"], group["params"][0].dtype
             momentum_buffer, master = group["momentum_buffer"], group["master"]
-            grads = torch.stack([p.local_grad for p in params]).view(-1, *master.shape[1:])
+            grads = [p.local_grad for p in params]
+            xm.optimization_barrier_(grads)  # without it libtpu 0.0.21 fuses the stack with what made the gradients into a cycle, and dies
+            grads = torch.stack(grads).view(-1, *master.shape[1:])
             grads = F.pad(grads, (0, 0, 0, 0, 0, master.size(0) - grads.size(0)))
             grads = reduce_scatter(grads, channel=1 + i).float()
 
