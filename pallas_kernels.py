@@ -251,10 +251,10 @@ def store(ref, m, arrays):
         ref[m, x] = array
 
 
-def forward_kernel(first_seen, scale, q, k, v, documents, y, sums, k_ring, v_ring, y_acc, sums_acc, ahead, behind, *, band):
+def forward_kernel(first_seen, scale, q, k, v, documents, gate, y, sums, k_ring, v_ring, y_acc, sums_acc, ahead, behind, *, band):
     """
     One block of queries: y, and for the backward pass the sums of exponentials. Blocks: q, k, v [1, H, C, D], y [1, C, H * D],
-    documents [1, 1, C], sums [1, H, C]. In VMEM: k_ring [slots, H, C, D], v_ring [slots, H, D, C], y_acc [H, D, C], sums_acc [H, 8, C].
+    documents [1, 1, C], gate, sums [1, H, C]. In VMEM: k_ring [slots, H, C, D], v_ring [slots, H, D, C], y_acc [H, D, C], sums_acc [H, 8, C].
     """
     r, i = pl.program_id(0), pl.program_id(1)
     slots, H, C, D = k_ring.shape
@@ -293,16 +293,16 @@ def forward_kernel(first_seen, scale, q, k, v, documents, y, sums, k_ring, v_rin
     for h in range(H):
         total = sums_acc[h].sum(0, keepdims=True)
         sums[0, h] = total[0]
-        y[0, :, h * D:(h + 1) * D] = (y_acc[h] / total).astype(y.dtype).T
+        y[0, :, h * D:(h + 1) * D] = (y_acc[h] * (gate[0, h:h + 1] / total)).astype(y.dtype).T
 
 
-def backward_kernel(last_seen_by, scale, q, k, v, documents, y, sums, dy, dq, dk, dv, q_ring, dy_ring, dq_ring, delta_ring, lse_ring,
+def backward_kernel(last_seen_by, scale, q, k, v, documents, gate, y, sums, dy, dq, dk, dv, delta, q_ring, dy_ring, dq_ring, delta_ring, lse_ring,
                     view_ring, k_T, dk_acc, dv_acc, ahead, behind, *, band):
     """
     One block of keys, from the row's last to its first: its dk and dv, and its share of the dq of the queries that see it. The dq
     of a block is complete, and leaves, with the block `reach` before it; the last `reach` programs of a row do nothing else.
     Rings, of blocks of queries: q, dy, dq [slots, H, D, C]; delta, lse [slots, H, 1, C]; view [slots, streams, 1, C].
-    k_T, dk_acc, dv_acc [H, D, C]. Blocks of y, dy: [1, C, H * D].
+    k_T, dk_acc, dv_acc [H, D, C]. Blocks of y, dy: [1, C, H * D]. y is gated, so its sum with dy, delta, is gate times the gate's gradient.
     """
     r, j = pl.program_id(0), band.blocks - 1 - pl.program_id(1)
     slots, H, D, C = q_ring.shape
@@ -311,9 +311,10 @@ def backward_kernel(last_seen_by, scale, q, k, v, documents, y, sums, dy, dq, dk
 
     def bring_in(h):
         at = slice(h * D, (h + 1) * D)
-        dy_T = dy[0, :, at].T
-        q_ring[slot(j), h], dy_ring[slot(j), h], k_T[h] = q[0, h].T, dy_T, k[0, h].T
-        delta_ring[slot(j), h] = (dy_T.astype(jnp.float32) * y[0, :, at].T.astype(jnp.float32)).sum(0, keepdims=True)
+        dy_T = dy[0, :, at].T.astype(jnp.float32)
+        q_ring[slot(j), h], dy_ring[slot(j), h], k_T[h] = q[0, h].T, (dy_T * gate[0, h:h + 1]).astype(dy.dtype), k[0, h].T
+        delta_ring[slot(j), h] = (dy_T * y[0, :, at].T.astype(jnp.float32)).sum(0, keepdims=True)
+        delta[0, h:h + 1] = delta_ring[slot(j), h]
         lse_ring[slot(j), h] = jnp.log2(sums[0, h:h + 1])
         dq_ring[slot(j), h] = dk_acc[h] = dv_acc[h] = jnp.zeros((D, C), jnp.float32)
     bring_in = functools.cache(bring_in)  # once a head
@@ -361,7 +362,10 @@ def backward_kernel(last_seen_by, scale, q, k, v, documents, y, sums, dy, dq, dk
 
 
 def forward_call(band: Band, dtype, interpret=False):
-    """A function (q, k, v [rows, H, T, D], documents [rows, T] int32, scale [1] f32) -> y [rows, T, H * D], sums of exponentials [rows, H, T] f32."""
+    """
+    A function (q, k, v [rows, H, T, D], documents [rows, T] int32, gate [rows, H, T] f32, scale [1] f32) -> gate * y [rows, T, H * D], sums
+    of exponentials [rows, H, T] f32.
+    """
     C, H, D, slots, depth, f32 = band.block, band.heads, band.dim, band.reach + 1, min(2, len(band.meetings)), jnp.float32
     heads = lambda place: pl.BlockSpec((1, H, C, D), lambda r, i, *_: (r, place, i, 0))
     lanes = lambda n: pl.BlockSpec((1, n, C), lambda r, i, *_: (r, 0, i))
@@ -369,13 +373,13 @@ def forward_call(band: Band, dtype, interpret=False):
                ((depth, 1, C, C), f32), ((depth, 1, C, C), dtype)]
     call = pallas_call(
         forward_kernel, band, (band.rows, band.blocks), scratch, interpret,
-        in_specs=[*map(heads, band.places), lanes(1)], out_specs=[pl.BlockSpec((1, C, H * D), lambda r, i, *_: (r, i, 0)), lanes(H)],
+        in_specs=[*map(heads, band.places), lanes(1), lanes(H)], out_specs=[pl.BlockSpec((1, C, H * D), lambda r, i, *_: (r, i, 0)), lanes(H)],
         out_shape=[((band.rows, band.tokens, H * D), dtype), ((band.rows, H, band.tokens), f32)])
-    return lambda q, k, v, documents, scale: call(band.first_seen(documents), scale, q, k, v, documents[:, None])
+    return lambda q, k, v, documents, gate, scale: call(band.first_seen(documents), scale, q, k, v, documents[:, None], gate)
 
 
 def backward_call(band: Band, dtype, interpret=False):
-    """A function (what forward_call's takes, what it returns, dy as y) -> dq, dk, dv [rows, H, T, D]."""
+    """A function (what forward_call's takes, what it returns, dy as y) -> dq, dk, dv [rows, H, T, D], gate * dgate [rows, H, T] f32."""
     C, H, D, slots, depth, f32 = band.block, band.heads, band.dim, band.reach + 1, 1, jnp.float32
     here = lambda n: jnp.maximum(band.blocks - 1 - n, 0)  # the block of keys of a row's program n
     done = lambda n: jnp.minimum(band.blocks - 1 - n + band.reach, band.blocks - 1)  # the block whose dq leaves
@@ -387,11 +391,11 @@ def backward_call(band: Band, dtype, interpret=False):
                ((H, D, C), dtype), ((H, D, C), f32), ((H, D, C), f32), ((depth, 2, C, C), f32), ((depth, 2, C, C), dtype)]
     call = pallas_call(
         backward_kernel, band, (band.rows, band.blocks + band.reach), scratch, interpret,
-        in_specs=[*(heads(here, place) for place in band.places), lanes(1), tokens, lanes(H), tokens],
-        out_specs=[heads(done), heads(here), heads(here)],
-        out_shape=[((band.rows, H, band.tokens, D), dtype)] * 3)
-    return lambda q, k, v, documents, scale, y, sums, dy: call(
-        band.last_seen_by(documents), scale, q, k, v, documents[:, None], y, sums, dy)
+        in_specs=[*(heads(here, place) for place in band.places), lanes(1), lanes(H), tokens, lanes(H), tokens],
+        out_specs=[heads(done), heads(here), heads(here), lanes(H)],
+        out_shape=[((band.rows, H, band.tokens, D), dtype)] * 3 + [((band.rows, H, band.tokens), f32)])
+    return lambda q, k, v, documents, gate, scale, y, sums, dy: call(
+        band.last_seen_by(documents), scale, q, k, v, documents[:, None], gate, y, sums, dy)
 
 
 # -----------------------------------------------------------------------------
@@ -634,14 +638,15 @@ def losses_kernel(bias, weights, x, w, w_rows, next_rows, numbers, *refs, head):
         jax.lax.fori_loop(0, Tb // m, at_targets, None)
 
 
-def dw_kernel(ids, values, x, x_T, w, *refs, head):
+def dw_kernel(ids, values, x, scale, w, *refs, head):
     """
-    A block of the vocabulary against a block of tokens. Blocks: ids, values [1, Tb, targets] int32 and float32, x [1, Tb, d], x_T
-    [1, d, Tb] (A * x), w [1, Vb, d], P [1, Tb, Vb] if any is kept; dw [1, Vb, d]. In VMEM: dw_acc [d, Vb] float32.
+    A block of the vocabulary against a block of tokens. Blocks: ids, values [1, Tb, targets] int32 and float32, x [1, Tb, d], scale
+    [1, 1, Tb] float32, w [1, Vb, d], P [1, Tb, Vb] if any is kept; dw [1, Vb, d]. In VMEM: x_T [d, Tb], scale * x; dw_acc [d, Vb] float32.
     """
-    *p, dw, dw_acc = refs
+    *p, dw, x_T, dw_acc = refs
     v, t = pl.program_id(1), pl.program_id(2)
-    Tb, Vb = x_T.shape[2], dw.shape[1]
+    Tb, Vb = x.shape[1], dw.shape[1]
+    x_T[...] = (x[0].T.astype(jnp.float32) * scale[0]).astype(x.dtype)  # here: XLA would lay out the whole network for this transpose
     slices = lambda n, step: [(i, min(step, n - i)) for i in range(0, n, step)]
     offset = jnp.clip(ids[0] - v * Vb, -1, Vb).astype(jnp.int16)  # 16 bits: two to a lane, as P
     value = values[0].astype(x_T.dtype)
@@ -683,7 +688,7 @@ def dw_kernel(ids, values, x, x_T, w, *refs, head):
                 return put_targets(q, g * group + c, r, m)
             def finish(unit, q):
                 _, (r, m) = unit
-                dw_acc[:, columns(g, unit)] += wide_matmul(x_T[0, :, r:r + m], q)
+                dw_acc[:, columns(g, unit)] += wide_matmul(x_T[:, r:r + m], q)
             stream([(a, b) for a in slices(group, 512) for b in slices(Tb, tile)], start, turn, finish)
         jax.lax.fori_loop(0, Vb // group, body, None)
 
@@ -756,17 +761,16 @@ def dw_call(head: LmHead, dtype, interpret=False):
     again = (T - head.kept) // Tb
     numbers = (1, Tb, head.targets), lambda r, v, t: (r, t, 0)
     # what a block of tokens has no use for is what the one before it had, and is not fetched again
-    in_specs = [numbers, numbers, ((1, Tb, d), lambda r, v, t: (r, jnp.minimum(t, max(again - 1, 0)), 0)),
-                ((1, d, Tb), lambda r, v, t: (r, 0, t)), ((1, Vb, d), lambda r, v, t: (r, v if again else 0, 0))]
+    in_specs = [numbers, numbers, ((1, Tb, d), lambda r, v, t: (r, t, 0)), ((1, 1, Tb), lambda r, v, t: (r, 0, t)),
+                ((1, Vb, d), lambda r, v, t: (r, v if again else 0, 0))]
     if head.kept:
         in_specs += [((1, Tb, Vb), lambda r, v, t: (r, jnp.maximum(t - again, 0), v))]
-    call = lm_head_call(dw_kernel, head, (R, pl.cdiv(V, Vb), T // Tb), [((d, Vb), f32)], interpret, in_specs=in_specs,
+    call = lm_head_call(dw_kernel, head, (R, pl.cdiv(V, Vb), T // Tb), [((d, Tb), dtype), ((d, Vb), f32)], interpret, in_specs=in_specs,
                         out_specs=[((1, Vb, d), lambda r, v, t: (r, v, 0))], out_shape=[((R, V, d), dtype)])
 
     def run(x, w, targets, dx, a, at_targets, *rest):
         *p, dy = rest
-        x_T = ((a * dy)[..., None] * x.astype(f32)).astype(dtype).mT
-        return [(dy[..., None] * dx.astype(f32)).astype(dtype), *call(head.ids(targets), at_targets, x, x_T, w, *p)]
+        return [(dy[..., None] * dx.astype(f32)).astype(dtype), *call(head.ids(targets), at_targets, x, (a * dy)[:, None], w, *p)]
     return run
 
 
@@ -775,35 +779,36 @@ def dw_call(head: LmHead, dtype, interpret=False):
 
 class FusedAttention(torch.autograd.Function):
     """
-    Projection to q, k and v, QK norm, rotary embedding, key offset, value embedding and window_attention, by a matmul and two kernels.
-    x [B, T, C]; w [3C, C]; factor1, factor2 [T, D] or, paired, [2, T, D]; still [D] bool, the dims of the key offset; ve [B, T, C] or
-    None; gate [B, T, H], its weight; the rest as window_attention. Returns [B, T, C]: tokens before heads, as matmuls want it.
+    Projection to q, k and v, QK norm, rotary embedding, key offset, value embedding, window_attention and its gate, by a matmul and two
+    kernels. x [B, T, C]; w [3C, C]; factor1, factor2 [T, D] or, paired, [2, T, D]; still [D] bool, the dims of the key offset; ve [B, T, C]
+    or None; ve_gate [B, T, H], its weight; gate [B, T, H], the result's; the rest as window_attention. Returns [B, T, C]: tokens before
+    heads, as matmuls want it.
     """
     @staticmethod
-    def forward(ctx, x, w, factor1, factor2, still, ve, gate, documents, window, scale, key_offset, paired):
+    def forward(ctx, x, w, factor1, factor2, still, ve, ve_gate, gate, documents, window, scale, key_offset, paired):
         (B, T, C), D = x.shape, still.numel()
         H = C // D
         ctx.heads = Heads(B, H, T, D, paired, key_offset, ve is not None)
         ctx.band = dataclasses.replace(get_band(B, H, T, D, window, paired), places=(0, 1, 2))
         tables = [t.view(-1, T, D) for t in (factor1, factor2)] + [still.view(1, D).float()]
-        values = [] if ve is None else [ve, gate]
-        scale = scale.float().reshape(1)
+        values = [] if ve is None else [ve, ve_gate]
+        scale, gate = scale.float().reshape(1), gate.mT.float()
         qkv = torch.einsum('btc,hdc->bhtd', x, w.view(3 * H, D, C))
         prepared, = call_kernel(prepare_call, ctx.heads, qkv, *tables, *values)
         v = prepared if values else qkv
-        y, sums = call_kernel(forward_call, ctx.band, prepared, prepared, v, documents, scale)
-        ctx.save_for_backward(x, w, qkv, prepared, *tables, documents, scale, y, sums, *values)
+        y, sums = call_kernel(forward_call, ctx.band, prepared, prepared, v, documents, gate, scale)
+        ctx.save_for_backward(x, w, qkv, prepared, *tables, documents, gate, scale, y, sums, *values)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, w, qkv, prepared, factor1, factor2, still, documents, scale, y, sums, *values = ctx.saved_tensors
+        x, w, qkv, prepared, factor1, factor2, still, documents, gate, scale, y, sums, *values = ctx.saved_tensors
         v = prepared if values else qkv
-        dqkv = call_kernel(backward_call, ctx.band, prepared, prepared, v, documents, scale, y, sums, dy)
+        *dqkv, delta = call_kernel(backward_call, ctx.band, prepared, prepared, v, documents, gate, scale, y, sums, dy)
         dqkv, *dvalues = call_kernel(prepare_backward_call, ctx.heads, qkv, factor1, factor2, still, *dqkv, *values)
-        dve, dgate = dvalues or (None, None)
+        dve, dve_gate = dvalues or (None, None)
         dw = dqkv.flatten(0, 1).T @ x.flatten(0, 1)
-        return dqkv @ w, dw, None, None, None, dve, dgate, None, None, None, None, None
+        return dqkv @ w, dw, None, None, None, dve, dve_gate, (delta / gate).mT.type_as(x), None, None, None, None, None
 
 
 class SoftcappedCrossEntropy(torch.autograd.Function):

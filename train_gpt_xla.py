@@ -186,8 +186,8 @@ class CausalSelfAttention(nn.Module):
         w = sa_lambdas[0] * self.qkvo_w[:self.dim * 3].type_as(x)
         if takes_attention(x, self.num_heads, attn_args.bm_size, self.paired):
             # D15: on a TPU all that stands below is a matmul and two kernels
-            y = FusedAttention.apply(x, w, factor1, factor2, self.still, ve, ve_gate, attn_args.documents, attn_args.bm_size,
-                                     attn_args.attn_scale, attn_args.key_offset, self.paired)
+            y = FusedAttention.apply(x, w, factor1, factor2, self.still, ve, ve_gate, gate(attn_gate_w), attn_args.documents,
+                                     attn_args.bm_size, attn_args.attn_scale, attn_args.key_offset, self.paired)
         else:
             # D7: heads before tokens, [B, H, T, D]. A TPU tiles the last two dims, so each head's [T, D] must lie together.
             q, k, v = torch.einsum('btc,hdc->bhtd', x, w.view(3 * self.num_heads, self.head_dim, self.dim)).chunk(3, dim=1)
@@ -204,8 +204,7 @@ class CausalSelfAttention(nn.Module):
                 ve = ve.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
                 v = v + ve_gate.mT.unsqueeze(-1) * ve # @KoszarskyB, @Grad62304977
             y = window_attention(q, k, v, attn_args.documents, attn_args.bm_size, attn_args.attn_scale, self.paired)
-            y = y.transpose(1, 2).flatten(2)
-        y = (y.unflatten(2, (-1, self.head_dim)) * gate(attn_gate_w).unsqueeze(-1)).flatten(2)
+            y = (y * gate(attn_gate_w).mT.unsqueeze(-1)).transpose(1, 2).flatten(2)
         return F.linear(y, sa_lambdas[1] * self.qkvo_w[self.dim * 3:].type_as(y))  # lambda on O's weights, not its output: @shenberg
 
 class PairedHeadCausalSelfAttention(CausalSelfAttention):

@@ -84,16 +84,20 @@ def test_twin(T, window, paired, layout):
 # The kernels against the twin
 
 def kernels(q, k, v, dy, documents, window, paired, block):
-    """y, dq, dk, dv by the Pallas kernels, interpreted."""
+    """y, dq, dk, dv by the Pallas kernels, interpreted, with a gate of 1/2 and twice the gradient: the results of no gate, but for y / 2."""
     jax = pytest.importorskip("jax")
     pk.import_jax()
     dtype = {torch.float32: jax.numpy.float32, torch.bfloat16: jax.numpy.bfloat16}[q.dtype]
     q, k, v, dy = (jax.numpy.asarray(x.float().numpy(), dtype=dtype) for x in (q, k, v, dy.transpose(1, 2).flatten(2)))
     band = pk.Band(*q.shape, window, paired, block)
-    args = q, k, v, jax.numpy.asarray(documents.numpy()), jax.numpy.full((1,), SCALE, jax.numpy.float32)
+    gate = jax.numpy.full(q.shape[:3], 0.5, jax.numpy.float32)
+    args = q, k, v, jax.numpy.asarray(documents.numpy()), gate, jax.numpy.full((1,), SCALE, jax.numpy.float32)
     y, sums = jax.jit(pk.forward_call(band, dtype, interpret=True))(*args)
     B, H, T, D = q.shape
-    return y.reshape(B, T, H, D).swapaxes(1, 2), *jax.jit(pk.backward_call(band, dtype, interpret=True))(*args, y, sums, dy)
+    *dqkv, delta = jax.jit(pk.backward_call(band, dtype, interpret=True))(*args, y, sums, 2 * dy)
+    heads = lambda x: x.reshape(B, T, H, D).swapaxes(1, 2).astype(jax.numpy.float32)
+    assert jax.numpy.allclose(delta, (heads(y) * heads(2 * dy)).sum(-1), atol=1e-3)
+    return 2 * heads(y), *dqkv
 
 def check_kernels(rows, H, T, D, window, paired, layout, dtype, block):
     x, where = inputs(rows, H, T, D, dtype), documents(layout, rows, T)
@@ -300,31 +304,31 @@ setup_devices()
 n = int(sys.argv[1])
 split, whole = lambda x: enter(to_device(x, "data"), "data"), lambda x: enter(to_device(x))
 from test_pallas_kernels import LEAVES, SCALE, attention_inputs, attention_plain, check
-def fused(x, w, ve, gate, dy, factors, still, where, window, scale, paired, values=True):
-    leaves = [t.detach().requires_grad_() for t in (x, w, ve, gate)]
-    ve, gate = leaves[2:] if values else (None, None)
-    y = pk.FusedAttention.apply(*leaves[:2], *factors, still, ve, gate, where, window, scale, not paired, paired)
+def fused(x, w, gate, ve, ve_gate, dy, factors, still, where, window, scale, paired, values=True):
+    leaves = [t.detach().requires_grad_() for t in (x, w, gate, ve, ve_gate)]
+    x, w, gate, ve, ve_gate = leaves
+    y = pk.FusedAttention.apply(x, w, *factors, still, *((ve, ve_gate) if values else (None, None)), gate, where, window, scale, not paired, paired)
     assert y.shape == x.shape and y.dtype == x.dtype
-    return [y.detach(), *torch.autograd.grad(y, leaves if values else leaves[:2], dy)]
+    return [y.detach(), *torch.autograd.grad(y, leaves if values else leaves[:3], dy)]
 """
 
-LEAVES = "y", "dx", "dw", "dve", "dgate"
+LEAVES = "y", "dx", "dw", "dgate", "dve", "dve_gate"
 
 def attention_inputs(rows: int, T: int, H: int, paired: bool):
-    """x, w, ve, gate, dy, (factor1, factor2), still and documents."""
+    """x, w, gate, ve, ve_gate, dy, (factor1, factor2), still and documents."""
     D, C, generator = 128, 128 * H, torch.Generator().manual_seed(T)
     randn = lambda *shape: torch.randn(*shape, generator=generator).bfloat16()
     angle = randn(2, T, D // 2)
     factors = [torch.cat([a, b], -1)[slice(None) if paired else 0] for a, b in ((angle.cos(), angle.cos()), (angle.sin(), -angle.sin()))]
-    return (randn(rows, T, C), randn(3 * C, C) * C**-0.5, randn(rows, T, C), randn(rows, T, H).sigmoid(), randn(rows, T, C), factors,
-            torch.arange(D) % 64 >= 32, documents("off block edges", rows, T))
+    return (randn(rows, T, C), randn(3 * C, C) * C**-0.5, randn(rows, T, H).sigmoid(), randn(rows, T, C), randn(rows, T, H).sigmoid(),
+            randn(rows, T, C), factors, torch.arange(D) % 64 >= 32, documents("off block edges", rows, T))
 
-def attention_plain(x, w, ve, gate, dy, factors, still, where, window, scale, paired):
-    """y and the gradients of x, w, ve, gate, as CausalSelfAttention.forward computes them without kernels."""
-    leaves = [t.detach().requires_grad_() for t in (x, w, ve, gate)]
+def attention_plain(x, w, gate, ve, ve_gate, dy, factors, still, where, window, scale, paired):
+    """y and the gradients of x, w, gate, ve, ve_gate, as CausalSelfAttention.forward computes them without kernels."""
+    leaves = [t.detach().requires_grad_() for t in (x, w, gate, ve, ve_gate)]
     qkv = torch.einsum('btc,hdc->bhtd', leaves[0], leaves[1].view(-1, 128, x.size(2)))
-    y = window_attention(*prepare_plain(qkv, *factors, still, *leaves[2:], not paired, paired), where, window, scale, paired)
-    y = y.transpose(1, 2).flatten(2)
+    y = window_attention(*prepare_plain(qkv, *factors, still, *leaves[3:], not paired, paired), where, window, scale, paired)
+    y = (y * leaves[2].mT.unsqueeze(-1)).transpose(1, 2).flatten(2)
     return [t.detach().float().numpy() for t in (y, *torch.autograd.grad(y, leaves, dy))]
 
 # on n virtual CPU devices: the kernels, interpreted, against the twin, which has the rows on one
@@ -333,13 +337,13 @@ paired, rows = sys.argv[2] == "True", 2 * n
 inputs = attention_inputs(rows, 384, 2, paired)
 want = attention_plain(*inputs, 200, torch.tensor(SCALE), paired)
 pk.target = "interpret"
-x, w, ve, gate, dy, factors, still, where = inputs
-got = fused(split(x), whole(w), split(ve), split(gate), split(dy), [whole(t) for t in factors], whole(still), split(where), 200,
+x, w, gate, ve, ve_gate, dy, factors, still, where = inputs
+got = fused(split(x), whole(w), split(gate), split(ve), split(ve_gate), split(dy), [whole(t) for t in factors], whole(still), split(where), 200,
             whole(torch.tensor(SCALE)), paired)
-y, dx, dw, dve, dgate = map(leave, got)
+y, dx, dw, dgate, dve, dve_gate = map(leave, got)
 torch_xla.sync()
 assert pk.lowered.cache_info().misses == 4, "the twin ran"
-got = [y.flatten(0, 1), dx.flatten(0, 1), dw.float().sum(0), dve.flatten(0, 1), dgate.flatten(0, 1)]
+got = [y.flatten(0, 1), dx.flatten(0, 1), dw.float().sum(0), *(t.flatten(0, 1) for t in (dgate, dve, dve_gate))]
 check([x.cpu().float().numpy() for x in got], want, 2e-2, LEAVES)
 """
 
@@ -365,8 +369,8 @@ EXPORT = SPMD + """
 warnings.simplefilter("always")
 pk.target = "TPU"
 def results(paired, values):
-    x, w, ve, gate, dy, factors, still, where = attention_inputs(8, 1024, 6, paired)
-    return fused(split(x), whole(w), split(ve), split(gate), split(dy), [whole(t) for t in factors], whole(still), split(where), 384,
+    x, w, gate, ve, ve_gate, dy, factors, still, where = attention_inputs(8, 1024, 6, paired)
+    return fused(split(x), whole(w), split(gate), split(ve), split(ve_gate), split(dy), [whole(t) for t in factors], whole(still), split(where), 384,
                  whole(torch.tensor(SCALE)), paired, values)
 outputs = [leave(x) for paired, values in ((False, True), (True, False)) for x in results(paired, values)]
 results(False, True)
