@@ -9,7 +9,6 @@ from collections import defaultdict
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 import torch_xla
 import torch_xla.core.xla_builder as xb
 import torch_xla.core.xla_model as xm
@@ -177,8 +176,8 @@ class NorMuon(torch.optim.Optimizer):
             momentum_buffer, master = group["momentum_buffer"], group["master"]
             grads = [p.local_grad for p in params]
             xm.optimization_barrier_(grads)  # without it libtpu 0.0.21 fuses the stack with what made the gradients into a cycle, and dies
-            grads = torch.stack(grads).view(-1, *master.shape[1:])
-            grads = F.pad(grads, (0, 0, 0, 0, 0, master.size(0) - grads.size(0)))
+            grads += [torch.zeros_like(grads[0])] * (master.size(0) // group["square"] - len(grads))
+            grads = torch.stack(grads).view(master.shape)
             grads = reduce_scatter(grads, channel=1 + i).float()
 
             momentum_buffer.copy_(momentum_buffer + (1 - group["momentum"]) * (grads - momentum_buffer))
