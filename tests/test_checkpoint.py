@@ -1,0 +1,437 @@
+"""
+Stopping and going on: bit-exact resume, SIGTERM, kills inside a save, broken files, refusals.
+    python -m pytest tests/test_checkpoint.py               (-m slow: real processes, killed at random; a soak; other device counts)
+"""
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_train, toy_options, write_shard
+
+import checkpoint
+import train_gpt_xla as t
+
+TEMPLATE = "logs/{}/checkpoint_step{:06d}.pt"
+
+def same(a, b, name="") -> None:
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), name
+        for key in a:
+            same(a[key], b[key], f"{name}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), name
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            same(x, y, f"{name}.{i}")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), name
+    else:
+        assert a == b, (name, a, b)
+
+def same_run(a: Path, b: Path):
+    """Two checkpoints, but for the clock and the run's name."""
+    a, b = (checkpoint.read(path) for path in (a, b))
+    for key in a.keys() - {"time", "training_time_ms", "run_id"}:
+        same(a[key], b[key], key)
+
+# -----------------------------------------------------------------------------
+# One process trains once, with a checkpoint after every step, then resumes from some of them: the graphs are compiled once.
+
+# the toy run's stages begin at steps 8 and 16, the embedding splits after step 17, a validation comes before step 14, the first
+# training shard ends before step 11, the extension begins at step 24
+POINTS = dict(before_a_stage=7, at_a_stage=8, after_a_stage=9, shard=11, validation=14, before_the_split=17, after_the_split=18,
+              extension=25)
+DRIVER = f"""
+import os, signal
+def main(*options):
+    try:
+        t.main(sys.argv[1:] + list(options))
+    except SystemExit as e:
+        print("EXIT", e.code, flush=True)
+to_devices = t.GPT.to_devices
+def keep_initial(model, dtype):
+    model = to_devices(model, dtype)
+    t.torch.save(dict(model={{"_orig_mod." + name: x for name, x in model.state_dict().items()}}), "initial.pt")
+    t.GPT.to_devices = to_devices
+    return model
+t.GPT.to_devices = keep_initial
+every = ("--save_every", "1", "--keep_checkpoints", "99")
+main(*every)
+main("--seed", "9", "--run_id", "init", "--init_from", "initial.pt")
+for n in {list(POINTS.values())}:
+    main(*every, "--run_id", f"from{{n}}", "--resume", f"logs/toy/checkpoint_step{{n:06d}}.pt")
+get_numbers = t.TrainingManager.get_numbers
+def stop(self):
+    if self.step == 12 and not os.path.exists("stopped") and self.graph.train and os.path.exists("logs/again.txt") and training():
+        open("stopped", "w")
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+    return get_numbers(self)
+def training():
+    return "step:12/28" in open("logs/again.txt").read()
+t.TrainingManager.get_numbers = stop
+for _ in range(2):
+    main("--save_every", "1000", "--run_id", "again")
+sys.exit(0)
+"""
+
+@pytest.fixture(scope="module")
+def driven(tmp_path_factory, corpus):
+    folder = tmp_path_factory.mktemp("driven")
+    process = run_train(folder, corpus, patch=DRIVER, train_loss_every=1, save_checkpoint=True, timeout=1200)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return folder, process.stdout
+
+def losses(log: Path) -> dict[int, list[str]]:
+    return {s: re.findall(rf"^step:{s}/28 .*?((?:val|train)_loss:\S+)", log.read_text(), re.M) for s in range(29)}
+
+@pytest.mark.parametrize("point", POINTS)
+def test_resume_is_bit_exact(driven, point):
+    folder, _ = driven
+    n = POINTS[point]
+    loaders = [checkpoint.read(folder / TEMPLATE.format("toy", i))["loader"] for i in (10, 11)]
+    assert [shard for shard, _ in loaders] == [0, 1], "the first shard is to end here"
+    for step in range(n + 1, 28):
+        same_run(folder / TEMPLATE.format("toy", step), folder / TEMPLATE.format(f"from{n}", step))
+    final = [torch.load(folder / f"logs/{run}/state_step000028.pt") for run in ("toy", f"from{n}")]
+    same(*final)
+    whole, resumed = losses(folder / "logs/toy.txt"), losses(folder / f"logs/from{n}.txt")
+    assert {s: x for s, x in whole.items() if s > n} == {s: x for s, x in resumed.items() if s > n}
+    assert not any(x for s, x in resumed.items() if s < n)
+
+def test_sigterm_saves_and_the_same_command_goes_on(driven):
+    folder, stdout = driven
+    assert re.findall(r"^EXIT (\d+)", stdout, re.M) == [str(checkpoint.PREEMPTED)]
+    log = (folder / "logs/again.txt").read_text()
+    assert "SIGTERM: stopped at step 13" in log and "resumed from logs/again/checkpoint_step000013.pt at step 13" in log
+    assert log.count((ROOT / "train_gpt_xla.py").read_text()) == 1, "the source is printed once"
+    assert losses(folder / "logs/again.txt") == losses(folder / "logs/toy.txt")
+    same(*(torch.load(folder / f"logs/{run}/state_step000028.pt") for run in ("toy", "again")))
+    times = [int(x) for x in re.findall(r"train_time:(\d+)ms", log)]
+    assert times == sorted(times), "the clock goes on"
+
+def test_graphs_are_compiled_once(driven):
+    """The resumed runs of the process execute the programs of the first: same shapes, same shardings."""
+    _, stdout = driven
+    assert set(re.findall(r"graphs compiled after warm-up: (\d+)", stdout)) == {"0"}
+
+def test_init_from_takes_upstreams_names(driven):
+    folder, _ = driven
+    assert losses(folder / "logs/init.txt") == losses(folder / "logs/toy.txt")
+    same(*(torch.load(folder / f"logs/{run}/state_step000028.pt") for run in ("toy", "init")))
+
+# -----------------------------------------------------------------------------
+# Broken files and refusals: one line each, and the folder stays as it was
+
+@pytest.fixture
+def refused(driven, tmp_path, corpus, monkeypatch, capsys):
+    """main() in this process on a folder with the toy run's checkpoints of steps 12 and 13; spoil(path of 13) comes first."""
+    def run(spoil, *words: str, options=("--resume",), **fields):
+        folder = tmp_path / "logs/toy"
+        folder.mkdir(parents=True)
+        for step in (12, 13):
+            shutil.copy(driven[0] / TEMPLATE.format("toy", step), folder)
+        spoil(folder / "checkpoint_step000013.pt")
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(t, "prefetch", lambda *args: pytest.fail("not refused before the warm-up"))
+        with pytest.raises(SystemExit) as e:
+            t.main([*toy_options(corpus, **dict(train_loss_every=1, save_checkpoint=True) | fields), *options])
+        assert e.value.code.startswith("train_gpt_xla.py: ") and "\n" not in e.value.code, e.value.code
+        for word in words:
+            assert word in e.value.code, (word, e.value.code)
+        assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "lock"} == before
+    return run
+
+def edited(change):
+    """Spoils a checkpoint with a valid checksum."""
+    def spoil(path: Path):
+        state = checkpoint.read(path)
+        change(state)
+        checkpoint.write(path, state)
+    return spoil
+
+def cut(path: Path):
+    os.truncate(path, path.stat().st_size // 2)
+
+def flip(path: Path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 4
+    path.write_bytes(data)
+
+BROKEN = {
+    "truncated": (cut, ["step000013.pt", "cut short"]),
+    "flipped bit": (flip, ["step000013.pt", "checksum", "--resume PATH"]),
+    "missing optimizer": (edited(lambda s: s["optimizers"].pop()), ["step000013.pt", "optimizers: 1 instead of 2"]),
+    "missing moment": (edited(lambda s: s["optimizers"][0]["scalars"].pop("exp_avg")), ["DistAdam: scalars: exp_avg is missing"]),
+    "missing gradient": (edited(lambda s: s["optimizers"][0]["scalars"].pop("grad")), ["DistAdam: scalars: grad is missing"]),
+    "missing loader position": (edited(lambda s: s.pop("loader")), ["step000013.pt", "loader is missing", "--run_id"]),
+    "wrong shape": (edited(lambda s: s["optimizers"][1]["mlp"].update(master=torch.zeros(24, 128, 16))), ["mlp: master", "(24, 128, 16)"]),
+    "wrong weight": (edited(lambda s: s["model"].update({"embed.weight": torch.zeros(384, 16)})), ["embed.weight", "(384, 16)"]),
+    "extra key": (edited(lambda s: s.update(surprise=1)), ["surprise is unknown"]),
+    "extra parameter": (edited(lambda s: s["model"].update(surprise=torch.ones(1))), ["surprise is not a parameter"]),
+    "another format": (lambda path: np.savez(path.open("wb"), a=np.ones(3)), ["step000013.pt", "not a checkpoint", "--init_from"]),
+    "upstream's": (lambda path: torch.save(dict(step=1, code="", model={}, optimizers=[]), path), ["not a checkpoint", "--init_from"]),
+    "newer version": (edited(lambda s: s.update(version=2)), ["version 2", "reads 1"]),
+}
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_checkpoint(refused, case):
+    spoil, words = BROKEN[case]
+    refused(spoil, *words, options=("--resume", "logs/toy/checkpoint_step000013.pt"))
+
+def test_empty_folder(refused):
+    refused(lambda path: [file.unlink() for file in path.parent.iterdir()], "logs/toy", "no checkpoint", "--resume")
+
+def test_nothing_whole_is_not_a_fresh_start(refused):
+    refused(lambda path: [cut(file) for file in path.parent.iterdir()], "none of its 2 checkpoints is whole", options=(), save_every=5)
+
+@pytest.mark.parametrize("fields, words", [
+    (dict(vocab_size=302), ["vocab_size was 301, now it is 302", "--run_id"]),
+    (dict(head_dim=16, model_dim=64), ["head_dim was 8, now it is 16"]),
+    (dict(seed=3), ["seed was 0, now it is 3"]),
+    (dict(train_bs_schedule="512,1024,2048"), ["train_bs_schedule was (512, 1024, 1536), now it is (512, 1024, 2048)"]),
+])
+def test_other_hyperparameters(refused, fields, words):
+    refused(lambda path: None, *words, **fields)
+
+def test_other_data(refused, corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "data")
+    tokens = np.fromfile(corpus / "train_001.bin", dtype=np.uint16)[512:]
+    tokens[5] = tokens[6]
+    write_shard(tmp_path / "data/train_001.bin", tokens)
+    refused(lambda path: None, "shard 2 of train_files was train_001.bin", train_files=tmp_path / "data/train_*.bin")
+
+def test_another_runs_checkpoints_are_not_overwritten(refused, driven):
+    other = driven[0] / TEMPLATE.format("toy", 5)
+    refused(lambda path: None, "logs/toy has checkpoints of its own", options=("--resume", str(other)))
+
+def test_a_run_that_saves_needs_a_name(capsys):
+    for options in (["--save_every", "5"], ["--resume"]):
+        with pytest.raises(SystemExit) as e:
+            t.main(options)
+        assert e.value.code == 2 and "need --run_id NAME" in capsys.readouterr().err
+
+# -----------------------------------------------------------------------------
+# Files: kills inside a save, disks, locks. The state is small and there is no model, so that a case takes a moment.
+
+def small(step: int, x=0.0) -> dict:
+    return dict.fromkeys(checkpoint.KEYS, 0) | dict(version=checkpoint.VERSION, step=step, model=dict(x=torch.as_tensor(x)))
+
+KILLS = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+import checkpoint
+torch.set_num_threads(1)
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+save = 6  # the one that is struck
+
+def train(folder, steps=12):
+    said = []
+    with checkpoint.Checkpoints(folder, 2, said.append) as checkpoints:
+        _, saved = checkpoints.find(None)
+        start, x = (saved["step"], saved["model"]["x"]) if saved else (0, torch.ones(500_000))
+        for step in range(start, steps):
+            x = torch.sin(1.7 * x + step)
+            state = dict.fromkeys(checkpoint.KEYS, 0) | dict(version=checkpoint.VERSION, step=step + 1, model=dict(x=x))
+            checkpoints.save(step + 1, state)
+    assert not any(s.startswith("skipped") for s in said), said
+    torch.save(x, Path(folder) / "result")
+
+def run(fn, *args, after=None):
+    pid = os.fork()
+    if not pid:
+        try:
+            fn(*args)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if after is not None:
+        time.sleep(after)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1]
+
+def strike(place, name, n, before):
+    # dies at the n-th call of place.name
+    real, calls = getattr(place, name), []
+    def fake(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == n and before:
+            die()
+        result = real(*args, **kwargs)
+        if len(calls) == n:
+            die()
+        return result
+    setattr(place, name, fake)
+
+checkpoint.open = open
+def opening(*args):
+    if args[-1] == "wb" and "000006" in str(args[0]):
+        die()
+    return open(*args)
+def half(self, data):
+    if "000006" in self.file.name and len(data) > 1000:
+        self.file.write(bytes(data)[:len(data) // 2])
+        self.file.flush()
+        die()
+    return write(self, data)
+write = checkpoint.Hashing.write
+# what to do in the child, and the newest checkpoint that must be there afterwards
+points = dict(
+    before_the_temporary_file=(lambda: setattr(checkpoint, "open", opening), 5),
+    in_the_middle_of_it=(lambda: setattr(checkpoint.Hashing, "write", half), 5),
+    before_fsync=(lambda: strike(os, "fsync", 2 * save - 1, True), 5),
+    after_fsync=(lambda: strike(os, "fsync", 2 * save - 1, False), 5),
+    before_rename=(lambda: strike(os, "replace", save, True), 5),
+    after_rename=(lambda: strike(os, "replace", save, False), 6),
+    during_pruning=(lambda: strike(Path, "unlink", save - 2, False), 6),
+    before_exit=(lambda: strike(torch, "save", 13, True), 12),  # 12 checkpoints, then the result
+)
+def killed(folder, prepare):
+    prepare()
+    train(folder)
+
+def check(name, folder, status, newest=None):
+    assert os.WIFSIGNALED(status) or name.startswith("random"), (name, status)
+    steps = []
+    def look():
+        with checkpoint.Checkpoints(folder, 2) as checkpoints:
+            path, state = checkpoints.find("latest")
+            assert state["step"] == int(path.stem[-6:]) and newest in (None, state["step"]), (name, state["step"], newest)
+    assert run(look) == 0, name
+    assert run(train, folder) == 0, name
+    assert torch.equal(torch.load(folder / "result"), reference), name
+    print("OK", name, flush=True)
+
+t0 = time.perf_counter()
+assert run(train, "whole") == 0
+duration = time.perf_counter() - t0
+reference = torch.load("whole/result")
+for name, (prepare, newest) in points.items():
+    check(name, Path(name), run(killed, name, prepare), newest)
+random.seed(int(sys.argv[1]))
+for i in range(20):
+    folder = Path(f"random{i}")
+    assert run(train, folder, 1) == 0  # so that there is something to lose
+    (folder / "result").unlink()
+    check(folder.name, folder, run(train, folder, after=random.uniform(0, duration)))
+"""
+
+def python(folder: Path, code: str, *args: str) -> str:
+    process = subprocess.run([sys.executable, "-c", code, *args], cwd=folder, env=os.environ | dict(PYTHONPATH=str(ROOT)),
+                             capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout
+
+def test_sigkill_loses_nothing(tmp_path):
+    """28 of 28: a whole checkpoint is there, nothing half written is taken for one, and the resumed run ends in the same bits."""
+    assert len(re.findall("^OK ", python(tmp_path, KILLS, "0"), re.M)) == 28
+
+def test_order_of_writing(tmp_path, monkeypatch):
+    """What a power cut needs: data on the disk before the name, the name on the disk before an older file goes."""
+    order = []
+    def note(place, name):
+        real = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *args: order.append(name) or real(*args))
+    with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, small(1))
+        checkpoints.wait()
+        for place, name in ((os, "fsync"), (os, "replace"), (Path, "unlink")):
+            note(place, name)
+        checkpoints.save(2, small(2))
+    assert order == ["fsync", "replace", "fsync", "unlink"]
+
+def test_disk_full(tmp_path):
+    said = []
+    with checkpoint.Checkpoints(tmp_path, 2, said.append) as checkpoints:
+        checkpoints.save(1, small(1))
+        checkpoints.wait()
+        (tmp_path / "checkpoint_step000002.pt.tmp").symlink_to("/dev/full")
+        checkpoints.save(2, small(2))
+        checkpoints.wait()
+        assert "No space left on device" in said[-1] and "step000002.pt" in said[-1] and "\n" not in said[-1]
+        assert not list(tmp_path.glob("*.tmp")), "what was written is given back"
+        assert checkpoints.find("latest")[1]["step"] == 1
+        (tmp_path / "checkpoint_step000003.pt.tmp").symlink_to("/dev/full")
+        checkpoints.save(3, small(3))
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.wait(must=True)
+        checkpoints.save(4, small(4))  # there is room again
+        checkpoints.wait(must=True)
+        assert checkpoints.find("latest")[1]["step"] == 4
+
+READ_ONLY = """
+import os, checkpoint
+os.chmod("run", 0o555)
+if os.getuid() == 0:
+    os.setuid(65534)
+try:
+    with checkpoint.Checkpoints("run", 2) as checkpoints:
+        pass
+except OSError as e:
+    print(e)
+"""
+
+def test_read_only_folder(tmp_path):
+    with checkpoint.Checkpoints(tmp_path / "run", 2) as checkpoints:
+        checkpoints.save(1, small(1))
+    tmp_path.chmod(0o755)
+    try:
+        assert "Permission denied: 'run/" in python(tmp_path, READ_ONLY)
+        assert checkpoint.read(checkpoints.files()[0][1])["step"] == 1
+    finally:
+        (tmp_path / "run").chmod(0o755)
+
+def test_stale_temporary_file(tmp_path):
+    (tmp_path / "checkpoint_step000007.pt.tmp").write_bytes(b"half of a checkpoint")
+    with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.find(None) == (None, None) and not list(tmp_path.glob("*.tmp"))
+
+def test_two_runs_in_one_folder(tmp_path):
+    with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
+        checkpoints.save(1, small(1))
+        with pytest.raises(ValueError, match=rf"process {os.getpid()} is at work on this run: wait for it, or choose another --run_id"):
+            checkpoint.Checkpoints(tmp_path, 2).__enter__()
+    with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:  # free again
+        assert checkpoints.find("latest")[1]["step"] == 1
+
+def test_the_newest_are_kept_and_latest_passes_over_a_broken_one(tmp_path):
+    said = []
+    with checkpoint.Checkpoints(tmp_path, 3, said.append) as checkpoints:
+        for step in range(1, 8):
+            checkpoints.save(step, small(step))
+        checkpoints.wait()
+        assert [step for step, _ in checkpoints.files()] == [5, 6, 7]
+        flip(checkpoints.files()[-1][1])
+        assert checkpoints.find("latest")[1]["step"] == 6
+        assert said[-1].startswith("skipped") and "step000007.pt" in said[-1]
+        cut(checkpoints.files()[-2][1])
+        assert checkpoints.find(None)[1]["step"] == 5
+        checkpoints.save(6, small(6))  # going on from 5: the broken 7 must not push it out
+        checkpoints.wait()
+        assert checkpoints.find(None)[1]["step"] == 6
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
+        checkpoints.save(1, small(1))
+        checkpoints.save(2, small(2, [1.0, float("inf")]))
+        with pytest.raises(FloatingPointError, match="model.x holds .* after step 2"):
+            checkpoints.save(3, small(3))
+        assert [step for step, _ in checkpoints.files()] == [1]
+
+def test_sigterm_twice(tmp_path):
+    with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)
+        assert checkpoints.preempted.is_set()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
