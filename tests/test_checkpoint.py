@@ -435,3 +435,141 @@ def test_sigterm_twice(tmp_path):
         time.sleep(0)
         assert checkpoints.preempted.is_set()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+# -----------------------------------------------------------------------------
+# Real processes, with one device and one stage: what is slow is starting them
+
+ONE_STAGE = dict(train_bs_schedule="512", ws_schedule="3", ws_final=3, ws_validate_post_yarn_ext=3, num_extension_iterations=0,
+                 train_loss_every=1)
+SHORT = ONE_STAGE | dict(val_tokens=2048, save_checkpoint=True)
+
+def start(folder: Path, corpus: Path, *options: str, patch: str = "", **fields) -> subprocess.Popen:
+    """The script in a process of its own, on one device, its output in folder/output."""
+    patch = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train_gpt_xla as t\n{patch}\nt.main()"
+    env = os.environ | dict(PJRT_DEVICE="CPU", CPU_NUM_DEVICES="1", XLA_FLAGS="--xla_backend_optimization_level=0")
+    with open(folder / "output", "a") as out:
+        return subprocess.Popen([sys.executable, "-c", patch, *options, *toy_options(corpus, **SHORT | fields)], cwd=folder, env=env,
+                                stdout=out, stderr=subprocess.STDOUT)
+
+def curve(log: Path) -> dict[str, str]:
+    """Losses by step and kind; steps that were run twice must have had the same."""
+    result = {}
+    for step, loss in re.findall(r"^step:(\d+)/\d+ .*?((?:val|train)_loss:\S+)", log.read_text(), re.M):
+        kind = loss.split(":")[0]
+        assert result.setdefault(f"{step} {kind}", loss) == loss, (step, loss)
+    return result
+
+def same_end(a: Path, b: Path, steps: int):
+    assert curve(a / "logs/toy.txt") == curve(b / "logs/toy.txt")
+    same(*(torch.load(folder / f"logs/toy/state_step{steps:06d}.pt") for folder in (a, b)))
+
+@pytest.fixture(scope="session")
+def long_corpus(tmp_path_factory):
+    """Enough for 2,000 steps, in shards that end within them."""
+    from conftest import make_tokens
+    folder = tmp_path_factory.mktemp("long")
+    for i in range(8):
+        write_shard(folder / f"train_{i:03d}.bin", make_tokens(250_000, 10 + i))
+    write_shard(folder / "val_000.bin", make_tokens(6_000, 3))
+    return folder
+
+def whole(folder: Path, corpus: Path, **fields) -> Path:
+    folder.mkdir()
+    assert start(folder, corpus, **fields).wait() == 0, (folder / "output").read_text()[-3000:]
+    return folder
+
+def until_step(folder: Path, process, step: int):
+    log = folder / "logs/toy.txt"
+    while process.poll() is None and not (log.exists() and re.search(rf"^step:{step}/\d+ train_time", log.read_text(), re.M)):
+        time.sleep(0.02)
+
+@pytest.mark.slow
+def test_sigterm_ten_times(tmp_path, long_corpus):
+    """One run, stopped by two SIGTERMs ten times and started again by the same command each time."""
+    fields = dict(num_scheduled_iterations=66, val_loss_every=33)
+    reference = whole(tmp_path / "whole", long_corpus, **fields)
+    folder = tmp_path / "stopped"
+    folder.mkdir()
+    for i in range(10):
+        process = start(folder, long_corpus, save_every=1000, **fields)
+        until_step(folder, process, 6 * (i + 1))
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == checkpoint.PREEMPTED, (folder / "output").read_text()[-3000:]
+    assert start(folder, long_corpus, save_every=1000, **fields).wait() == 0
+    assert len(re.findall("^SIGTERM: stopped at", (folder / "logs/toy.txt").read_text(), re.M)) == 10
+    same_end(reference, folder, 66)
+
+@pytest.mark.slow
+def test_sigkill_of_real_runs(tmp_path, long_corpus):
+    """Killed five times at random moments after the first checkpoint, and gone on."""
+    fields = dict(num_scheduled_iterations=66, val_loss_every=33)
+    reference = whole(tmp_path / "whole", long_corpus, **fields)
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for i in range(5):
+        process = start(folder, long_corpus, save_every=3, **fields)
+        until_step(folder, process, 10 * (i + 1))
+        time.sleep(random.uniform(0, 0.3))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert start(folder, long_corpus, save_every=3, **fields).wait() == 0
+    same_end(reference, folder, 66)
+
+# dies when it comes to one of these steps for the first time
+SOAK = """
+import os, signal
+from pathlib import Path
+advance = t.TrainingManager.advance_schedule
+def die(self, step, train=True):
+    if step % 200 == 187 and train and not (mark := Path(f"died{step}")).exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return advance(self, step, train)
+t.TrainingManager.advance_schedule = die
+"""
+
+@pytest.mark.slow
+def test_soak(tmp_path, long_corpus):
+    """2,000 steps with a save every 50 and a kill every 200: the undisturbed run's losses and its last state."""
+    fields = dict(num_scheduled_iterations=2000, val_loss_every=500)
+    reference = whole(tmp_path / "whole", long_corpus, **fields)
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    codes = []
+    while (code := start(folder, long_corpus, patch=SOAK, save_every=50, **fields).wait()) == -signal.SIGKILL:
+        codes.append(code)
+    assert code == 0 and len(codes) == 10, ((folder / "output").read_text()[-3000:], codes)
+    same_end(reference, folder, 2000)
+
+# preempted two steps after it has gone on
+STOP_AFTER_A_SAVE = """
+advance = t.TrainingManager.advance_schedule
+start = []
+def stop(self, step, train=True):
+    import glob, os, signal
+    last = max(int(f[-9:-3]) for f in glob.glob("logs/moved/checkpoint_*.pt"))
+    start.append(last)
+    if train and step == start[0] + 2 and "resumed" in open("logs/moved.txt").read().rsplit("=" * 100, 1)[-1]:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return advance(self, step, train)
+t.TrainingManager.advance_schedule = stop
+"""
+
+@pytest.mark.slow
+def test_another_number_of_devices(tmp_path, corpus):
+    """In float32, stopped on 8 devices, gone on with on 4, 2, 1 and 8: the losses of the run on 8 to 1e-6."""
+    fields = ONE_STAGE | dict(dtype="float32", num_scheduled_iterations=18, val_loss_every=0, save_every=3, keep_checkpoints=99)
+    assert run_train(tmp_path, corpus, run_id="whole", **fields).returncode == 0
+    (tmp_path / "logs/moved").mkdir()
+    shutil.copy(tmp_path / TEMPLATE.format("whole", 3), tmp_path / "logs/moved")
+    for devices in (4, 2, 1, 8):
+        patch = "" if devices == 8 else STOP_AFTER_A_SAVE
+        process = run_train(tmp_path, corpus, "--resume", devices=devices, patch=patch, run_id="moved", **fields)
+        assert process.returncode == (0 if devices == 8 else checkpoint.PREEMPTED), process.stderr[-3000:]
+        assert f"'devices': {dict(zip((4, 2, 1, 8), (8, 4, 2, 1)))[devices]}" in process.stdout
+    for step in range(6, 18, 3):
+        a, b = (checkpoint.read(tmp_path / TEMPLATE.format(run, step))["losses"] for run in ("whole", "moved"))
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
