@@ -9,6 +9,7 @@ torch.save and not safetensors: the state is nested, with numbers and names besi
 read with weights_only, so a file cannot run code. MAGIC and the SHA-256 of all that comes before stand at the end of the file
 (torch.load passes over them); a file counts only if they do. It gets its name only once it is whole and on the disk.
 """
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -181,15 +182,18 @@ class Checkpoints:
                 raise FloatingPointError(f"{name} holds a number that is not finite after step {step}: not saved, older checkpoints are "
                                          f"in {self.folder}")
             write(path, state)
-            self.say(f"checkpoint {path}: {path.stat().st_size / 2**20:.1f} MiB in {time.perf_counter() - t0:.1f}s, beside training")
+            said = f"checkpoint {path}: {path.stat().st_size / 2**20:.1f} MiB in {time.perf_counter() - t0:.1f}s, beside training"
             older = [file for n, file in self.files() if n < step]
             for file in older[:max(0, len(older) - self.keep + 1)]:
                 file.unlink()
         except FloatingPointError as e:
             self.error = e
+            return
         except (OSError, RuntimeError) as e:  # a full disk does not end a run
             self.error = OSError(f"{path}: {getattr(e, 'strerror', None) or e}; older checkpoints are as they were")
-            self.say(f"checkpoint failed: {self.error}; training goes on")
+            said = f"checkpoint failed: {self.error}; training goes on"
+        with contextlib.suppress(OSError):  # where the log cannot be written to, the training loop will find out
+            self.say(said)
 
     def wait(self, must: bool = False):
         """Until the last save is on the disk. Raises its error, one of the disk only if it must be there."""

@@ -86,7 +86,7 @@ sys.exit(0)
 @pytest.fixture(scope="module")
 def driven(tmp_path_factory, corpus):
     folder = tmp_path_factory.mktemp("driven")
-    process = run_train(folder, corpus, patch=DRIVER, train_loss_every=1, save_checkpoint=True, timeout=1200)
+    process = run_train(folder, corpus, patch=DRIVER, devices=2, train_loss_every=1, save_checkpoint=True, timeout=1200)
     assert process.returncode == 0, process.stderr[-3000:]
     return folder, process.stdout
 
@@ -440,7 +440,7 @@ def test_sigterm_twice(tmp_path):
 # Real processes, with one device and one stage: what is slow is starting them
 
 ONE_STAGE = dict(train_bs_schedule="512", ws_schedule="3", ws_final=3, ws_validate_post_yarn_ext=3, num_extension_iterations=0,
-                 train_loss_every=1)
+                 split_embed_frac=1.0, train_loss_every=1)
 SHORT = ONE_STAGE | dict(val_tokens=2048, save_checkpoint=True)
 
 def start(folder: Path, corpus: Path, *options: str, patch: str = "", **fields) -> subprocess.Popen:
@@ -486,7 +486,7 @@ def until_step(folder: Path, process, step: int):
 @pytest.mark.slow
 def test_sigterm_ten_times(tmp_path, long_corpus):
     """One run, stopped by two SIGTERMs ten times and started again by the same command each time."""
-    fields = dict(num_scheduled_iterations=66, val_loss_every=33)
+    fields = dict(num_scheduled_iterations=66, val_loss_every=0)
     reference = whole(tmp_path / "whole", long_corpus, **fields)
     folder = tmp_path / "stopped"
     folder.mkdir()
@@ -504,7 +504,7 @@ def test_sigterm_ten_times(tmp_path, long_corpus):
 @pytest.mark.slow
 def test_sigkill_of_real_runs(tmp_path, long_corpus):
     """Killed five times at random moments after the first checkpoint, and gone on."""
-    fields = dict(num_scheduled_iterations=66, val_loss_every=33)
+    fields = dict(num_scheduled_iterations=66, val_loss_every=0)
     reference = whole(tmp_path / "whole", long_corpus, **fields)
     folder = tmp_path / "killed"
     folder.mkdir()
