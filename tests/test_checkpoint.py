@@ -18,6 +18,7 @@ from conftest import ROOT, run_train, toy_options, write_shard
 
 import checkpoint
 import train_gpt_xla as t
+from replay import signature
 
 TEMPLATE = "logs/{}/checkpoint_step{:06d}.pt"
 
@@ -80,6 +81,10 @@ def training():
 t.TrainingManager.get_numbers = stop
 for _ in range(2):
     main("--save_every", "1000", "--run_id", "again")
+def poison(self):
+    return get_numbers(self) * (float("nan") if self.step == 9 and "step:9/28" in open("logs/nan.txt").read() else 1)
+t.TrainingManager.get_numbers = poison
+main("--save_every", "4", "--run_id", "nan", "--train_loss_every", "0")
 sys.exit(0)
 """
 
@@ -109,7 +114,7 @@ def test_resume_is_bit_exact(driven, point):
 
 def test_sigterm_saves_and_the_same_command_goes_on(driven):
     folder, stdout = driven
-    assert re.findall(r"^EXIT (\d+)", stdout, re.M) == [str(checkpoint.PREEMPTED)]
+    assert re.findall(r"^EXIT (\d+)$", stdout, re.M) == [str(checkpoint.PREEMPTED)]
     log = (folder / "logs/again.txt").read_text()
     assert "SIGTERM: stopped at step 13" in log and "resumed from logs/again/checkpoint_step000013.pt at step 13" in log
     assert log.count((ROOT / "train_gpt_xla.py").read_text()) == 1, "the source is printed once"
@@ -117,6 +122,13 @@ def test_sigterm_saves_and_the_same_command_goes_on(driven):
     same(*(torch.load(folder / f"logs/{run}/state_step000028.pt") for run in ("toy", "again")))
     times = [int(x) for x in re.findall(r"train_time:(\d+)ms", log)]
     assert times == sorted(times), "the clock goes on"
+
+def test_a_loss_that_is_not_finite_is_not_saved(driven):
+    """Step 10 goes wrong; a save at step 12 is the first to look, finds the step, and keeps what is there."""
+    folder, stdout = driven
+    stop, = re.findall("^EXIT train_gpt_xla.py: (.*)", stdout, re.M)
+    assert "the loss of step 10 is nan" in stop and stop.endswith("the last good checkpoint is logs/nan/checkpoint_step000008.pt")
+    assert [path.name for path in sorted((folder / "logs/nan").glob("*.pt"))] == [f"checkpoint_step{n:06d}.pt" for n in (4, 8)]
 
 def test_graphs_are_compiled_once(driven):
     """The resumed runs of the process execute the programs of the first: same shapes, same shardings."""
@@ -127,6 +139,27 @@ def test_init_from_takes_upstreams_names(driven):
     folder, _ = driven
     assert losses(folder / "logs/init.txt") == losses(folder / "logs/toy.txt")
     same(*(torch.load(folder / f"logs/{run}/state_step000028.pt") for run in ("toy", "init")))
+
+def test_state_comes_back_with_its_sharding():
+    """On 8 devices: what is set is what is read, and compiled programs still fit."""
+    args, _ = t.parse_args(toy_options(Path()))
+    model = t.GPT(args.vocab_size, args.num_layers, args.num_heads, args.head_dim, args.model_dim, args.block_size).to_devices()
+    manager = t.TrainingManager(model, args)
+    before, generator = signature(manager.tensors()), torch.Generator().manual_seed(1)
+    state = manager.get_state()
+    for i, states in enumerate(state):
+        for values in states.values():
+            values.update({k: torch.randn(x.shape, generator=generator).to(x.dtype) if isinstance(x, torch.Tensor) else 5 + i
+                           for k, x in values.items()})
+    manager.advance_schedule(20)
+    schedule = manager.get_schedule()
+    manager.reset()
+    manager.set_state(state, schedule)
+    assert signature(manager.tensors()) == before
+    same(manager.get_state(), state)
+    same(manager.get_schedule(), schedule)
+    assert schedule["ws_long"] == 11 and schedule["yarn"]["attn_scale"] != 0.1
+    manager.set_state(manager.get_state(grads=False), schedule, grads=False)
 
 # -----------------------------------------------------------------------------
 # Broken files and refusals: one line each, and the folder stays as it was
