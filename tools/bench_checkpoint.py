@@ -4,9 +4,10 @@ finds, saved by the code that train() saves with.
 
     python tools/bench_checkpoint.py [--model_dim 768] [--saves 3] [--folder .] [--json]        (bash run_tpu.sh bench has the step)
 
-stall_s: what training waits for, the copy to the host and the hand-over to the writing thread. write_s: the thread's time, checksum
-and fsync included. Every line is one save, with the gradients of an even step where its number is odd. A CPU's virtual
-devices are copied from memory to memory; what it takes from a TPU has not been measured.
+stall_s: what training waits for, the copy to the host and the hand-over to the writing thread. stall_cpu_s: processor time of this
+process in the stall; where it is much less, the machine was busy with something else. write_s: the thread's time, checksum and
+fsync included. Every line is one save, with the gradients of an even step where its number is odd. A CPU's virtual devices are
+copied from memory to memory; what it takes from a TPU has not been measured.
 """
 import argparse
 import json
@@ -36,16 +37,17 @@ def main():
     t.xm.wait_device_ops()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder, Checkpoints(folder, keep=1, say=lambda s: None) as checkpoints:
         for step in range(1, options.saves + 1):
-            t0 = time.perf_counter()
+            t0, cpu = time.perf_counter(), time.process_time()
             state = dict(model=model.state_dict(), optimizers=manager.get_state(grads=step % 2 == 1), schedule=manager.get_schedule())
             checkpoints.save(step, dict.fromkeys(KEYS, 0) | dict(version=VERSION, step=step) | state)
             del state
-            t1 = time.perf_counter()
+            t1, cpu = time.perf_counter(), time.process_time() - cpu
             checkpoints.wait(must=True)
             t2 = time.perf_counter()
-            result = dict(save=step, gigabytes=checkpoints.files()[-1][1].stat().st_size / 1e9, stall_s=t1 - t0, write_s=t2 - t1,
-                          devices=t.xr.global_runtime_device_count(), device=t.xr.device_type())
-            line = "save {save}: {gigabytes:.2f} GB, stall {stall_s:.2f} s, written in {write_s:.1f} s ({devices} {device} devices)"
+            result = dict(save=step, gigabytes=checkpoints.files()[-1][1].stat().st_size / 1e9, stall_s=t1 - t0, stall_cpu_s=cpu,
+                          write_s=t2 - t1, devices=t.xr.global_runtime_device_count(), device=t.xr.device_type())
+            line = ("save {save}: {gigabytes:.2f} GB, stall {stall_s:.2f} s ({stall_cpu_s:.2f} s of processor), "
+                    "written in {write_s:.1f} s ({devices} {device} devices)")
             print(json.dumps(result) if options.json else line.format(**result), flush=True)
 
 if __name__ == "__main__":
