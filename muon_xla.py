@@ -30,6 +30,11 @@ def to_host(x: Tensor) -> Tensor:
         return x.detach().cpu()
     return torch.cat([s.data for s in xs.XLAShardedTensor(x).local_shards])
 
+def assign(x: Tensor, value: Tensor):
+    """Gives a device tensor the value of a CPU tensor, whole, with the sharding it has: compiled programs go on to fit."""
+    split = xs.XLAShardedTensor(x).sharding_type == xs.ShardingType.TILED
+    x.data = to_device(value, *(("data",) if split else ()))
+
 def shard(x: Tensor, *spec) -> Tensor:
     """Annotates where x lives: a mesh axis or None for each dimension; none given means replicated."""
     spec = spec + (None,) * (x.ndim - len(spec))

@@ -12,7 +12,8 @@ The one entrance. Makes its own Python environment; later calls find it in a sec
     bash run_tpu.sh bench [options]   time the step (tools/bench_step.py)
     bash run_tpu.sh data [N]          download FineWeb10B: the validation shard and N train shards
 
-Options of training: .venv/bin/python train_gpt_xla.py --help. Knobs, in the environment:
+Options of training: .venv/bin/python train_gpt_xla.py --help. A run with --save_every N --run_id NAME goes on after any stop by the
+same command; stopped by SIGTERM it exits with 75. Knobs, in the environment:
 
     PYTHON         a Python 3.11 or 3.12 to build from      (default: the first on the PATH that fits, else uv brings 3.12)
     VENV           the environment, from the repository     (.venv)

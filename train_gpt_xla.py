@@ -5,12 +5,14 @@ Same names, same order, same numbers; each difference is marked D1, D2, ... at i
     bash run_tpu.sh                               the real run on a TPU, the rehearsal anywhere else
     python train_gpt_xla.py --preset rehearsal    the rehearsal, on whatever devices PJRT finds
     python train_gpt_xla.py --val_loss_every 125  any field of Hyperparameters
+    python train_gpt_xla.py --save_every 100 --run_id NAME    a run that goes on where it was stopped, by the same command
 
 One process drives all chips. Tensors are whole; a mesh "data" over the devices says how they are split, and XLA inserts the
 collectives (SPMD). Upstream's 8 ranks are 8 rows of a batch: 1, 2, 4 or 8 devices compute the same thing.
 Shapes: B rows, T tokens, H heads, D head dim, V vocabulary.
 """
 import argparse
+import contextlib
 import difflib
 import gc
 import glob
@@ -23,8 +25,8 @@ import threading
 import time
 import uuid
 import warnings
+import zlib
 from dataclasses import dataclass, field, fields
-from dataclasses import replace as with_values
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own progress notes
@@ -39,7 +41,9 @@ import torch_xla.runtime as xr
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from muon_xla import ROWS, DistAdam, NorMuon, enter, leave, shard, to_device, to_host
+import checkpoint
+from checkpoint import Checkpoints
+from muon_xla import ROWS, DistAdam, NorMuon, assign, enter, leave, shard, to_device, to_host
 from pallas_kernels import (FusedAttention, ReLUSquareMLP, SoftcappedCrossEntropy, softcapped_losses, takes_attention, takes_lm_head,
                             takes_mlp, window_attention)
 from replay import Replay
@@ -645,14 +649,19 @@ class DataPreloader:
         return self.data
 
 def distributed_data_generator(filename_pattern: str, num_tokens: int, max_seq_len: int, align_to_bos: bool = True,
-                               bos_id: int = BOS_ID, vocab_size: int = 50257):
+                               bos_id: int = BOS_ID, vocab_size: int = 50257, start: tuple[int, int] = (0, 0),
+                               positions: list | None = None):
     """
     Yields (inputs, targets, cum_seqlens): int32 arrays [8, T], [8, T] and [8, at least upstream's max_num_docs], T = num_tokens / 8.
     align_to_bos: each row begins with a document, documents are cut to max_seq_len. send((num_tokens, max_seq_len)) changes
     both for the next batch. D12: all 8 rows at once, where each upstream rank reads its own.
+    start: (shard, place in it) to begin at. positions: gets, for each batch, where the one after it starts.
     """
     files = get_files(filename_pattern)
     world_size = ROWS
+    shard_idx, i = start
+    if shard_idx >= len(files):
+        raise ValueError(f"{filename_pattern} has {len(files)} shards, the next batch starts in number {shard_idx + 1}: fetch them again")
 
     def load(file):
         if file is None:
@@ -665,7 +674,7 @@ def distributed_data_generator(filename_pattern: str, num_tokens: int, max_seq_l
             raise ValueError(f"no document start (token {bos_id}) in {file}: write it again with data/fineweb.py")
         return tokens, finder
 
-    preloader = DataPreloader(iter(files), load)
+    preloader = DataPreloader(iter(files[shard_idx:]), load)
     preloader.start()
 
     def next_shard():
@@ -676,7 +685,9 @@ def distributed_data_generator(filename_pattern: str, num_tokens: int, max_seq_l
         return data
 
     tokens, finder = next_shard()
-    pos = 0  # of the next batch in the shard, where rows are not aligned to documents
+    if align_to_bos:
+        finder.i = i
+    pos = i  # of the next batch in the shard, where rows are not aligned to documents
 
     while True:
         if num_tokens % (world_size * 16):
@@ -690,6 +701,7 @@ def distributed_data_generator(filename_pattern: str, num_tokens: int, max_seq_l
             except StopIteration:
                 # the whole step starts again on the next shard
                 tokens, finder = next_shard()
+                shard_idx += 1
                 continue
             buf = np.concatenate([tokens[i:j] for starts, ends in zip(seq_starts, seq_ends, strict=True)
                                   for i, j in zip(starts, ends, strict=True)]).reshape(world_size, -1)
@@ -700,6 +712,7 @@ def distributed_data_generator(filename_pattern: str, num_tokens: int, max_seq_l
         else:
             if pos + num_tokens + 1 >= len(tokens):
                 tokens, pos = next_shard()[0], 0
+                shard_idx += 1
                 if num_tokens + 1 >= len(tokens):
                     raise ValueError(f"a shard of {filename_pattern} has {len(tokens)} tokens, one batch needs {num_tokens + 2}: "
                                      "choose a smaller val_batch_size")
@@ -713,6 +726,8 @@ def distributed_data_generator(filename_pattern: str, num_tokens: int, max_seq_l
         for row, lengths in zip(_cum_lengths, cum_lengths, strict=True):
             row[1:len(lengths) + 1] = lengths
 
+        if positions is not None:
+            positions.append((shard_idx, finder.i if align_to_bos else pos))
         new_params = yield buf[:, :-1].astype(np.int32), buf[:, 1:].astype(np.int32), _cum_lengths
 
         if new_params is not None:
@@ -991,13 +1006,60 @@ class TrainingManager():
                 *(x for group in self.muon_opt.param_groups for x in group.values() if isinstance(x, Tensor) and x.ndim),
                 *(x for state in self.adam_opt.state.values() for x in state.values() if isinstance(x, Tensor))]
 
-    def get_state(self) -> list[dict]:
-        """The optimizers' state on the CPU, as dicts of whole tensors: DistAdam's by parameter name, NorMuon's by label."""
+    def _state(self) -> list[dict]:
         names = {p: name for name, p in self.model.named_parameters()}
-        host = lambda state: {k: to_host(x) if isinstance(x, Tensor) else x for k, x in state.items()}
-        return [{names[p]: host(state) for p, state in self.adam_opt.state.items()},
-                {group["params"][0].label: host({k: group[k] for k in ("momentum_buffer", "second_momentum_buffer", "master")})
+        return [{names[p]: state for p, state in self.adam_opt.state.items()},
+                {group["params"][0].label: {k: group[k] for k in ("momentum_buffer", "second_momentum_buffer", "master")}
                  for group in self.muon_opt.param_groups}]
+
+    def get_state(self) -> list[dict]:
+        """
+        The optimizers' state on the CPU, as dicts of whole tensors: DistAdam's by parameter name, NorMuon's by label. For the end of an
+        odd step: without the gradients that an even step leaves to the odd one, eight times as large as the model's.
+        """
+        return [{name: {k: to_host(x) if isinstance(x, Tensor) else x for k, x in state.items() if k != "grad"}
+                 for name, state in states.items()} for states in self._state()]
+
+    def get_schedule(self) -> dict:
+        """What advance_schedule has made of YaRN so far."""
+        return dict(ws_long=self.ws_long) | {name: dict(angular_freq=yarn.angular_freq.clone(), attn_scale=yarn.attn_scale)
+                                             for name, yarn in self._yarns().items()}
+
+    def _yarns(self) -> dict[str, Yarn]:
+        return dict(yarn=self.model.yarn, yarn_paired_head=self.model.yarn_paired_head)
+
+    def set_state(self, optimizers: list[dict], schedule: dict):
+        """Takes get_state's and get_schedule's values back. ValueError for the first that does not fit; then nothing is changed."""
+        pairs = []
+        def match(name, mine, value):
+            if isinstance(mine, dict):
+                if not isinstance(value, dict):
+                    raise ValueError(f"{name} is no dict")
+                keys = [k for k in mine if k != "grad"]
+                for key in [*keys, *value]:
+                    if key not in keys or key not in value:
+                        raise ValueError(f"{name}: {key} is {'missing' if key in keys else 'not part of it'}")
+                    match(f"{name}: {key}", mine[key], value[key])
+            elif type(mine) is not type(value):
+                raise ValueError(f"{name} is a {type(value).__name__}, not a {type(mine).__name__}")
+            elif isinstance(mine, Tensor):
+                if (mine.shape, mine.dtype) != (value.shape, value.dtype):
+                    raise ValueError(f"{name} is {tuple(value.shape)} {value.dtype}, this run wants {tuple(mine.shape)} {mine.dtype}")
+                pairs.append((mine, value))
+        states = self._state()
+        if len(optimizers) != len(states):
+            raise ValueError(f"optimizers: {len(optimizers)} instead of {len(states)}")
+        for name, mine, value in zip(("DistAdam", "NorMuon"), states, optimizers, strict=True):
+            match(name, mine, value)
+        match("schedule", self.get_schedule(), schedule)
+        for mine, value in pairs:
+            if mine.device.type == "xla":
+                assign(mine, value)
+        for name, state in states[0].items():
+            state["step"] = optimizers[0][name]["step"]
+        self.ws_long = schedule["ws_long"]
+        for name, yarn in self._yarns().items():
+            yarn.angular_freq, yarn.attn_scale = schedule[name]["angular_freq"].clone(), schedule[name]["attn_scale"]
 
     def reset(self):
         """Back to step 0, with the model's weights as they are."""
@@ -1031,7 +1093,9 @@ class Hyperparameters:
     run_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     train_loss_every: int = 25 # steps between reads of the training loss (upstream never reads it); 0: never
     val_loss_every: int = 250  # steps between validations; 0: only at the end
-    save_checkpoint: bool = False
+    save_checkpoint: bool = False # the last state in upstream's form, logs/RUN_ID/state_stepN.pt
+    save_every: int = 0 # steps between checkpoints to resume from, logs/RUN_ID/checkpoint_stepN.pt; 0: none
+    keep_checkpoints: int = 3 # how many of those are kept
     # attention windows, in blocks
     block_size: int = 128
     ws_schedule: tuple = (3, 7, 11)
@@ -1050,6 +1114,19 @@ class Hyperparameters:
     @property
     def num_iterations(self) -> int:
         return self.num_scheduled_iterations + self.num_extension_iterations
+
+def hyperparameters(args: Hyperparameters) -> dict:
+    """The fields that the numbers of a run depend on. Data files are told apart by what is in them (data_identity)."""
+    watching = ("run_id", "train_files", "val_files", "train_loss_every", "save_checkpoint", "save_every", "keep_checkpoints")
+    return {f.name: getattr(args, f.name) for f in fields(args) if f.name not in watching}
+
+def data_identity(file: Path) -> tuple[str, int, int]:
+    """Name, tokens, and a checksum of the first and last 64 KiB."""
+    n = 65536
+    with open(file, "rb") as f:
+        crc = zlib.crc32(f.read(n))
+        f.seek(max(0, file.stat().st_size - n))
+        return file.name, check_data_shard(file), zlib.crc32(f.read(n), crc)
 
 def setup_devices():
     """SPMD over all devices: mesh "data", and Python numbers as constants of the graph instead of inputs. Once a process."""
@@ -1079,10 +1156,13 @@ LIBTPU_INIT_ARGS = " ".join([
 ])
 
 def parse_args(argv: list[str]) -> tuple[Hyperparameters, argparse.Namespace]:
-    """--preset NAME, --no_replay and --FIELD VALUE for any field of Hyperparameters. A field that does not exist is refused."""
+    """The options that main() names and --FIELD VALUE for any field of Hyperparameters. A field that does not exist is refused."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], add_help=True, allow_abbrev=False)
     parser.add_argument("--preset", choices=presets, default="record")
     parser.add_argument("--no_replay", action="store_true", help="trace every step instead of replaying it: slower, for debugging")
+    parser.add_argument("--resume", nargs="?", const="latest", metavar="latest|PATH",
+                        help="go on from a checkpoint; an error where there is none, while --save_every starts afresh then")
+    parser.add_argument("--init_from", metavar="FILE", help="start with the weights of an upstream state_step*.pt, or of one of ours")
     defaults = Hyperparameters(run_id="")
     for f in fields(Hyperparameters):
         default = getattr(defaults, f.name)
@@ -1099,6 +1179,8 @@ def parse_args(argv: list[str]) -> tuple[Hyperparameters, argparse.Namespace]:
         parser.error(f"{unknown[0]} is not an option" + (f": did you mean {near[0]}?" if near else ", see --help"))
     values = {f.name: getattr(known, f.name) for f in fields(Hyperparameters) if hasattr(known, f.name)}
     args = presets[known.preset](**values)
+    if (args.save_every or known.resume) and "run_id" not in values:
+        parser.error("--save_every and --resume need --run_id NAME: a restart finds the log and the checkpoints by it")
     data_path = os.environ.get("DATA_PATH", ".")
     args.train_files = os.path.join(data_path, args.train_files)
     args.val_files = os.path.join(data_path, args.val_files)
@@ -1122,6 +1204,24 @@ def check_args(args: Hyperparameters):
     if args.dtype not in ("bfloat16", "float32"):
         raise ValueError(f"dtype is {args.dtype}: bfloat16 or float32")
 
+    if args.save_every < 0 or args.keep_checkpoints < 1:
+        raise ValueError(f"save_every is {args.save_every} and keep_checkpoints {args.keep_checkpoints}: at least 0 and 1")
+
+def check_resumable(path: Path, saved: dict, args: Hyperparameters, data: dict[str, list]):
+    """ValueError that names the first difference between the run that was saved and this one."""
+    way_out = "resume with what it was, or start afresh under another --run_id"
+    now = hyperparameters(args)
+    for name in (*now, *saved["hyperparameters"]):
+        then = saved["hyperparameters"].get(name, "unknown")
+        if then != now.get(name, "unknown"):
+            raise ValueError(f"{path}: {name} was {then}, now it is {now.get(name, 'unknown')}: {way_out}")
+    for name, shards in data.items():
+        for i, then in enumerate(saved["data"][name]):  # shards that were added since do no harm
+            if i >= len(shards) or shards[i] != then:
+                file, found = (shards[i][0], shards[i][1:]) if i < len(shards) else ("no file", "")
+                raise ValueError(f"{path}: shard {i + 1} of {name} was {then[0]} with (tokens, checksum) {then[1:]}, now it is {file} "
+                                 f"{found}: {way_out}")
+
 def graphs_compiled() -> int:
     data = met.metric_data("CompileTime")
     return data[0] if data else 0
@@ -1137,11 +1237,14 @@ def unigram_entropy(args: Hyperparameters) -> float:
     p = np.bincount(tokens) / len(tokens)
     return float(-(p[p > 0] * np.log(p[p > 0])).sum())
 
-def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
-    """The whole run: set up, warm up, train, validate. Returns the last validation loss."""
+def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoints: Checkpoints | None = None,
+          resume: str | None = None, init_from: str | None = None) -> float:
+    """
+    The whole run: set up, warm up, train, validate. Returns the last validation loss. With checkpoints it goes on from the one that
+    resume names, or from the newest; SystemExit once it has saved after a SIGTERM.
+    """
     check_args(args)
-    for file in get_files(args.train_files) + get_files(args.val_files):
-        check_data_shard(file)
+    data = {name: [data_identity(file) for file in get_files(getattr(args, name))] for name in ("train_files", "val_files")}
 
     # begin logging
     run_id = args.run_id
@@ -1156,10 +1259,19 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
             raise OSError(e.errno, e.strerror, logfile) from None
         if console:
             bar.write(s) if not bar.disable else print(s, flush=True)
+    saved, start = None, 0
+    if checkpoints:
+        checkpoints.say = lambda s: print0(s, console=True)
+        path, saved = checkpoints.find(resume)
+    if saved:
+        check_resumable(path, saved, args, data)
+        start = saved["step"]
+        bar.update(start)
     print0(logfile, console=True)
 
     # begin by printing the code
-    print0(code)
+    if not saved or saved["code"] != code:
+        print0(code)
     print0("="*100)
     entropy = unigram_entropy(args)
 
@@ -1175,6 +1287,8 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
     print0(f"Running Python {sys.version}")
     print0(f"Running PyTorch {torch.__version__} with torch_xla {torch_xla.__version__}")
     print0(f"Running on {xr.global_runtime_device_count()} {xr.device_type()} devices: {xr.global_runtime_device_attributes()}")
+    versions = dict(python=sys.version.split()[0], torch=str(torch.__version__), torch_xla=torch_xla.__version__,
+                    device=xr.device_type(), devices=xr.global_runtime_device_count())
     print0(f"{args}")
     print0("="*100)
     print0(f"unigram entropy: {entropy:.4f} nats", console=True)
@@ -1187,17 +1301,26 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
         model_dim=args.model_dim,
         block_size=args.block_size,
     ).to_devices(getattr(torch, args.dtype))
+    if init_from and not saved:
+        state = checkpoint.load(init_from)
+        try:
+            model.load_state_dict(state.get("model", state))
+        except ValueError as e:
+            raise ValueError(f"{init_from}: {e}") from None
+        print0(f"starting with the weights of {init_from}", console=True)
     training_manager = TrainingManager(model, args)
     # D14: torch.compile's counterpart. Each distinct graph is traced once and replayed from then on
     training_step = Replay(training_manager.training_step, training_manager.tensors, training_manager.constants, enabled=replay)
     validation_step = Replay(training_manager.validation_step, training_manager.tensors, training_manager.constants, enabled=replay)
 
-    def train_batches(steps):
+    positions = []  # for each batch of the run, where the loader stood after it
+    def train_batches(steps, **where):
         loader = None
         for step in steps:
             send_args = (get_bs(step, args), args.train_max_seq_len)
             if loader is None:
-                loader = distributed_data_generator(args.train_files, *send_args, bos_id=args.bos_id, vocab_size=args.vocab_size)
+                loader = distributed_data_generator(args.train_files, *send_args, bos_id=args.bos_id, vocab_size=args.vocab_size,
+                                                    **where)
                 yield next(loader)
             else:
                 yield loader.send(send_args)
@@ -1209,28 +1332,47 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
         return to_device(training_manager.get_numbers())
     def check_finite(loss, which):
         if not math.isfinite(loss):
+            older = checkpoints.files() if checkpoints else []
             raise FloatingPointError(f"the loss of {which} is {loss}: see {logfile}; a smaller learning rate or float32 "
-                                     "(--dtype float32) tells whether the data or the numbers are at fault")
+                                     "(--dtype float32) tells whether the data or the numbers are at fault"
+                                     + (f"; the last good checkpoint is {older[-1][1]}" if older else ""))
         return loss
-    def read_loss(step, losses):
-        # per token, with the weights of multi-token prediction
-        if losses is None:
+    unread = []  # (step, loss of each row) since the last reading
+    def read_loss():
+        # of the last step, per token, with the weights of multi-token prediction
+        if not unread:
             return 0.0
-        return check_finite(losses.cpu().mean().item() / (get_bs(step, args) // ROWS), f"step {step + 1}")
+        read = lambda step, losses: losses.cpu().mean().item() / (get_bs(step, args) // ROWS)
+        if not math.isfinite(read(*unread[-1])):
+            for step, losses in unread:  # the first such step is the one to look at
+                check_finite(read(step, losses), f"step {step + 1}")
+        del unread[:-1]
+        return read(*unread[0])
+    def restore():
+        model.load_state_dict(initial_state)
+        training_manager.reset()
+        if saved:
+            training_manager.set_state(saved["optimizers"], saved["schedule"])
 
     ########################################
     #            Warmup kernels            #
     ########################################
-    graphs = distinct_graphs(args)
-    is_record = with_values(args, run_id="", seed=0, val_loss_every=250, train_files="", val_files="") == \
-        Hyperparameters(run_id="", train_files="", val_files="")
+    graphs = {graph: steps for graph, steps in distinct_graphs(args).items() if steps[-1] >= start}
+    is_record = not init_from and hyperparameters(args) | dict(seed=0, val_loss_every=250) == hyperparameters(Hyperparameters())
     print0(f"Compiling {len(graphs)} graphs and warming up", console=True)
     # Run each distinct step once on real data, then put the state back so that nothing is learned off the clock
-    initial_state = model.state_dict()
+    initial_state = saved["model"] if saved else model.state_dict()
+    if saved:
+        try:
+            restore()
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}; take another checkpoint (--resume PATH) or start afresh under another --run_id") from None
     train_loader = prefetch(train_batches([steps[0] for graph, steps in graphs.items() if graph.train]))
     val_loader = prefetch(val_batches(1))
     val_batch = next(val_loader)
     for graph, steps in graphs.items():
+        if checkpoints and checkpoints.preempted.is_set():
+            sys.exit(checkpoint.PREEMPTED)  # nothing has been learned since the last checkpoint
         t0 = time.perf_counter()
         training_manager.advance_schedule(steps[0], train=graph.train)
         if graph.train:
@@ -1241,35 +1383,44 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
         xm.wait_device_ops()
         print0(f"warmup {graph.name}: {len(steps)} steps, {time.perf_counter() - t0:.1f}s", console=True)
     print0("Resetting Model", console=True)
-    model.load_state_dict(initial_state)
-    training_manager.reset()
+    restore()
     train_loader.close()
     val_loader.close()
-    del initial_state, val_batch
+    initial_state = val_batch = None
     compiled = graphs_compiled()
 
     ########################################
     #        Training and validation       #
     ########################################
-    train_loader = prefetch(train_batches(range(args.num_iterations)))
+    if saved:
+        torch.set_rng_state(saved["rng"])  # the host's: no step draws random numbers on the devices
+        positions += [tuple(saved["loader"])]
+        training_time_ms = saved["training_time_ms"]
+        unread += [(start - 1, saved["losses"])]
+        other = {k: v for k, v in saved["versions"].items() if versions[k] != v}
+        print0(f"resumed from {path} at step {start}: train_time goes on from {training_time_ms:.0f}ms, without the "
+               f"{time.time() - saved['time']:.0f}s since then" + (f"; it was written with {other}" if other else ""), console=True)
+    else:
+        positions += [(0, 0)]
+        training_time_ms = 0
+    saved = None
+    train_loader = prefetch(train_batches(range(start, args.num_iterations), start=positions[0], positions=positions))
 
     gc.collect()
 
-    training_time_ms = 0
-    last = None, None
     # start the clock
     xm.wait_device_ops()
     t0 = time.perf_counter()
     # begin training
-    train_steps = args.num_iterations
-    for step in range(train_steps + 1):
+    train_steps, due = args.num_iterations, False
+    for step in range(start, train_steps + 1):
         last_step = (step == train_steps)
         # --------------- VALIDATION SECTION -----------------
-        if is_val_step(step, args):
+        if is_val_step(step, args) and not step == start > 0:  # a checkpoint is written after its validation
             # stop the clock
             xm.wait_device_ops()
             training_time_ms += 1000 * (time.perf_counter() - t0)
-            read_loss(*last)
+            read_loss()
             training_manager.advance_schedule(step, train=False)
             val_losses = []
             for batch in prefetch(val_batches(args.val_tokens // args.val_batch_size)):
@@ -1292,6 +1443,25 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
                 torch.save(log, f"logs/{run_id}/state_step{step:06d}.pt")
             break
 
+        # --------------- CHECKPOINT SECTION -----------------
+        # after odd steps only: no gradients wait for the next step then
+        preempted = checkpoints is not None and checkpoints.preempted.is_set() and step % 2 == 0
+        due = due or args.save_every > 0 and step > start and step % args.save_every == 0
+        if step > start and step % 2 == 0 and (preempted or due):
+            due = False
+            read_loss()  # what is not finite is not worth keeping
+            state = dict(step=step, code=code, model=model.state_dict(), optimizers=training_manager.get_state(),
+                         version=checkpoint.VERSION, run_id=run_id, hyperparameters=hyperparameters(args), data=data,
+                         versions=versions, schedule=training_manager.get_schedule(), loader=positions[step - start],
+                         rng=torch.get_rng_state(), losses=unread[-1][1].cpu(), time=time.time(),
+                         training_time_ms=training_time_ms + 1000 * (time.perf_counter() - t0))  # with what the copy took
+            checkpoints.save(step, state)
+            del state
+        if preempted:
+            checkpoints.wait(must=True)
+            print0(f"SIGTERM: stopped at step {step}; the same command goes on from there", console=True)
+            sys.exit(checkpoint.PREEMPTED)
+
         # --------------- TRAINING SECTION -----------------
         training_manager.advance_schedule(step)
         losses = training_step(training_manager.graph, next(train_loader), numbers())
@@ -1301,8 +1471,8 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
         train_loss = ""
         if args.train_loss_every > 0 and (step + 1) % args.train_loss_every == 0:
             # the step before this one has finished, or nearly: reading it leaves the devices busy with this one
-            train_loss = f" train_loss:{read_loss(*last):.4f}"
-        last = step, losses
+            train_loss = f" train_loss:{read_loss():.4f}"
+        unread.append((step, losses))
         approx_training_time_ms = training_time_ms + 1000 * (time.perf_counter() - t0)
         print0(f"step:{step+1}/{train_steps} train_time:{approx_training_time_ms:.0f}ms "
                f"step_avg:{approx_training_time_ms/(step + 1):.2f}ms{train_loss}", console=bar.disable)
@@ -1324,7 +1494,9 @@ def main(argv: list[str] | None = None):
         code = f.read()  # first of all: the log must hold what ran, whatever is edited meanwhile
     args, options = parse_args(sys.argv[1:] if argv is None else argv)
     try:
-        train(args, replay=not options.no_replay, code=code)
+        saving = args.save_every or options.resume
+        with Checkpoints(f"logs/{args.run_id}", args.keep_checkpoints) if saving else contextlib.nullcontext() as checkpoints:
+            train(args, not options.no_replay, code, checkpoints, options.resume, options.init_from)
     except (ValueError, EOFError, OSError, FloatingPointError) as e:
         if os.environ.get("TRACEBACK"):
             raise

@@ -1,0 +1,204 @@
+"""
+Checkpoints that outlive the machine: how a state gets to the disk and back. What is in it, the training loop knows.
+
+    with Checkpoints(f"logs/{run_id}", keep=3) as checkpoints:    # one run a folder
+        path, state = checkpoints.find("latest")                  # (None, None) where there is none yet
+        checkpoints.save(step, state)                             # in a thread; a second call waits for the first
+
+torch.save and not safetensors: the state is nested, with numbers and names beside its tensors, and upstream's tools read it. It is
+read with weights_only, so a file cannot run code. MAGIC and the SHA-256 of all that comes before stand at the end of the file
+(torch.load passes over them); a file counts only if they do. It gets its name only once it is whole and on the disk.
+"""
+import contextlib
+import fcntl
+import hashlib
+import os
+import pickle
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+VERSION = 1
+MAGIC = b"modded-nanogpt-xla checkpoint\n"
+# As upstream's, then what it takes to go on
+KEYS = ("step", "code", "model", "optimizers", "version", "run_id", "hyperparameters", "data", "versions", "schedule", "loader", "rng",
+        "losses", "training_time_ms", "time")
+PREEMPTED = 75  # exit status after SIGTERM (sysexits' "try again later"): all is saved, the same command goes on
+
+class Broken(ValueError):
+    """A file that is not a whole checkpoint."""
+
+class Hashing:
+    """A file that sums up what is written into it."""
+    def __init__(self, file):
+        self.file, self.flush, self.sha = file, file.flush, hashlib.sha256()
+
+    def write(self, data) -> int:
+        self.sha.update(data)
+        return self.file.write(data)
+
+def write(path: Path, state: dict):
+    """Atomic: after a crash at any point, path is what it was or all of the new file. OSError: nothing has changed."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            file = Hashing(f)
+            torch.save(state, file)
+            f.write(MAGIC + file.sha.digest())
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the name, too, is on the disk
+    os.close(folder)
+
+def read(path: Path) -> dict:
+    """The state in a file that is whole and of this version. Broken, or ValueError for what another script wrote."""
+    length = path.stat().st_size - len(MAGIC) - 32
+    sha = hashlib.sha256()
+    with open(path, "rb") as f:
+        f.seek(max(length, 0))
+        end = f.read()
+        if length < 0 or not end.startswith(MAGIC):
+            raise Broken(f"{path}: cut short, or not a checkpoint of this script (an upstream state_step*.pt goes in by --init_from)")
+        f.seek(0)
+        while length:
+            block = f.read(min(length, 1 << 22))
+            sha.update(block)
+            length -= len(block)
+    if sha.digest() != end[len(MAGIC):]:
+        raise Broken(f"{path}: its checksum does not hold, so the file is damaged; take an older one (--resume PATH)")
+    state = load(path)
+    if state.get("version", 0) != VERSION:
+        raise ValueError(f"{path}: a checkpoint of version {state.get('version')}, this script reads {VERSION}: "
+                         "resume with the script that wrote it")
+    for key in (*KEYS, *state):
+        if (key in state) != (key in KEYS):
+            raise ValueError(f"{path}: {key} is {'missing' if key in KEYS else 'unknown to this script'}; take another checkpoint "
+                             "(--resume PATH) or start afresh under another --run_id")
+    return state
+
+def load(path) -> dict:
+    """What torch.save wrote, ours or upstream's."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as e:
+        raise Broken(f"{path}: torch.load cannot read it ({str(e).splitlines()[0]})") from None
+    if not isinstance(state, dict):
+        raise Broken(f"{path}: holds a {type(state).__name__}, not a checkpoint")
+    return state
+
+def not_finite(state, name: str = "") -> str | None:
+    """The name of the first tensor that holds an infinity or a NaN."""
+    if isinstance(state, torch.Tensor):
+        return None if not state.is_floating_point() or torch.isfinite(state.sum(dtype=torch.float64)) else name
+    pairs = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
+    return next((found for key, x in pairs if (found := not_finite(x, f"{name}.{key}".lstrip(".")))), None)
+
+class Checkpoints:
+    """
+    The folder of one run. `with` locks it, clears away what a killed run left half written, and turns SIGTERM into `preempted`,
+    which the training loop looks at. say: where to tell what happened.
+    """
+    def __init__(self, folder, keep: int, say=print):
+        self.folder, self.keep, self.say = Path(folder), keep, say
+        self.preempted = threading.Event()
+        self.thread = self.error = None
+
+    def __enter__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.folder / "lock", "a+")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
+        except BlockingIOError:
+            self.lock.seek(0)
+            raise ValueError(f"{self.folder}: process {self.lock.read() or 'unknown'} is at work on this run: wait for it, or choose "
+                             "another --run_id") from None
+        self.lock.truncate(0)
+        self.lock.write(str(os.getpid()))
+        self.lock.flush()
+        for stale in self.folder.glob("*.tmp"):
+            stale.unlink()
+        # a second SIGTERM only sets the flag again
+        self.handler = signal.signal(signal.SIGTERM, lambda *_: self.preempted.set())
+        return self
+
+    def __exit__(self, *error):
+        try:
+            self.wait()
+        finally:
+            signal.signal(signal.SIGTERM, self.handler)
+            self.lock.close()
+
+    def files(self) -> list[tuple[int, Path]]:
+        """(step, file), oldest step first."""
+        found = ((re.fullmatch(r"checkpoint_step(\d+)\.pt", path.name), path) for path in self.folder.iterdir())
+        return sorted((int(match[1]), path) for match, path in found if match)
+
+    def find(self, which: str | None) -> tuple[Path, dict] | tuple[None, None]:
+        """
+        which: a file; "latest", the newest that is whole; or None, the same, but there may be none yet. Where files are there but
+        none is whole, that is an error: to start from nothing would overwrite them.
+        """
+        files = self.files()
+        if which not in (None, "latest"):
+            path = Path(which)
+            if not path.is_file():
+                raise ValueError(f"{path}: no such file: --resume takes latest or a checkpoint_step*.pt")
+            if files and path.resolve().parent != self.folder.resolve():
+                raise ValueError(f"{self.folder} has checkpoints of its own, which those that follow {path} would overwrite: "
+                                 "choose another --run_id")
+            return path, read(path)
+        for _, path in reversed(files):
+            try:
+                return path, read(path)
+            except Broken as e:
+                self.say(f"skipped {e}")
+        if files:
+            raise ValueError(f"{self.folder}: none of its {len(files)} checkpoints is whole: remove the folder to start afresh, or choose "
+                             "another --run_id")
+        if which:
+            raise ValueError(f"{self.folder}: holds no checkpoint to resume from: leave out --resume to start afresh")
+        return None, None
+
+    def save(self, step: int, state: dict):
+        """Writes a state that nobody will change any more. Raises what went wrong with the save before, if its state was not finite."""
+        self.wait()
+        self.thread = threading.Thread(target=self._save, args=(step, state))
+        self.thread.start()
+
+    def _save(self, step: int, state: dict):
+        path, t0 = self.folder / f"checkpoint_step{step:06d}.pt", time.perf_counter()
+        try:
+            self.error = None
+            if name := not_finite(state):
+                raise FloatingPointError(f"{name} holds a number that is not finite after step {step}: not saved, older checkpoints are "
+                                         f"in {self.folder}")
+            write(path, state)
+            said = f"checkpoint {path}: {path.stat().st_size / 2**20:.1f} MiB in {time.perf_counter() - t0:.1f}s, beside training"
+            older = [file for n, file in self.files() if n < step]
+            for file in older[:max(0, len(older) - self.keep + 1)]:
+                file.unlink()
+        except FloatingPointError as e:
+            self.error = e
+            return
+        except (OSError, RuntimeError) as e:  # a full disk does not end a run
+            self.error = OSError(f"{path}: {getattr(e, 'strerror', None) or e}; older checkpoints are as they were")
+            said = f"checkpoint failed: {self.error}; training goes on"
+        with contextlib.suppress(OSError):  # where the log cannot be written to, the training loop will find out
+            self.say(said)
+
+    def wait(self, must: bool = False):
+        """Until the last save is on the disk. Raises its error, one of the disk only if it must be there."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+            if isinstance(self.error, FloatingPointError) or must and self.error:
+                raise self.error

@@ -1,0 +1,605 @@
+"""
+Stopping and going on: bit-exact resume, SIGTERM, kills inside a save, broken files, refusals.
+    python -m pytest tests/test_checkpoint.py               (-m slow: real processes, killed at random; a soak; other device counts)
+"""
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_train, toy_options, write_shard
+
+import checkpoint
+import train_gpt_xla as t
+from replay import signature
+
+TEMPLATE = "logs/{}/checkpoint_step{:06d}.pt"
+
+def same(a, b, name="") -> None:
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), name
+        for key in a:
+            same(a[key], b[key], f"{name}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), name
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            same(x, y, f"{name}.{i}")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), name
+    else:
+        assert a == b, (name, a, b)
+
+def same_run(a: Path, b: Path):
+    """Two checkpoints, but for the clock and the run's name."""
+    a, b = (checkpoint.read(path) for path in (a, b))
+    for key in a.keys() - {"time", "training_time_ms", "run_id"}:
+        same(a[key], b[key], key)
+
+# -----------------------------------------------------------------------------
+# One process trains once, with a checkpoint after every odd step, then resumes from some of them: the graphs are compiled once.
+
+# the toy run's stages begin at steps 8 and 16, the embedding splits after step 17, a validation comes before step 14, the first
+# training shard ends before step 10, the extension begins at step 24
+POINTS = dict(before_a_stage=6, at_a_stage=8, after_a_stage=10, shard=10, validation=14, before_the_split=16, after_the_split=18,
+              extension=26)
+RUN_ON = 4  # steps after which the resumed runs are stopped, but for the first and the last: what is the same so far stays so
+DRIVER = f"""
+import os, signal
+get_numbers, to_devices, distinct_graphs = t.TrainingManager.get_numbers, t.GPT.to_devices, t.distinct_graphs
+def main(*options, stop=None, poison=None):
+    # stop: two SIGTERMs while this step is in hand. poison: this step's numbers are not numbers. Both without a warm-up
+    def numbers(self):
+        if self.step == stop and self.graph.train:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+        return get_numbers(self) * (float("nan") if self.step == poison else 1)
+    t.TrainingManager.get_numbers = numbers
+    t.distinct_graphs = distinct_graphs if stop is poison is None else lambda args: {{}}
+    try:
+        t.main(sys.argv[1:] + list(options))
+    except SystemExit as e:
+        print("EXIT", options[1], e.code, flush=True)
+def keep_initial(model, dtype):
+    model = to_devices(model, dtype)
+    t.torch.save(dict(model={{"_orig_mod." + name: x for name, x in model.state_dict().items()}}), "initial.pt")
+    t.GPT.to_devices = to_devices
+    return model
+t.GPT.to_devices = keep_initial
+every = ("--save_every", "2", "--keep_checkpoints", "99")
+main("--run_id", "toy", *every)
+main("--run_id", "init", *every, "--seed", "9", "--init_from", "initial.pt", stop=2)
+for n in {sorted(set(POINTS.values()))}:
+    stop = None if n in (6, 26) else n + {RUN_ON - 1}
+    main("--run_id", f"from{{n}}", *every, "--resume", f"logs/toy/checkpoint_step{{n:06d}}.pt", stop=stop)
+main("--run_id", "again", "--save_every", "1000", stop=12)
+main("--run_id", "again", "--save_every", "1000")
+main("--run_id", "nan", "--save_every", "4", "--train_loss_every", "0", poison=9)
+sys.exit(0)
+"""
+
+@pytest.fixture(scope="module")
+def driven(tmp_path_factory, corpus):
+    folder = tmp_path_factory.mktemp("driven")
+    process = run_train(folder, corpus, patch=DRIVER, devices=2, train_loss_every=1, save_checkpoint=True, timeout=1200)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return folder, process.stdout
+
+def losses(log: Path) -> dict[int, list[str]]:
+    return {s: re.findall(rf"^step:{s}/28 .*?((?:val|train)_loss:\S+)", log.read_text(), re.M) for s in range(29)}
+
+@pytest.mark.parametrize("point", POINTS)
+def test_resume_is_bit_exact(driven, point):
+    folder, _ = driven
+    n = POINTS[point]
+    loaders = [checkpoint.read(folder / TEMPLATE.format("toy", i))["loader"] for i in (8, 10)]
+    assert [shard for shard, _ in loaders] == [0, 1], "the first shard is to end here"
+    last = 28 if n in (6, 26) else n + RUN_ON
+    for step in range(n + 2, min(last + 1, 28), 2):
+        same_run(folder / TEMPLATE.format("toy", step), folder / TEMPLATE.format(f"from{n}", step))
+    if last == 28:
+        same(*(torch.load(folder / f"logs/{run}/state_step000028.pt") for run in ("toy", f"from{n}")))
+    whole, resumed = losses(folder / "logs/toy.txt"), losses(folder / f"logs/from{n}.txt")
+    assert {s: x for s, x in whole.items() if n < s <= last} == {s: x for s, x in resumed.items() if x}
+
+def test_sigterm_saves_and_the_same_command_goes_on(driven):
+    folder, stdout = driven
+    assert re.findall(r"^EXIT again (.*)", stdout, re.M) == [str(checkpoint.PREEMPTED)]
+    log = (folder / "logs/again.txt").read_text()
+    assert "SIGTERM: stopped at step 14" in log and "resumed from logs/again/checkpoint_step000014.pt at step 14" in log
+    assert log.count((ROOT / "train_gpt_xla.py").read_text()) == 1, "the source is printed once"
+    assert losses(folder / "logs/again.txt") == losses(folder / "logs/toy.txt")
+    same(*(torch.load(folder / f"logs/{run}/state_step000028.pt") for run in ("toy", "again")))
+    times = [int(x) for x in re.findall(r"train_time:(\d+)ms", log)]
+    assert times == sorted(times), "the clock goes on"
+
+def test_a_loss_that_is_not_finite_is_not_saved(driven):
+    """Step 10 goes wrong; a save at step 12 is the first to look, finds the step, and keeps what is there."""
+    folder, stdout = driven
+    stop, = re.findall("^EXIT nan train_gpt_xla.py: (.*)", stdout, re.M)
+    assert "the loss of step 10 is nan" in stop and stop.endswith("the last good checkpoint is logs/nan/checkpoint_step000008.pt")
+    assert [path.name for path in sorted((folder / "logs/nan").glob("*.pt"))] == [f"checkpoint_step{n:06d}.pt" for n in (4, 8)]
+
+def test_graphs_are_compiled_once(driven):
+    """The resumed runs of the process execute the programs of the first: same shapes, same shardings."""
+    _, stdout = driven
+    assert set(re.findall(r"graphs compiled after warm-up: (\d+)", stdout)) == {"0"}
+
+def test_init_from_takes_upstreams_names(driven):
+    """From toy's initial weights, under another seed."""
+    folder, _ = driven
+    a, b = (checkpoint.read(folder / TEMPLATE.format(run, 4)) for run in ("toy", "init"))
+    for key in ("model", "optimizers", "losses", "loader"):
+        same(a[key], b[key], key)
+
+def test_state_comes_back_with_its_sharding():
+    """On 8 devices: what is set is what is read, and compiled programs still fit."""
+    args, _ = t.parse_args(toy_options(Path()))
+    model = t.GPT(args.vocab_size, args.num_layers, args.num_heads, args.head_dim, args.model_dim, args.block_size).to_devices()
+    manager = t.TrainingManager(model, args)
+    before, generator = signature(manager.tensors()), torch.Generator().manual_seed(1)
+    state = manager.get_state()
+    for i, states in enumerate(state):
+        for values in states.values():
+            values.update({k: torch.randn(x.shape, generator=generator).to(x.dtype) if isinstance(x, torch.Tensor) else 5 + i
+                           for k, x in values.items()})
+    manager.advance_schedule(20)
+    schedule = manager.get_schedule()
+    manager.reset()
+    manager.set_state(state, schedule)
+    assert signature(manager.tensors()) == before
+    same(manager.get_state(), state)
+    same(manager.get_schedule(), schedule)
+    assert schedule["ws_long"] == 11 and schedule["yarn"]["attn_scale"] != 0.1
+
+# -----------------------------------------------------------------------------
+# Broken files and refusals: one line each, and the folder stays as it was
+
+@pytest.fixture
+def refused(driven, tmp_path, corpus, monkeypatch, capsys):
+    """main() in this process on a folder with the toy run's checkpoints of steps 12 and 14; spoil(path of 14) comes first."""
+    def run(spoil, *words: str, options=("--resume",), **fields):
+        folder = tmp_path / "logs/toy"
+        folder.mkdir(parents=True)
+        for step in (12, 14):
+            shutil.copy(driven[0] / TEMPLATE.format("toy", step), folder)
+        spoil(folder / "checkpoint_step000014.pt")
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(t, "prefetch", lambda *args: pytest.fail("not refused before the warm-up"))
+        with pytest.raises(SystemExit) as e:
+            t.main([*toy_options(corpus, **dict(train_loss_every=1, save_checkpoint=True) | fields), *options])
+        assert e.value.code.startswith("train_gpt_xla.py: ") and "\n" not in e.value.code, e.value.code
+        for word in words:
+            assert word in e.value.code, (word, e.value.code)
+        assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "lock"} == before
+    return run
+
+def edited(change):
+    """Spoils a checkpoint with a valid checksum."""
+    def spoil(path: Path):
+        state = checkpoint.read(path)
+        change(state)
+        checkpoint.write(path, state)
+    return spoil
+
+def cut(path: Path):
+    os.truncate(path, path.stat().st_size // 2)
+
+def flip(path: Path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 4
+    path.write_bytes(data)
+
+BROKEN = {
+    "truncated": (cut, ["step000014.pt", "cut short"]),
+    "flipped bit": (flip, ["step000014.pt", "checksum", "--resume PATH"]),
+    "missing optimizer": (edited(lambda s: s["optimizers"].pop()), ["step000014.pt", "optimizers: 1 instead of 2"]),
+    "missing moment": (edited(lambda s: s["optimizers"][0]["scalars"].pop("exp_avg")), ["DistAdam: scalars: exp_avg is missing"]),
+    "missing loader position": (edited(lambda s: s.pop("loader")), ["step000014.pt", "loader is missing", "--run_id"]),
+    "wrong shape": (edited(lambda s: s["optimizers"][1]["mlp"].update(master=torch.zeros(24, 128, 16))), ["mlp: master", "(24, 128, 16)"]),
+    "wrong weight": (edited(lambda s: s["model"].update({"embed.weight": torch.zeros(384, 16)})), ["embed.weight", "(384, 16)"]),
+    "extra key": (edited(lambda s: s.update(surprise=1)), ["surprise is unknown"]),
+    "extra parameter": (edited(lambda s: s["model"].update(surprise=torch.ones(1))), ["surprise is not a parameter"]),
+    "another format": (lambda path: np.savez(path.open("wb"), a=np.ones(3)), ["step000014.pt", "not a checkpoint", "--init_from"]),
+    "upstream's": (lambda path: torch.save(dict(step=1, code="", model={}, optimizers=[]), path), ["not a checkpoint", "--init_from"]),
+    "newer version": (edited(lambda s: s.update(version=2)), ["version 2", "reads 1"]),
+}
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_checkpoint(refused, case):
+    spoil, words = BROKEN[case]
+    refused(spoil, *words, options=("--resume", "logs/toy/checkpoint_step000014.pt"))
+
+def test_empty_folder(refused):
+    refused(lambda path: [file.unlink() for file in path.parent.iterdir()], "logs/toy", "no checkpoint", "--resume")
+
+def test_nothing_whole_is_not_a_fresh_start(refused):
+    refused(lambda path: [cut(file) for file in path.parent.iterdir()], "none of its 2 checkpoints is whole", options=(), save_every=5)
+
+@pytest.mark.parametrize("fields, words", [
+    (dict(vocab_size=302), ["vocab_size was 301, now it is 302", "--run_id"]),
+    (dict(head_dim=16, model_dim=64), ["head_dim was 8, now it is 16"]),
+    (dict(seed=3), ["seed was 0, now it is 3"]),
+    (dict(train_bs_schedule="512,1024,2048"), ["train_bs_schedule was (512, 1024, 1536), now it is (512, 1024, 2048)"]),
+])
+def test_other_hyperparameters(refused, fields, words):
+    refused(lambda path: None, *words, **fields)
+
+def test_other_data(refused, corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "data")
+    tokens = np.fromfile(corpus / "train_001.bin", dtype=np.uint16)[512:]
+    tokens[5] = tokens[6]
+    write_shard(tmp_path / "data/train_001.bin", tokens)
+    refused(lambda path: None, "shard 2 of train_files was train_001.bin", train_files=tmp_path / "data/train_*.bin")
+
+def test_another_runs_checkpoints_are_not_overwritten(refused, driven):
+    other = driven[0] / TEMPLATE.format("toy", 6)
+    refused(lambda path: None, "logs/toy has checkpoints of its own", options=("--resume", str(other)))
+
+def test_a_run_that_saves_needs_a_name(capsys):
+    for options in (["--save_every", "5"], ["--resume"]):
+        with pytest.raises(SystemExit) as e:
+            t.main(options)
+        assert e.value.code == 2 and "need --run_id NAME" in capsys.readouterr().err
+
+# -----------------------------------------------------------------------------
+# Files: kills inside a save, disks, locks. The state is small and there is no model, so that a case takes a moment.
+
+def small(step: int, x=0.0) -> dict:
+    return dict.fromkeys(checkpoint.KEYS, 0) | dict(version=checkpoint.VERSION, step=step, model=dict(x=torch.as_tensor(x)))
+
+KILLS = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+import checkpoint
+torch.set_num_threads(1)
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+save = 6  # the one that is struck
+
+def train(folder, steps=12):
+    said = []
+    with checkpoint.Checkpoints(folder, 2, said.append) as checkpoints:
+        _, saved = checkpoints.find(None)
+        start, x = (saved["step"], saved["model"]["x"]) if saved else (0, torch.ones(500_000))
+        for step in range(start, steps):
+            x = torch.sin(1.7 * x + step)
+            state = dict.fromkeys(checkpoint.KEYS, 0) | dict(version=checkpoint.VERSION, step=step + 1, model=dict(x=x))
+            checkpoints.save(step + 1, state)
+    assert not any(s.startswith("skipped") for s in said), said
+    torch.save(x, Path(folder) / "result")
+
+def run(fn, *args, after=None):
+    pid = os.fork()
+    if not pid:
+        try:
+            fn(*args)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if after is not None:
+        time.sleep(after)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1]
+
+def strike(place, name, n, before):
+    # dies at the n-th call of place.name
+    real, calls = getattr(place, name), []
+    def fake(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == n and before:
+            die()
+        result = real(*args, **kwargs)
+        if len(calls) == n:
+            die()
+        return result
+    setattr(place, name, fake)
+
+checkpoint.open = open
+def opening(*args):
+    if args[-1] == "wb" and "000006" in str(args[0]):
+        die()
+    return open(*args)
+def half(self, data):
+    if "000006" in self.file.name and len(data) > 1000:
+        self.file.write(bytes(data)[:len(data) // 2])
+        self.file.flush()
+        die()
+    return write(self, data)
+write = checkpoint.Hashing.write
+# what to do in the child, and the newest checkpoint that must be there afterwards
+points = dict(
+    before_the_temporary_file=(lambda: setattr(checkpoint, "open", opening), 5),
+    in_the_middle_of_it=(lambda: setattr(checkpoint.Hashing, "write", half), 5),
+    before_fsync=(lambda: strike(os, "fsync", 2 * save - 1, True), 5),
+    after_fsync=(lambda: strike(os, "fsync", 2 * save - 1, False), 5),
+    before_rename=(lambda: strike(os, "replace", save, True), 5),
+    after_rename=(lambda: strike(os, "replace", save, False), 6),
+    during_pruning=(lambda: strike(Path, "unlink", save - 2, False), 6),
+    before_exit=(lambda: strike(torch, "save", 13, True), 12),  # 12 checkpoints, then the result
+)
+def killed(folder, prepare):
+    prepare()
+    train(folder)
+
+def check(name, folder, status, newest=None):
+    assert os.WIFSIGNALED(status) or name.startswith("random"), (name, status)
+    steps = []
+    def look():
+        with checkpoint.Checkpoints(folder, 2) as checkpoints:
+            path, state = checkpoints.find("latest")
+            assert state["step"] == int(path.stem[-6:]) and newest in (None, state["step"]), (name, state["step"], newest)
+    assert run(look) == 0, name
+    assert run(train, folder) == 0, name
+    assert torch.equal(torch.load(folder / "result"), reference), name
+    print("OK", name, flush=True)
+
+t0 = time.perf_counter()
+assert run(train, "whole") == 0
+duration = time.perf_counter() - t0
+reference = torch.load("whole/result")
+for name, (prepare, newest) in points.items():
+    check(name, Path(name), run(killed, name, prepare), newest)
+random.seed(int(sys.argv[1]))
+for i in range(20):
+    folder = Path(f"random{i}")
+    assert run(train, folder, 1) == 0  # so that there is something to lose
+    (folder / "result").unlink()
+    check(folder.name, folder, run(train, folder, after=random.uniform(0, duration)))
+"""
+
+def python(folder: Path, code: str, *args: str) -> str:
+    process = subprocess.run([sys.executable, "-c", code, *args], cwd=folder, env=os.environ | dict(PYTHONPATH=str(ROOT)),
+                             capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout
+
+def test_sigkill_loses_nothing(tmp_path):
+    """28 of 28: a whole checkpoint is there, nothing half written is taken for one, and the resumed run ends in the same bits."""
+    assert len(re.findall("^OK ", python(tmp_path, KILLS, "0"), re.M)) == 28
+
+def test_order_of_writing(tmp_path, monkeypatch):
+    """What a power cut needs: data on the disk before the name, the name on the disk before an older file goes."""
+    order = []
+    def note(place, name):
+        real = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *args: order.append(name) or real(*args))
+    with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, small(1))
+        checkpoints.wait()
+        for place, name in ((os, "fsync"), (os, "replace"), (Path, "unlink")):
+            note(place, name)
+        checkpoints.save(2, small(2))
+    assert order == ["fsync", "replace", "fsync", "unlink"]
+
+def test_disk_full(tmp_path):
+    said = []
+    with checkpoint.Checkpoints(tmp_path, 2, said.append) as checkpoints:
+        checkpoints.save(1, small(1))
+        checkpoints.wait()
+        (tmp_path / "checkpoint_step000002.pt.tmp").symlink_to("/dev/full")
+        checkpoints.save(2, small(2))
+        checkpoints.wait()
+        assert "No space left on device" in said[-1] and "step000002.pt" in said[-1] and "\n" not in said[-1]
+        assert not list(tmp_path.glob("*.tmp")), "what was written is given back"
+        assert checkpoints.find("latest")[1]["step"] == 1
+        (tmp_path / "checkpoint_step000003.pt.tmp").symlink_to("/dev/full")
+        checkpoints.save(3, small(3))
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.wait(must=True)
+        checkpoints.save(4, small(4))  # there is room again
+        checkpoints.wait(must=True)
+        assert checkpoints.find("latest")[1]["step"] == 4
+
+READ_ONLY = """
+import os, checkpoint
+os.chmod("run", 0o555)
+if os.getuid() == 0:
+    os.setuid(65534)
+try:
+    with checkpoint.Checkpoints("run", 2) as checkpoints:
+        pass
+except OSError as e:
+    print(e)
+"""
+
+def test_read_only_folder(tmp_path):
+    with checkpoint.Checkpoints(tmp_path / "run", 2) as checkpoints:
+        checkpoints.save(1, small(1))
+    tmp_path.chmod(0o755)
+    try:
+        assert "Permission denied: 'run/" in python(tmp_path, READ_ONLY)
+        assert checkpoint.read(checkpoints.files()[0][1])["step"] == 1
+    finally:
+        (tmp_path / "run").chmod(0o755)
+
+def test_stale_temporary_file(tmp_path):
+    (tmp_path / "checkpoint_step000007.pt.tmp").write_bytes(b"half of a checkpoint")
+    with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.find(None) == (None, None) and not list(tmp_path.glob("*.tmp"))
+
+def test_two_runs_in_one_folder(tmp_path):
+    with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
+        checkpoints.save(1, small(1))
+        with pytest.raises(ValueError, match=rf"process {os.getpid()} is at work on this run: wait for it, or choose another --run_id"):
+            checkpoint.Checkpoints(tmp_path, 2).__enter__()
+    with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:  # free again
+        assert checkpoints.find("latest")[1]["step"] == 1
+
+def test_the_newest_are_kept_and_latest_passes_over_a_broken_one(tmp_path):
+    said = []
+    with checkpoint.Checkpoints(tmp_path, 3, said.append) as checkpoints:
+        for step in range(1, 8):
+            checkpoints.save(step, small(step))
+        checkpoints.wait()
+        assert [step for step, _ in checkpoints.files()] == [5, 6, 7]
+        flip(checkpoints.files()[-1][1])
+        assert checkpoints.find("latest")[1]["step"] == 6
+        assert said[-1].startswith("skipped") and "step000007.pt" in said[-1]
+        cut(checkpoints.files()[-2][1])
+        assert checkpoints.find(None)[1]["step"] == 5
+        checkpoints.save(6, small(6))  # going on from 5: the broken 7 must not push it out
+        checkpoints.wait()
+        assert checkpoints.find(None)[1]["step"] == 6
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
+        checkpoints.save(1, small(1))
+        checkpoints.save(2, small(2, [1.0, float("inf")]))
+        with pytest.raises(FloatingPointError, match="model.x holds .* after step 2"):
+            checkpoints.save(3, small(3))
+        assert [step for step, _ in checkpoints.files()] == [1]
+
+def test_sigterm_twice(tmp_path):
+    with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)
+        assert checkpoints.preempted.is_set()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+# -----------------------------------------------------------------------------
+# Real processes, with one device and one stage: what is slow is starting them
+
+ONE_STAGE = dict(train_bs_schedule="512", ws_schedule="3", ws_final=3, ws_validate_post_yarn_ext=3, num_extension_iterations=0,
+                 split_embed_frac=1.0, train_loss_every=1)
+SHORT = ONE_STAGE | dict(val_tokens=2048, save_checkpoint=True)
+
+def start(folder: Path, corpus: Path, *options: str, patch: str = "", **fields) -> subprocess.Popen:
+    """The script in a process of its own, on one device, its output in folder/output."""
+    patch = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train_gpt_xla as t\n{patch}\nt.main()"
+    env = os.environ | dict(PJRT_DEVICE="CPU", CPU_NUM_DEVICES="1", XLA_FLAGS="--xla_backend_optimization_level=0")
+    with open(folder / "output", "a") as out:
+        return subprocess.Popen([sys.executable, "-c", patch, *options, *toy_options(corpus, **SHORT | fields)], cwd=folder, env=env,
+                                stdout=out, stderr=subprocess.STDOUT)
+
+def curve(log: Path) -> dict[str, str]:
+    """Losses by step and kind; steps that were run twice must have had the same."""
+    result = {}
+    for step, loss in re.findall(r"^step:(\d+)/\d+ .*?((?:val|train)_loss:\S+)", log.read_text(), re.M):
+        kind = loss.split(":")[0]
+        assert result.setdefault(f"{step} {kind}", loss) == loss, (step, loss)
+    return result
+
+def same_end(a: Path, b: Path, steps: int):
+    assert curve(a / "logs/toy.txt") == curve(b / "logs/toy.txt")
+    same(*(torch.load(folder / f"logs/toy/state_step{steps:06d}.pt") for folder in (a, b)))
+
+@pytest.fixture(scope="session")
+def long_corpus(tmp_path_factory):
+    """Enough for 2,000 steps, in shards that end within them."""
+    from conftest import make_tokens
+    folder = tmp_path_factory.mktemp("long")
+    for i in range(8):
+        write_shard(folder / f"train_{i:03d}.bin", make_tokens(250_000, 10 + i))
+    write_shard(folder / "val_000.bin", make_tokens(6_000, 3))
+    return folder
+
+def whole(folder: Path, corpus: Path, **fields) -> Path:
+    folder.mkdir()
+    assert start(folder, corpus, **fields).wait() == 0, (folder / "output").read_text()[-3000:]
+    return folder
+
+def until_step(folder: Path, process, step: int):
+    log = folder / "logs/toy.txt"
+    while process.poll() is None and not (log.exists() and re.search(rf"^step:{step}/\d+ train_time", log.read_text(), re.M)):
+        time.sleep(0.02)
+
+@pytest.mark.slow
+def test_sigterm_ten_times(tmp_path, long_corpus):
+    """One run, stopped by two SIGTERMs ten times and started again by the same command each time."""
+    fields = dict(num_scheduled_iterations=66, val_loss_every=0)
+    reference = whole(tmp_path / "whole", long_corpus, **fields)
+    folder = tmp_path / "stopped"
+    folder.mkdir()
+    for i in range(10):
+        process = start(folder, long_corpus, save_every=1000, **fields)
+        until_step(folder, process, 6 * (i + 1))
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == checkpoint.PREEMPTED, (folder / "output").read_text()[-3000:]
+    assert start(folder, long_corpus, save_every=1000, **fields).wait() == 0
+    assert len(re.findall("^SIGTERM: stopped at", (folder / "logs/toy.txt").read_text(), re.M)) == 10
+    same_end(reference, folder, 66)
+
+@pytest.mark.slow
+def test_sigkill_of_real_runs(tmp_path, long_corpus):
+    """Killed five times at random moments after the first checkpoint, and gone on."""
+    fields = dict(num_scheduled_iterations=66, val_loss_every=0)
+    reference = whole(tmp_path / "whole", long_corpus, **fields)
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for i in range(5):
+        process = start(folder, long_corpus, save_every=3, **fields)
+        until_step(folder, process, 10 * (i + 1))
+        time.sleep(random.uniform(0, 0.3))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert start(folder, long_corpus, save_every=3, **fields).wait() == 0
+    same_end(reference, folder, 66)
+
+# dies when it comes to one of these steps for the first time
+SOAK = """
+import os, signal
+from pathlib import Path
+advance = t.TrainingManager.advance_schedule
+def die(self, step, train=True):
+    if step % 200 == 187 and train and not (mark := Path(f"died{step}")).exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return advance(self, step, train)
+t.TrainingManager.advance_schedule = die
+"""
+
+@pytest.mark.slow
+def test_soak(tmp_path, long_corpus):
+    """2,000 steps with a save every 50 and a kill every 200: the undisturbed run's losses and its last state."""
+    fields = dict(num_scheduled_iterations=2000, val_loss_every=500)
+    reference = whole(tmp_path / "whole", long_corpus, **fields)
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    codes = []
+    while (code := start(folder, long_corpus, patch=SOAK, save_every=50, **fields).wait()) == -signal.SIGKILL:
+        codes.append(code)
+    assert code == 0 and len(codes) == 10, ((folder / "output").read_text()[-3000:], codes)
+    same_end(reference, folder, 2000)
+
+# preempted two steps after it has gone on
+STOP_AFTER_A_SAVE = """
+advance = t.TrainingManager.advance_schedule
+start = []
+def stop(self, step, train=True):
+    import glob, os, signal
+    last = max(int(f[-9:-3]) for f in glob.glob("logs/moved/checkpoint_*.pt"))
+    start.append(last)
+    if train and step == start[0] + 2 and "resumed" in open("logs/moved.txt").read().rsplit("=" * 100, 1)[-1]:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return advance(self, step, train)
+t.TrainingManager.advance_schedule = stop
+"""
+
+@pytest.mark.slow
+def test_another_number_of_devices(tmp_path, corpus):
+    """In float32, stopped on 8 devices, gone on with on 4, 2, 1 and 8: the losses of the run on 8 to 1e-6."""
+    fields = ONE_STAGE | dict(dtype="float32", num_scheduled_iterations=18, val_loss_every=0, save_every=4, keep_checkpoints=99)
+    assert run_train(tmp_path, corpus, run_id="whole", **fields).returncode == 0
+    (tmp_path / "logs/moved").mkdir()
+    shutil.copy(tmp_path / TEMPLATE.format("whole", 4), tmp_path / "logs/moved")
+    for devices in (4, 2, 1, 8):
+        patch = "" if devices == 8 else STOP_AFTER_A_SAVE
+        process = run_train(tmp_path, corpus, "--resume", devices=devices, patch=patch, run_id="moved", **fields)
+        assert process.returncode == (0 if devices == 8 else checkpoint.PREEMPTED), process.stderr[-3000:]
+        assert f"'devices': {dict(zip((4, 2, 1, 8), (8, 4, 2, 1)))[devices]}" in process.stdout
+    for step in range(8, 18, 4):
+        a, b = (checkpoint.read(tmp_path / TEMPLATE.format(run, step))["losses"] for run in ("whole", "moved"))
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
