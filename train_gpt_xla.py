@@ -24,7 +24,6 @@ import time
 import uuid
 import warnings
 from dataclasses import dataclass, field, fields
-from dataclasses import replace as with_values
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own progress notes
@@ -846,6 +845,42 @@ def distinct_graphs(args: "Hyperparameters") -> dict[Graph, list[int]]:
             graphs.setdefault(get_graph(step, args), []).append(step)
     return graphs
 
+def flops_per_token(graph: Graph, args: "Hyperparameters") -> float:
+    """
+    FLOPs of training on one token with this graph, forward and backward (two products for each one forward): 6 for each weight of
+    attention, MLPs and lm_head, 12 x model_dim for each key that a query sees. Those are the keys in its window in a document of
+    train_max_seq_len tokens, which is an upper bound: few documents are that long. Not counted: gates, embeddings, optimizers,
+    whatever the backward pass computes again.
+    """
+    d, length, block = args.model_dim, args.train_max_seq_len, args.block_size
+    weights = (args.num_layers - 1) * 4 * d * d + args.num_layers * 8 * d * d + next_multiple_of_n(args.vocab_size, n=128) * d
+    def keys(window, length):
+        window = min(window, length - 1)
+        return (window + 1) * (1 - window / (2 * length))  # the mean of min(i, window) + 1 over i < length
+    short, long = graph.ws_short * block, graph.ws_long * block
+    return 6 * weights + 12 * d * (4 * keys(short, 2 * length) + 4 * keys(short, length) + 2 * keys(long, length))  # 4 of paired heads
+
+def work_until(args: "Hyperparameters") -> tuple[list[int], list[float]]:
+    """Tokens and FLOPs of all training steps before step 0, 1, ... num_iterations."""
+    tokens = [get_bs(step, args) for step in range(args.num_iterations)]
+    flops = [n * flops_per_token(get_graph(step, args), args) for step, n in enumerate(tokens)]
+    return list(itertools.accumulate(tokens, initial=0)), list(itertools.accumulate(flops, initial=0.0))
+
+# Peak of bfloat16 products, FLOP/s a chip, by PCI id (SPMD hides the device's kind): docs.cloud.google.com/tpu/docs/v6e, v5p, v5e
+PEAK_FLOPS = {"0x006f": 918e12, "0x0062": 459e12, "0x0063": 197e12}
+
+def peak_flops(pci: str = "/sys/bus/pci/devices") -> float | None:
+    """Of all devices together; None where there is none in the table, as on a CPU."""
+    kinds = {(vendor.parent / "device").read_text().strip() for vendor in Path(pci).glob("*/vendor")
+             if vendor.read_text().strip() == "0x1ae0"}
+    chips = [PEAK_FLOPS[kind] for kind in kinds if kind in PEAK_FLOPS]
+    return chips[0] * xr.global_runtime_device_count() if xr.device_type() == "TPU" and len(chips) == 1 else None
+
+def speed(work: tuple[list[int], list[float]], first: int, stop: int, ms: float, peak: float | None) -> str:
+    """For the log: ms a step, tokens/s and, where the peak is known, MFU of steps first to stop - 1, which took ms in all."""
+    tokens, flops = (x[stop] - x[first] for x in work)
+    return f" ms:{ms / (stop - first):.2f} tok/s:{1000 * tokens / ms:.0f}" + (f" mfu:{flops / ms / peak * 1e5:.1f}%" if peak else "")
+
 class TrainingManager():
     """
     Owns the optimizers and all that changes from step to step.
@@ -1045,15 +1080,22 @@ presets = {
 # Validation losses of the CUDA record's own log, by step
 RECORD_VAL_LOSS = {0: 10.8309, 250: 4.6062, 500: 4.2740, 750: 4.0061, 1000: 3.7358, 1250: 3.5104, 1500: 3.3792, 1750: 3.2870, 1775: 3.2807}
 
+def is_record(args: Hyperparameters) -> bool:
+    """Whether losses of a run with args compare with RECORD_VAL_LOSS: all is the record's but for paths, seed and what is logged."""
+    own = {name: getattr(args, name) for name in ("run_id", "seed", "train_files", "val_files", "val_loss_every", "train_loss_every",
+                                                  "save_checkpoint")}
+    return args == Hyperparameters(**own)
+
 # Flags of libtpu, for the run and for compilation ahead of time (tools/aot_v6e.py). One a line, each with its reason.
 LIBTPU_INIT_ARGS = " ".join([
     "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",  # or each sharded weight gradient becomes a loop of small matmuls
 ])
 
 def parse_args(argv: list[str]) -> tuple[Hyperparameters, argparse.Namespace]:
-    """--preset NAME, --no_replay and --FIELD VALUE for any field of Hyperparameters. A field that does not exist is refused."""
+    """--preset NAME, --price DOLLARS, --no_replay and --FIELD VALUE for any field of Hyperparameters. An unknown field is refused."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], add_help=True, allow_abbrev=False)
     parser.add_argument("--preset", choices=presets, default="record")
+    parser.add_argument("--price", type=float, metavar="DOLLARS", help="of the machine for an hour: the log ends with what the run cost")
     parser.add_argument("--no_replay", action="store_true", help="trace every step instead of replaying it: slower, for debugging")
     defaults = Hyperparameters(run_id="")
     for f in fields(Hyperparameters):
@@ -1069,6 +1111,8 @@ def parse_args(argv: list[str]) -> tuple[Hyperparameters, argparse.Namespace]:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
         parser.error(f"{unknown[0]} is not an option" + (f": did you mean {near[0]}?" if near else ", see --help"))
+    if known.price is not None and not 0 <= known.price < math.inf:
+        parser.error(f"--price {known.price:g} is not a number of dollars")
     values = {f.name: getattr(known, f.name) for f in fields(Hyperparameters) if hasattr(known, f.name)}
     args = presets[known.preset](**values)
     data_path = os.environ.get("DATA_PATH", ".")
@@ -1109,8 +1153,9 @@ def unigram_entropy(args: Hyperparameters) -> float:
     p = np.bincount(tokens) / len(tokens)
     return float(-(p[p > 0] * np.log(p[p > 0])).sum())
 
-def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
-    """The whole run: set up, warm up, train, validate. Returns the last validation loss."""
+def train(args: Hyperparameters, replay: bool = True, code: str = "", price: float | None = None) -> float:
+    """The whole run: set up, warm up, train, validate. price: dollars an hour. Returns the last validation loss."""
+    start = time.perf_counter()
     check_args(args)
     for file in get_files(args.train_files) + get_files(args.val_files):
         check_data_shard(file)
@@ -1194,8 +1239,6 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
     #            Warmup kernels            #
     ########################################
     graphs = distinct_graphs(args)
-    is_record = with_values(args, run_id="", seed=0, val_loss_every=250, train_files="", val_files="") == \
-        Hyperparameters(run_id="", train_files="", val_files="")
     print0(f"Compiling {len(graphs)} graphs and warming up", console=True)
     # Run each distinct step once on real data, then put the state back so that nothing is learned off the clock
     initial_state = model.state_dict()
@@ -1229,6 +1272,8 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
 
     training_time_ms = 0
     last = None, None
+    timed = 0, 0.0  # steps that had finished when a loss was last read, and the training time then
+    work, peak = work_until(args), peak_flops()
     # start the clock
     xm.wait_device_ops()
     t0 = time.perf_counter()
@@ -1249,7 +1294,7 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
                 xm.mark_step()
             val_loss = torch.stack([losses.cpu() for losses in val_losses]).mean().item()
             check_finite(val_loss, f"the validation at step {step}")
-            record = RECORD_VAL_LOSS.get(step) if is_record else None
+            record = RECORD_VAL_LOSS.get(step) if is_record(args) else None
             record = "" if record is None else f" record:{record:.4f} ({val_loss - record:+.4f})"
             print0(f"step:{step}/{train_steps} val_loss:{val_loss:.4f} train_time:{training_time_ms:.0f}ms "
                    f"step_avg:{training_time_ms/max(step, 1):.2f}ms{record}", console=True)
@@ -1271,9 +1316,13 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
 
         # logging
         train_loss = ""
-        if args.train_loss_every > 0 and (step + 1) % args.train_loss_every == 0:
+        if args.train_loss_every > 0 and (step + 1) % args.train_loss_every == 0 and step > timed[0]:
             # the step before this one has finished, or nearly: reading it leaves the devices busy with this one
             train_loss = f" train_loss:{read_loss(*last):.4f}"
+            ms = training_time_ms + 1000 * (time.perf_counter() - t0) - timed[1]
+            train_loss += speed(work, timed[0], step, ms, peak)
+            train_loss += f" eta:{ms / 1000 * (work[1][-1] - work[1][step]) / (work[1][step] - work[1][timed[0]]):.0f}s"
+            timed = step, timed[1] + ms
         last = step, losses
         approx_training_time_ms = training_time_ms + 1000 * (time.perf_counter() - t0)
         print0(f"step:{step+1}/{train_steps} train_time:{approx_training_time_ms:.0f}ms "
@@ -1282,6 +1331,11 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
 
     train_loader.close()
     bar.close()
+    print0(f"whole run:{speed(work, 0, train_steps, training_time_ms, peak)}", console=True)
+    if price is not None:
+        dollars = [price * seconds / 3600 for seconds in (training_time_ms / 1000, time.perf_counter() - start)]
+        print0(f"cost at ${price:g} an hour: ${dollars[0]:.2f} for the training time, ${dollars[1]:.2f} with set-up, compilation and "
+               "validation", console=True)
     print0(f"graphs compiled after warm-up: {graphs_compiled() - compiled}", console=True)
     print0(f"operations run on the host: {', '.join(operations_on_host()) or 'none'}", console=True)
     try:
@@ -1296,7 +1350,7 @@ def main(argv: list[str] | None = None):
         code = f.read()  # first of all: the log must hold what ran, whatever is edited meanwhile
     args, options = parse_args(sys.argv[1:] if argv is None else argv)
     try:
-        train(args, replay=not options.no_replay, code=code)
+        train(args, replay=not options.no_replay, code=code, price=options.price)
     except (ValueError, EOFError, OSError, FloatingPointError) as e:
         if os.environ.get("TRACEBACK"):
             raise

@@ -7,12 +7,16 @@ import math
 import re
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
 import diff_upstream
+import plot_log
 import record_stats
+
+import train_gpt_xla as t
 
 # the final losses and times that upstream publishes with record #60, and its p
 LOSSES = [3.2790, 3.2798, 3.2776, 3.2798, 3.2792, 3.2768, 3.2785, 3.2807, 3.2793, 3.2774]
@@ -207,3 +211,115 @@ def test_bad_upstream(tmp_path, upstream):
     assert "this project's own" in one_line(diff_upstream, ROOT / "train_gpt_xla.py")
     assert "Is a directory" in one_line(diff_upstream, tmp_path)
     assert "did you mean GPT.forward?" in one_line(diff_upstream, upstream, "--name", "GPT.fowrard")
+
+# -----------------------------------------------------------------------------
+# plot_log.py
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What plot_log.py draws: for each of the two pictures its curves [(label, x, y)], its texts, its vertical lines."""
+    found = []
+    def keep(figure):
+        for ax in figure.axes:
+            lines = [(line.get_label(), list(line.get_xdata()), list(line.get_ydata())) for line in ax.get_lines()]
+            found.append(([x for x in lines if len(x[1]) != 2 or x[1][0] != x[1][1]], [text.get_text() for text in ax.texts],
+                          [x[1][0] for x in lines if len(x[1]) == 2 and x[1][0] == x[1][1]]))
+    monkeypatch.setattr(plot_log.plt, "close", keep)
+    return found
+
+def test_plot_of_a_rehearsal(tmp_path, drawn):
+    fields = ("num_scheduled_iterations=9, num_extension_iterations=3, train_bs_schedule=(512, 1024, 1536), train_bs_extension=1536, "
+              "ws_schedule=(3, 7, 11), block_size=16, of_a_later_version=1")
+    log = write_log(tmp_path / "a.txt", 2.7474, 60, 12, f"Hyperparameters({fields})\n",
+                    " train_loss:3.1000 ms:5000.00 tok/s:100 eta:9s")
+    plot_log.main([str(log), "-o", str(tmp_path / "a.png")])
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    (steps, texts, marks), (times, _, time_marks) = drawn
+    assert steps == [("a: 2.7474", [0, 12], [10.8309, 2.7474]), ("training, all its targets", list(range(1, 13)), [3.1] * 12)]
+    assert [x[1] for x in times] == [[0, 60], [5.0 * s for s in range(1, 13)]]
+    assert texts == ["512 tokens\nwindows 16, 48", "1,024 tokens\nwindows 48, 112", "1,536 tokens\nwindows 80, 176",
+                     "1,536 tokens\nwindows 96, 208"]
+    assert marks == [3, 6, 9] and time_marks == [15.0, 30.0, 45.0]
+
+def test_plot_of_record_runs_has_the_cuda_record(tmp_path, drawn):
+    logs = [write_log(tmp_path / f"{i}.txt", 3.27 + i / 100, steps=1775) for i in range(2)]
+    plot_log.main([*map(str, logs), "-o", str(tmp_path / "a.png")])
+    labels = {label: (x, y) for label, x, y in drawn[0][0]}
+    assert {"0: 3.2700", "1: 3.2800", "CUDA record: 3.2807"} <= set(labels)
+    assert labels["CUDA record: 3.2807"] == (list(t.RECORD_VAL_LOSS), list(t.RECORD_VAL_LOSS.values()))
+    assert drawn[0][2] == [579, 1157, 1735], "stages of the record"
+    # another number of steps is another run
+    drawn.clear()
+    plot_log.main([str(write_log(tmp_path / "b.txt", steps=1774)), "-o", str(tmp_path / "a.png")])
+    assert not any("CUDA" in label for label, _, _ in drawn[0][0]) and not drawn[0][2]
+
+def test_plot_of_an_unfinished_run_and_bad_input(tmp_path, drawn):
+    path = write_log(tmp_path / "a.txt", header=OURS)
+    path.write_text(path.read_text()[:path.read_text().index("step:3/4") + 30])
+    plot_log.main([str(path), "-o", str(tmp_path / "a.png")])
+    assert drawn[0][0][0][:2] == ("a: 10.8309", [0])
+    path.write_text("")
+    assert "a.txt is empty" in one_line(plot_log, path, "-o", tmp_path / "a.png")
+    path.write_text("epoch 1 loss 3.0")
+    assert "is no log of" in one_line(plot_log, path, "-o", tmp_path / "a.png")
+    assert "No such file" in one_line(plot_log, tmp_path / "none.txt", "-o", tmp_path / "a.png")
+    path = write_log(path)
+    assert "no folder" in one_line(plot_log, path, "-o", tmp_path / "none" / "a.png")
+    assert "not supported" in one_line(plot_log, path, "-o", tmp_path / "a.xyz")
+
+# -----------------------------------------------------------------------------
+# The figures of the log line
+
+def test_flops_are_those_of_the_model(monkeypatch):
+    """Counted by torch in a whole forward and backward pass; attention apart, by the windows that the model asks for."""
+    from torch.utils.flop_counter import FlopCounterMode
+    args = t.Hyperparameters(vocab_size=301, num_heads=2, head_dim=64, model_dim=128, block_size=16, train_max_seq_len=64)
+    windows = []
+    monkeypatch.setattr(t, "window_attention", lambda q, k, v, documents, window, scale, paired: windows.append((window, paired)) or v)
+    model = t.GPT(args.vocab_size, args.num_layers, args.num_heads, args.head_dim, args.model_dim, args.block_size).float()
+    graph = t.get_graph(0, args)
+    tokens = t.torch.zeros(8, 64, dtype=t.torch.int32)
+    yarn = t.torch.tensor(model.yarn.numbers())
+    config = t.ForwardScheduleConfig(t.torch.ones(graph.n_mtp), graph.ws_short, graph.ws_long, yarn, yarn)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, tokens, tokens, config).sum().backward()
+    keys = sum(np.mean([min(i, window) + 1 for i in range(64 * (1 + paired))]) for window, paired in windows)
+    counted = counter.get_total_flops() / tokens.numel() + 12 * args.model_dim * keys
+    assert t.flops_per_token(graph, args) == pytest.approx(counted, rel=0.01), "gates may make one percent"
+
+def test_flops_of_the_record():
+    args = t.Hyperparameters()
+    tokens, flops = t.work_until(args)
+    assert len(tokens) == 1776 and tokens[0] == 0 and tokens[-1] == 579 * 131072 + 578 * 262144 + (578 + 40) * 393216
+    weights = 10 * 4 * 768**2 + 11 * 8 * 768**2 + 50304 * 768
+    keys = 8 * 126 + 2 * 349  # of windows of 128 and 384, in documents of 2048 tokens
+    assert flops[1] / tokens[1] == pytest.approx(6 * weights + 12 * 768 * keys, rel=1e-4)
+    assert flops[-1] / (8 * 918e12) == pytest.approx(46.8, abs=0.1), "seconds at the peak of 8 v6e"
+
+def test_peak_by_pci_id(tmp_path, monkeypatch):
+    def chip(i, device, vendor="0x1ae0"):
+        (tmp_path / f"0000:0{i}").mkdir()
+        (tmp_path / f"0000:0{i}" / "vendor").write_text(vendor + "\n")
+        (tmp_path / f"0000:0{i}" / "device").write_text(device + "\n")
+    monkeypatch.setattr(t.xr, "device_type", lambda: "TPU")
+    assert t.peak_flops(str(tmp_path)) is None, "no chip"
+    chip(0, "0x0042")  # a network card of the same vendor
+    chip(1, "0x006f", vendor="0x8086")
+    assert t.peak_flops(str(tmp_path)) is None, "no TPU"
+    for i in range(2, 6):
+        chip(i, "0x006f")
+    assert t.peak_flops(str(tmp_path)) == 8 * 918e12
+    monkeypatch.setattr(t.xr, "device_type", lambda: "CPU")
+    assert t.peak_flops(str(tmp_path)) is None, "a CPU has no peak, whatever else is in the machine"
+
+def test_speed():
+    work = [0, 100, 300], [0.0, 4e9, 8e9]
+    assert t.speed(work, 0, 2, 500.0, None) == " ms:250.00 tok/s:600"
+    assert t.speed(work, 1, 2, 500.0, 32e9) == " ms:500.00 tok/s:400 mfu:25.0%"
+
+def test_price_must_be_one(capsys):
+    for price in ("-1", "nan", "inf", "ten"):
+        with pytest.raises(SystemExit):
+            t.parse_args(["--price", price])
+        assert "--price" in capsys.readouterr().err
+    assert t.parse_args(["--price", "21.6"])[1].price == 21.6 and t.parse_args([])[1].price is None
