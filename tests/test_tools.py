@@ -197,6 +197,21 @@ def test_align():
                                                 (4, None, False), (5, None, False)]
     assert diff_upstream.marked("f(x, 1)", "f(x, 2)") == ("f(x, <mark>1</mark>)", "f(x, <mark>2</mark>)")
 
+def test_readme_commands_run(upstream, tmp_path, monkeypatch, capsys):
+    """Each command of README.md for one of these tools, on files made here."""
+    write_log(tmp_path / "a.txt", 3.27)
+    write_log(tmp_path / "b.txt", 3.26)
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    for tool, options in re.findall(r"^    python tools/(diff_upstream|record_stats|plot_log)\.py ([^#\n]*)",
+                                    (ROOT / "README.md").read_text(), re.M):
+        sys.modules[tool].main(options.replace("/tmp/train_gpt.py", str(upstream)).replace("logs/*.txt", "a.txt b.txt").split())
+        ran.append(tool)
+    assert set(ran) == {"diff_upstream", "record_stats", "plot_log"}
+    assert (tmp_path / "diff.html").exists() and (tmp_path / "runs.png").exists()
+    counts = [line.strip() for line in capsys.readouterr().out.splitlines() if re.match(r" +\d+ (same|differs|replaced|dropped) ", line)]
+    assert len(counts) == 4 and all(line in (ROOT / "README.md").read_text() for line in counts), "README.md shows other counts"
+
 def test_a_log_holds_the_source(upstream, tmp_path):
     log = tmp_path / "log.txt"
     log.write_text(upstream.read_text() + "\n" + "=" * 100 + "\nRunning Python 3.12\n")
