@@ -6,6 +6,7 @@ The one entrance. Makes its own Python environment; later calls find it in a sec
 
     bash run_tpu.sh [--options]       train: the record on a TPU (setup, data, training), or where there is none
                                       the rehearsal, a small model on 8 virtual CPU devices
+    bash run_tpu.sh --seeds N         N such runs in a row, seeds 0 to N - 1, then tools/record_stats.py on their logs
     bash run_tpu.sh setup             only make or check the environment
     bash run_tpu.sh test [options]    ruff, then the quick tests; options go to pytest (-m slow: the slow ones)
     bash run_tpu.sh aot [options]     compile the record's steps for v6e-8, no TPU needed (tools/aot_v6e.py)
@@ -205,6 +206,37 @@ pick_device() {  # exports PJRT_DEVICE
 
 on_cpu() { export PJRT_DEVICE="${PJRT_DEVICE:-CPU}" CPU_NUM_DEVICES="${CPU_NUM_DEVICES:-8}"; }
 
+# ---- training ----------------------------------------------------------------------------------------------------------------
+
+take_seeds() {  # sets seeds, empty for one run as its options say, and options, the others
+  seeds= options=()
+  while (($#)); do
+    case $1 in
+      --seeds) seeds=${2:-none}; shift ;;
+      --seeds=*) seeds=${1#*=}; seeds=${seeds:-none} ;;
+      *) options+=("$1") ;;
+    esac
+    shift $(($# > 0))
+  done
+  [[ -z $seeds || $seeds =~ ^[1-9][0-9]{0,3}$ ]] || die "--seeds '$seeds' is not a number of runs"
+  if [[ $seeds && " ${options[*]} " =~ \ --(seed|run_id)[=\ ] ]]; then
+    die "--seeds chooses each run's --${BASH_REMATCH[1]} itself: leave one of the two out"
+  fi
+}
+
+train() {  # one run of a preset, or one for each seed
+  local seed id logs=()
+  [[ $seeds ]] || exec "$py" train_gpt_xla.py --preset "$1" "${options[@]}"
+  printf -v id '%(%Y%m%d-%H%M%S)T' -1
+  for ((seed = 0; seed < seeds; seed++)); do
+    say "run $((seed + 1)) of $seeds"
+    "$py" train_gpt_xla.py --preset "$1" "${options[@]}" --seed "$seed" --run_id "$id-seed$seed" ||
+      die "the run with seed $seed failed, for the reason above; $seed runs finished: ${logs[*]:-}"
+    logs+=("logs/$id-seed$seed.txt")
+  done
+  exec "$py" tools/record_stats.py "${logs[@]}"
+}
+
 # ---- the words ---------------------------------------------------------------------------------------------------------------
 
 word=train
@@ -214,15 +246,16 @@ case $word in
     usage
     ;;
   train)
+    take_seeds "$@"
     pick_device
     setup
     if [[ $PJRT_DEVICE == TPU ]]; then
       "$py" data/cached_fineweb10B.py "$TRAIN_CHUNKS"
-      exec "$py" train_gpt_xla.py --preset record "$@"
+      train record
     fi
     say "so this is the rehearsal: the same code, a small model and a small corpus"
     "$py" data/demo.py
-    exec "$py" train_gpt_xla.py --preset rehearsal "$@"
+    train rehearsal
     ;;
   setup)
     (($# == 0)) || die "setup takes no arguments"

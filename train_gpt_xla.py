@@ -869,6 +869,42 @@ def distinct_graphs(args: "Hyperparameters") -> dict[Graph, list[int]]:
             graphs.setdefault(get_graph(step, args), []).append(step)
     return graphs
 
+def flops_per_token(graph: Graph, args: "Hyperparameters") -> float:
+    """
+    FLOPs of training on one token with this graph, forward and backward (two products for each one forward): 6 for each weight of
+    attention, MLPs and lm_head, 12 x model_dim for each key that a query sees. Those are the keys in its window in a document of
+    train_max_seq_len tokens, which is an upper bound: few documents are that long. Not counted: gates, embeddings, optimizers,
+    whatever the backward pass computes again.
+    """
+    d, length, block = args.model_dim, args.train_max_seq_len, args.block_size
+    weights = (args.num_layers - 1) * 4 * d * d + args.num_layers * 8 * d * d + next_multiple_of_n(args.vocab_size, n=128) * d
+    def keys(window, length):
+        window = min(window, length - 1)
+        return (window + 1) * (1 - window / (2 * length))  # the mean of min(i, window) + 1 over i < length
+    short, long = graph.ws_short * block, graph.ws_long * block
+    return 6 * weights + 12 * d * (4 * keys(short, 2 * length) + 4 * keys(short, length) + 2 * keys(long, length))  # 4 of paired heads
+
+def work_until(args: "Hyperparameters") -> tuple[list[int], list[float]]:
+    """Tokens and FLOPs of all training steps before step 0, 1, ... num_iterations."""
+    tokens = [get_bs(step, args) for step in range(args.num_iterations)]
+    flops = [n * flops_per_token(get_graph(step, args), args) for step, n in enumerate(tokens)]
+    return list(itertools.accumulate(tokens, initial=0)), list(itertools.accumulate(flops, initial=0.0))
+
+# Peak of bfloat16 products, FLOP/s a chip, by PCI id (SPMD hides the device's kind): docs.cloud.google.com/tpu/docs/v6e, v5p, v5e
+PEAK_FLOPS = {"0x006f": 918e12, "0x0062": 459e12, "0x0063": 197e12}
+
+def peak_flops(pci: str = "/sys/bus/pci/devices") -> float | None:
+    """Of all devices together; None where there is none in the table, as on a CPU."""
+    kinds = {(vendor.parent / "device").read_text().strip() for vendor in Path(pci).glob("*/vendor")
+             if vendor.read_text().strip() == "0x1ae0"}
+    chips = [PEAK_FLOPS[kind] for kind in kinds if kind in PEAK_FLOPS]
+    return chips[0] * xr.global_runtime_device_count() if xr.device_type() == "TPU" and len(chips) == 1 else None
+
+def speed(work: tuple[list[int], list[float]], first: int, stop: int, ms: float, peak: float | None) -> str:
+    """For the log: ms a step, tokens/s and, where the peak is known, MFU of steps first to stop - 1, which took ms in all."""
+    tokens, flops = (x[stop] - x[first] for x in work)
+    return f" ms:{ms / (stop - first):.2f} tok/s:{1000 * tokens / ms:.0f}" + (f" mfu:{flops / ms / peak * 1e5:.1f}%" if peak else "")
+
 class TrainingManager():
     """
     Owns the optimizers and all that changes from step to step.
@@ -1150,6 +1186,10 @@ presets = {
 # Validation losses of the CUDA record's own log, by step
 RECORD_VAL_LOSS = {0: 10.8309, 250: 4.6062, 500: 4.2740, 750: 4.0061, 1000: 3.7358, 1250: 3.5104, 1500: 3.3792, 1750: 3.2870, 1775: 3.2807}
 
+def is_record(args: Hyperparameters) -> bool:
+    """Whether losses of a run with args compare with RECORD_VAL_LOSS."""
+    return hyperparameters(args) | dict(seed=0, val_loss_every=250) == hyperparameters(Hyperparameters())
+
 # Flags of libtpu, for the run and for compilation ahead of time (tools/aot_v6e.py). One a line, each with its reason.
 LIBTPU_INIT_ARGS = " ".join([
     "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",  # or each sharded weight gradient becomes a loop of small matmuls
@@ -1159,6 +1199,7 @@ def parse_args(argv: list[str]) -> tuple[Hyperparameters, argparse.Namespace]:
     """The options that main() names and --FIELD VALUE for any field of Hyperparameters. A field that does not exist is refused."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], add_help=True, allow_abbrev=False)
     parser.add_argument("--preset", choices=presets, default="record")
+    parser.add_argument("--price", type=float, metavar="DOLLARS", help="of the machine for an hour: the log ends with what the run cost")
     parser.add_argument("--no_replay", action="store_true", help="trace every step instead of replaying it: slower, for debugging")
     parser.add_argument("--resume", nargs="?", const="latest", metavar="latest|PATH",
                         help="go on from a checkpoint; an error where there is none, while --save_every starts afresh then")
@@ -1177,6 +1218,8 @@ def parse_args(argv: list[str]) -> tuple[Hyperparameters, argparse.Namespace]:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
         parser.error(f"{unknown[0]} is not an option" + (f": did you mean {near[0]}?" if near else ", see --help"))
+    if known.price is not None and not 0 <= known.price < math.inf:
+        parser.error(f"--price {known.price:g} is not a number of dollars")
     values = {f.name: getattr(known, f.name) for f in fields(Hyperparameters) if hasattr(known, f.name)}
     args = presets[known.preset](**values)
     if (args.save_every or known.resume) and "run_id" not in values:
@@ -1238,11 +1281,12 @@ def unigram_entropy(args: Hyperparameters) -> float:
     return float(-(p[p > 0] * np.log(p[p > 0])).sum())
 
 def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoints: Checkpoints | None = None,
-          resume: str | None = None, init_from: str | None = None) -> float:
+          resume: str | None = None, init_from: str | None = None, price: float | None = None) -> float:
     """
     The whole run: set up, warm up, train, validate. Returns the last validation loss. With checkpoints it goes on from the one that
-    resume names, or from the newest; SystemExit once it has saved after a SIGTERM.
+    resume names, or from the newest; SystemExit once it has saved after a SIGTERM. price: dollars an hour.
     """
+    began = time.perf_counter()
     check_args(args)
     data = {name: [data_identity(file) for file in get_files(getattr(args, name))] for name in ("train_files", "val_files")}
 
@@ -1358,7 +1402,6 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
     #            Warmup kernels            #
     ########################################
     graphs = {graph: steps for graph, steps in distinct_graphs(args).items() if steps[-1] >= start}
-    is_record = not init_from and hyperparameters(args) | dict(seed=0, val_loss_every=250) == hyperparameters(Hyperparameters())
     print0(f"Compiling {len(graphs)} graphs and warming up", console=True)
     # Run each distinct step once on real data, then put the state back so that nothing is learned off the clock
     initial_state = saved["model"] if saved else model.state_dict()
@@ -1408,6 +1451,8 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
 
     gc.collect()
 
+    timed = start, training_time_ms  # steps that had finished when a loss was last read, and the training time then
+    work, peak = work_until(args), peak_flops()
     # start the clock
     xm.wait_device_ops()
     t0 = time.perf_counter()
@@ -1428,7 +1473,7 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
                 xm.mark_step()
             val_loss = torch.stack([losses.cpu() for losses in val_losses]).mean().item()
             check_finite(val_loss, f"the validation at step {step}")
-            record = RECORD_VAL_LOSS.get(step) if is_record else None
+            record = RECORD_VAL_LOSS.get(step) if is_record(args) and not init_from else None
             record = "" if record is None else f" record:{record:.4f} ({val_loss - record:+.4f})"
             print0(f"step:{step}/{train_steps} val_loss:{val_loss:.4f} train_time:{training_time_ms:.0f}ms "
                    f"step_avg:{training_time_ms/max(step, 1):.2f}ms{record}", console=True)
@@ -1469,9 +1514,13 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
 
         # logging
         train_loss = ""
-        if args.train_loss_every > 0 and (step + 1) % args.train_loss_every == 0:
+        if args.train_loss_every > 0 and (step + 1) % args.train_loss_every == 0 and step > timed[0]:
             # the step before this one has finished, or nearly: reading it leaves the devices busy with this one
             train_loss = f" train_loss:{read_loss():.4f}"
+            ms = training_time_ms + 1000 * (time.perf_counter() - t0) - timed[1]
+            train_loss += speed(work, timed[0], step, ms, peak)
+            train_loss += f" eta:{ms / 1000 * (work[1][-1] - work[1][step]) / (work[1][step] - work[1][timed[0]]):.0f}s"
+            timed = step, timed[1] + ms
         unread.append((step, losses))
         approx_training_time_ms = training_time_ms + 1000 * (time.perf_counter() - t0)
         print0(f"step:{step+1}/{train_steps} train_time:{approx_training_time_ms:.0f}ms "
@@ -1480,6 +1529,11 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
 
     train_loader.close()
     bar.close()
+    print0(f"whole run:{speed(work, 0, train_steps, training_time_ms, peak)}", console=True)
+    if price is not None:
+        dollars = [price * seconds / 3600 for seconds in (training_time_ms / 1000, time.perf_counter() - began)]
+        print0(f"cost at ${price:g} an hour: ${dollars[0]:.2f} for the training time, ${dollars[1]:.2f} with set-up, compilation and "
+               "validation", console=True)
     print0(f"graphs compiled after warm-up: {graphs_compiled() - compiled}", console=True)
     print0(f"operations run on the host: {', '.join(operations_on_host()) or 'none'}", console=True)
     try:
@@ -1496,7 +1550,7 @@ def main(argv: list[str] | None = None):
     try:
         saving = args.save_every or options.resume
         with Checkpoints(f"logs/{args.run_id}", args.keep_checkpoints) if saving else contextlib.nullcontext() as checkpoints:
-            train(args, not options.no_replay, code, checkpoints, options.resume, options.init_from)
+            train(args, not options.no_replay, code, checkpoints, options.resume, options.init_from, options.price)
     except (ValueError, EOFError, OSError, FloatingPointError) as e:
         if os.environ.get("TRACEBACK"):
             raise

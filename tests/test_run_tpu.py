@@ -178,6 +178,28 @@ def test_no_tpu_rehearses(ready):
     assert all(line.startswith("CPU|2|") for line in ready.asked())
 
 
+def test_seeds_are_runs_in_a_row_and_their_statistics(ready):
+    status, out = ready.run("--price", "9", "--seeds", "3", "--train_files", "a b")
+    assert status == 0 and "run 3 of 3" in out
+    _, *runs, stats = [line.split("python ")[1] for line in ready.asked()]
+    logs = stats.split()[1:]
+    assert stats.startswith("tools/record_stats.py logs/") and len(set(logs)) == len(runs) == 3
+    for seed, (run, log) in enumerate(zip(runs, logs)):
+        assert run == f"train_gpt_xla.py --preset rehearsal --price 9 --train_files a b --seed {seed} --run_id {log[5:-4]}"
+    for options, words in {("--seeds",): "not a number of runs", ("--seeds", "0"): "'0'", ("--seeds=x",): "'x'",
+                           ("--seeds", "2", "--seed", "5"): "--seed itself", ("--seeds=2", "--run_id=a"): "--run_id itself"}.items():
+        status, out = ready.run(*options)
+        assert status == 1 and words in out and out.count("\n") == 1, out
+    assert not ready.asked()
+
+
+def test_a_failing_seed_ends_the_series(ready):
+    ready.write(ready.venv / "bin/python", (ready.venv / "bin/python").read_text() + '[[ $* != *"--seed 1"* ]]\n')
+    status, out = ready.run("--seeds", "3")
+    assert status == 1 and "the run with seed 1 failed" in out and "1 runs finished: logs/" in out
+    assert not any("record_stats" in line or "--seed 2" in line for line in ready.asked())
+
+
 def test_pjrt_device_is_respected(ready):
     assert ready.run(PJRT_DEVICE="TPU")[0] == 1 and not ready.asked()  # there is none
     ready.tpu()

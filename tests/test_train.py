@@ -17,7 +17,7 @@ import train_gpt_xla as t
 @pytest.fixture(scope="module")
 def toy_run(tmp_path_factory, corpus):
     folder = tmp_path_factory.mktemp("run")
-    process = run_train(folder, corpus, save_checkpoint=True)
+    process = run_train(folder, corpus, "--price", "3600", save_checkpoint=True)
     assert process.returncode == 0, process.stderr[-3000:]
     return process.stdout, (folder / "logs" / "toy.txt").read_text(), torch.load(folder / "logs" / "toy" / "state_step000028.pt")
 
@@ -35,6 +35,24 @@ def test_log_has_upstreams_form(toy_run):
     assert [int(s) for s in steps] == list(range(1, 29))
     val = re.findall(r"^step:(\d+)/28 val_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$", rest, re.M)
     assert [int(s) for s in val] == [0, 14, 28]
+
+def test_log_tells_speed_and_cost(toy_run):
+    _, log, _ = toy_run
+    lines = re.findall(r"^step:(\d+)/28 train_time:(\d+)ms .* train_loss:\d+\.\d{4} ms:(\S+) tok/s:(\d+) eta:(\d+)s$", log, re.M)
+    assert [int(line[0]) for line in lines] == [5, 10, 15, 20, 25], "on a CPU there is no peak and no MFU"
+    tokens, flops = t.work_until(t.parse_args(toy_options(Path()))[0])
+    whole = 0
+    for first, line in zip((0, 4, 9, 14, 19), lines):
+        stop = int(line[0]) - 1  # the steps that have finished when this one's line is written
+        seconds = (stop - first) * float(line[2]) / 1000
+        whole += seconds
+        assert float(line[3]) == pytest.approx((tokens[stop] - tokens[first]) / seconds, rel=0.01)
+        assert float(line[4]) == pytest.approx(seconds * (flops[-1] - flops[stop]) / (flops[stop] - flops[first]), abs=0.6)
+        assert 1000 * whole == pytest.approx(float(line[1]), rel=0.01), "no time counts twice or not at all"
+    total = float(re.search(r"^step:28/28 val_loss:\S+ train_time:(\d+)ms", log, re.M).group(1)) / 1000
+    cost = re.search(r"^cost at \$3600 an hour: \$(\S+) for the training time, \$(\S+) with", log, re.M)
+    assert float(cost.group(1)) == pytest.approx(total, abs=0.01) and float(cost.group(2)) > total
+    assert float(re.search(r"^whole run: ms:(\S+)", log, re.M).group(1)) == pytest.approx(1000 * total / 28, abs=0.05)
 
 def test_loss_falls_below_unigram_entropy(toy_run):
     stdout, _, _ = toy_run

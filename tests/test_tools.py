@@ -1,0 +1,340 @@
+"""
+The tools that read upstream's source or a log: what they make of it, and each bad input's one line.
+    python -m pytest tests/test_tools.py
+"""
+import hashlib
+import math
+import re
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+import diff_upstream
+import plot_log
+import record_stats
+
+import train_gpt_xla as t
+
+# the final losses and times that upstream publishes with record #60, and its p
+LOSSES = [3.2790, 3.2798, 3.2776, 3.2798, 3.2792, 3.2768, 3.2785, 3.2807, 3.2793, 3.2774]
+TIMES = [105.726, 105.884, 105.759, 105.758, 105.774, 105.786, 105.772, 105.875, 105.783, 105.677]
+
+SOURCE = 'code = open(__file__).read()\nprint0(f"step:{step}/{train_steps} val_loss:{val_loss:.4f} train_time:{ms:.0f}ms")\n'
+OURS = ("Running on 8 CPU devices: [{}]\n"
+        "Hyperparameters(val_files='./data/demo/demo_val_*.bin', val_tokens=16384, "
+        "num_scheduled_iterations=3, num_extension_iterations=1)\n")
+
+def write_log(path, loss=3.27, seconds=100.0, steps=4, header="", train_loss="", end="peak memory allocated: 29148 MiB\n"):
+    """A log of upstream's form; with header and train_loss, of ours."""
+    lines = [f"step:0/{steps} val_loss:10.8309 train_time:0ms step_avg:0.03ms"]
+    for step in range(1, steps + 1):
+        ms = 1000 * seconds * step / steps
+        lines += [f"step:{step}/{steps} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms{train_loss}"]
+    lines += [f"step:{steps}/{steps} val_loss:{loss:.4f} train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / steps:.2f}ms"]
+    path.write_text(SOURCE + "=" * 100 + "\n" + header + "=" * 100 + "\n" + "\n".join(lines) + "\n" + end)
+    return path
+
+@pytest.fixture
+def stats(capsys):
+    """record_stats.py on these arguments: what it prints."""
+    def run(*argv):
+        record_stats.main([str(x) for x in argv])
+        return capsys.readouterr().out
+    return run
+
+def one_line(tool, *argv) -> str:
+    """A tool refuses, with one line that names it."""
+    with pytest.raises(SystemExit) as e:
+        tool.main([str(x) for x in argv])
+    assert isinstance(e.value.code, str) and e.value.code.startswith(tool.__name__ + ".py: ") and "\n" not in e.value.code
+    return e.value.code
+
+def test_stats_of_the_record(tmp_path, stats):
+    logs = [write_log(tmp_path / f"{i}.txt", *run) for i, run in enumerate(zip(LOSSES, TIMES))]
+    out = stats(*logs)
+    assert "\n10 runs of 4 steps\n" in out
+    assert "losses: mean 3.2788, sample deviation 0.0012\n" in out
+    assert "p = 0.0067, the rule p < 0.01 is met\n" in out
+    assert "times:  mean 105.7794, sample deviation 0.0619, median 105.7730 s\n" in out
+    assert "Note" not in out
+    # with two runs less the rule is not met any more, and against another target it is something else
+    assert "is not met" in stats(*logs[:4]) and "p = 1.0000" in stats(*logs, "--target", "3.27")
+
+def test_snippet_runs_and_says_what_the_report_says(tmp_path, stats):
+    out = stats(*(write_log(tmp_path / f"{i}.txt", *run) for i, run in enumerate(zip(LOSSES, TIMES))))
+    code = re.search(r"```python\n(.*?)```", out, re.S).group(1)
+    printed = []
+    exec(code, dict(print=lambda s: printed.append(f"# {s}")))
+    assert printed == re.findall(r"^# .*", code, re.M) and len(printed) == 3
+
+def test_stats_of_one_rehearsal(tmp_path, stats):
+    out = stats(write_log(tmp_path / "a.txt", 2.7474, header=OURS, train_loss=" train_loss:3.1000"))
+    assert "1 run of 4 steps on 8 CPU devices:" in out and "undefined, as one run has no deviation" in out
+    assert "Note: validated on 16384 tokens of ./data/demo/demo_val_*.bin" in out
+    assert "nan" not in out
+
+def test_half_written_last_line(tmp_path, stats):
+    """Ignored after the final validation; without one, the run did not finish."""
+    path = write_log(tmp_path / "a.txt", 3.2790, end="peak memory alloc")
+    assert "val_loss 3.2790" in stats(path)
+    text = path.read_text()
+    path.write_text(text[:text.rindex("step_avg") + 10])
+    assert "did not finish: it ends at step 4 of 4" in one_line(record_stats, path)
+    path.write_text(text[:text.index("step:3/4") + 30])
+    assert "did not finish: it ends at step 2 of 4" in one_line(record_stats, path)
+    # a number at the very end may lack digits
+    line = "step:{}/4 train_time:9ms step_avg:9.00ms train_loss:{}"
+    path.write_text(line.format(1, "3.0000") + "\n" + line.format(2, "3"))
+    assert record_stats.read_log(str(path)).train_loss == {1: 3.0}
+
+def test_a_resumed_run_counts_once(tmp_path):
+    path = write_log(tmp_path / "a.txt", 3.2790)
+    again = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(again[:-3] + again[-5:]))  # steps 3 and 4 once more
+    assert record_stats.final(record_stats.read_log(str(path))) == (3.279, 100.0)
+
+def test_bad_logs(tmp_path):
+    good = write_log(tmp_path / "good.txt")
+    bad = tmp_path / "bad.txt"
+    assert "No such file" in one_line(record_stats, bad) and "bad.txt" in one_line(record_stats, good, bad)
+    assert "Is a directory" in one_line(record_stats, tmp_path)
+    for content, words in {"": "is empty", "epoch 1 loss 3.0\n": "is no log of", SOURCE: "is no log of",
+                           SOURCE + "=" * 100 + "\n": "is the log of a run that stopped before its first step"}.items():
+        bad.write_text(content)
+        assert f"{bad} {words}" in one_line(record_stats, bad)
+    bad.write_bytes(bytes(range(256)))
+    assert "is no log of" in one_line(record_stats, bad)
+    write_log(bad, steps=5)
+    assert f"{bad} is a run of 5 steps, {good} one of 4" in one_line(record_stats, good, bad)
+    write_log(bad, math.nan)
+    assert "diverged" in one_line(record_stats, bad)
+    bad.write_text(good.read_text() + good.read_text())
+    assert "more than one run" in one_line(record_stats, bad)
+    bad.write_text(good.read_text())
+    assert "is the same run as" in one_line(record_stats, good, bad)
+
+# -----------------------------------------------------------------------------
+# diff_upstream.py
+
+TABLE = diff_upstream.MAP["definitions"]
+
+def test_table_has_every_definition_of_record_60():
+    """The names themselves are the table's keys; what they must be is kept as a hash, so that neither can change alone."""
+    assert hashlib.sha256("\n".join(TABLE).encode()).hexdigest() == diff_upstream.MAP["names_sha256"], \
+        "a definition of record #60 is missing from tools/upstream_map.json, or there is one that it does not have"
+
+def test_table_is_not_stale():
+    ours, numbered = diff_upstream.read_ours(), diff_upstream.reasons()
+    used = set()
+    for name, (status, counterpart, why) in TABLE.items():
+        assert status in ("same", "differs", "replaced", "dropped"), name
+        used |= set(re.findall(r"\bD\d+\b", why))
+        if status in ("same", "differs"):
+            assert name in ours and not counterpart, f"{name} is said to be here under its own name"
+            assert why or status == "same", f"{name} differs for no reason"
+        elif status == "replaced":
+            assert counterpart and set(counterpart.split()) <= set(ours), f"{name}: {counterpart} is not here"
+        else:
+            assert why and not counterpart and name not in ours, f"{name} is said to be dropped"
+    assert used == set(numbered), "a D number without a reason in README.md, or one that no definition has"
+    assert all(len(cells) == 3 for cells in numbered.values()) and len(numbered) >= 14
+
+@pytest.fixture(scope="module")
+def upstream(tmp_path_factory):
+    """A source with the definitions of record #60 by name, each with nothing in it: the real one is not ours to keep."""
+    lines, script = ["import os", "code = 0", "os.environ['PYTORCH_ALLOC_CONF'] = 0", "dynamo.config.recompile_limit = 0"], False
+    for name in list(TABLE)[3:]:
+        script |= name == "args"
+        if "register_fake" in name:
+            lines += ["@" + name[3:-1], "def _(x):", "    return x"]
+        elif not script and "." in name:
+            lines += [f"    def {name.split('.')[1]}(self):", f"        return '{name}'"]
+        elif script or name in ("polar_express_coeffs", "flash_attn_interface", "BOS_ID"):
+            lines += [f"{name} = 0"]
+        else:
+            lines += [f"class {name}:", "    '<b>&'"] if name[0].isupper() and name != "XXT" else [f"def {name}(x):", "    return x"]
+    path = tmp_path_factory.mktemp("upstream") / "train_gpt.py"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+def test_page_stands_alone_and_is_complete(upstream, tmp_path, capsys):
+    diff_upstream.main([str(upstream), "--html", str(tmp_path / "a.html")])
+    out, page = capsys.readouterr().out, (tmp_path / "a.html").read_text()
+    assert "not the file of commit 0a43716d. Unknown to the table: 0 definitions; gone: 0" in out
+    assert re.findall(r"^ +(\d+) (\w+)", out, re.M)[:4] == [
+        (str(sum(row[0] == status for row in TABLE.values())), status) for status in ("same", "differs", "replaced", "dropped")]
+    assert not re.search(r"<(img|link|script|iframe)|@import|url\(|(src|href)=.?http", page), "something is loaded from elsewhere"
+    ids = re.findall(r'id="([^"]+)"', page)
+    assert len(ids) == len(set(ids)) and set(re.findall(r'href="#([^"]+)"', page)) <= set(ids), "a link that leads nowhere"
+    for name in TABLE:
+        assert f"</i>{name}</a>" in page, f"{name} is not in the table of contents"
+    # every line of both sources has its place, once and in order
+    rows = re.findall(r'^<tr><td class="n">(\d*)</td>.*<td class="n">(\d*)</td>', page, re.M)
+    left, right = ([int(row[side]) for row in rows if row[side]] for side in (0, 1))
+    assert left == list(range(1, len(upstream.read_text().splitlines()) + 1))
+    ours = [x.start + k + 1 for x in diff_upstream.read_ours().values() for k in range(len(x.lines))]
+    assert sorted(right) == sorted(ours) and len(ours) > 1500
+    assert "&lt;b&gt;&amp;" in page and "<b>&'" not in page, "code must be escaped"
+    assert '<a href="#D2">D2</a>' in page
+
+def test_text_pairs_by_name(upstream, capsys):
+    diff_upstream.main([str(upstream), "--name", "TrainingManager._build_mtp_schedule"])
+    out = capsys.readouterr().out
+    assert "== TrainingManager._build_mtp_schedule\n   replaced: D13: computed for each step" in out
+    assert "return 'TrainingManager._build_mtp_schedule'" in out and "def get_mtp_weights(" in out and "def get_lr" not in out
+    diff_upstream.main([str(upstream)])
+    everything = capsys.readouterr().out
+    assert re.findall(r"^== (\w+)", everything, re.M)[:3] == ["code", "mm_op", "_"]
+    assert everything.count("def step_optimizers") == 2, "once on each side"
+
+def test_align():
+    left = ["a = 1", "for x in xs:", "    y = f(x, 1)", "    return y", "else:", "gone()"]
+    right = ["    a = 1", "    for x in xs:", "        y = f(x, 2)", "        new()", "        return y"]
+    assert diff_upstream.align(left, right) == [(0, 0, True), (1, 1, True), (2, 2, False), (None, 3, False), (3, 4, True),
+                                                (4, None, False), (5, None, False)]
+    assert diff_upstream.marked("f(x, 1)", "f(x, 2)") == ("f(x, <mark>1</mark>)", "f(x, <mark>2</mark>)")
+
+def test_readme_commands_run(upstream, tmp_path, monkeypatch, capsys):
+    """Each command of README.md for one of these tools, on files made here."""
+    write_log(tmp_path / "a.txt", 3.27)
+    write_log(tmp_path / "b.txt", 3.26)
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    for tool, options in re.findall(r"^    python tools/(diff_upstream|record_stats|plot_log)\.py ([^#\n]*)",
+                                    (ROOT / "README.md").read_text(), re.M):
+        sys.modules[tool].main(options.replace("/tmp/train_gpt.py", str(upstream)).replace("logs/*.txt", "a.txt b.txt").split())
+        ran.append(tool)
+    assert set(ran) == {"diff_upstream", "record_stats", "plot_log"}
+    assert (tmp_path / "diff.html").exists() and (tmp_path / "runs.png").exists()
+    counts = [line.strip() for line in capsys.readouterr().out.splitlines() if re.match(r" +\d+ (same|differs|replaced|dropped) ", line)]
+    assert len(counts) == 4 and all(line in (ROOT / "README.md").read_text() for line in counts), "README.md shows other counts"
+
+def test_a_log_holds_the_source(upstream, tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text(upstream.read_text() + "\n" + "=" * 100 + "\nRunning Python 3.12\n")
+    assert diff_upstream.definitions(diff_upstream.read_upstream(str(log))) == diff_upstream.definitions(upstream.read_text())
+
+def test_bad_upstream(tmp_path, upstream):
+    bad = tmp_path / "bad.py"
+    assert "no such file" in one_line(diff_upstream, bad) and "git show 0a43716d:train_gpt.py" in one_line(diff_upstream, bad)
+    for content in ("", "step:0/4 val_loss:10\n", "def main():\n    pass\n", "\0"):
+        bad.write_text(content)
+        assert "is not upstream's train_gpt.py" in one_line(diff_upstream, bad)
+    assert "this project's own" in one_line(diff_upstream, ROOT / "train_gpt_xla.py")
+    assert "Is a directory" in one_line(diff_upstream, tmp_path)
+    assert "did you mean GPT.forward?" in one_line(diff_upstream, upstream, "--name", "GPT.fowrard")
+
+# -----------------------------------------------------------------------------
+# plot_log.py
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What plot_log.py draws: for each of the two pictures its curves [(label, x, y)], its texts, its vertical lines."""
+    found = []
+    def keep(figure):
+        for ax in figure.axes:
+            lines = [(line.get_label(), list(line.get_xdata()), list(line.get_ydata())) for line in ax.get_lines()]
+            found.append(([x for x in lines if len(x[1]) != 2 or x[1][0] != x[1][1]], [text.get_text() for text in ax.texts],
+                          [x[1][0] for x in lines if len(x[1]) == 2 and x[1][0] == x[1][1]]))
+    monkeypatch.setattr(plot_log.plt, "close", keep)
+    return found
+
+def test_plot_of_a_rehearsal(tmp_path, drawn):
+    fields = ("num_scheduled_iterations=9, num_extension_iterations=3, train_bs_schedule=(512, 1024, 1536), train_bs_extension=1536, "
+              "ws_schedule=(3, 7, 11), block_size=16, of_a_later_version=1")
+    log = write_log(tmp_path / "a.txt", 2.7474, 60, 12, f"Hyperparameters({fields})\n",
+                    " train_loss:3.1000 ms:5000.00 tok/s:100 eta:9s")
+    plot_log.main([str(log), "-o", str(tmp_path / "a.png")])
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    (steps, texts, marks), (times, _, time_marks) = drawn
+    assert steps == [("a: 2.7474", [0, 12], [10.8309, 2.7474]), ("training, all its targets", list(range(1, 13)), [3.1] * 12)]
+    assert [x[1] for x in times] == [[0, 60], [5.0 * s for s in range(1, 13)]]
+    assert texts == ["512 tokens\nwindows 16, 48", "1,024 tokens\nwindows 48, 112", "1,536 tokens\nwindows 80, 176",
+                     "1,536 tokens\nwindows 96, 208"]
+    assert marks == [3, 6, 9] and time_marks == [15.0, 30.0, 45.0]
+
+def test_plot_of_record_runs_has_the_cuda_record(tmp_path, drawn):
+    logs = [write_log(tmp_path / f"{i}.txt", 3.27 + i / 100, steps=1775) for i in range(2)]
+    plot_log.main([*map(str, logs), "-o", str(tmp_path / "a.png")])
+    labels = {label: (x, y) for label, x, y in drawn[0][0]}
+    assert {"0: 3.2700", "1: 3.2800", "CUDA record: 3.2807"} <= set(labels)
+    assert labels["CUDA record: 3.2807"] == (list(t.RECORD_VAL_LOSS), list(t.RECORD_VAL_LOSS.values()))
+    assert drawn[0][2] == [579, 1157, 1735], "stages of the record"
+    # another number of steps is another run
+    drawn.clear()
+    plot_log.main([str(write_log(tmp_path / "b.txt", steps=1774)), "-o", str(tmp_path / "a.png")])
+    assert not any("CUDA" in label for label, _, _ in drawn[0][0]) and not drawn[0][2]
+
+def test_plot_of_an_unfinished_run_and_bad_input(tmp_path, drawn):
+    path = write_log(tmp_path / "a.txt", header=OURS)
+    path.write_text(path.read_text()[:path.read_text().index("step:3/4") + 30])
+    plot_log.main([str(path), "-o", str(tmp_path / "a.png")])
+    assert drawn[0][0][0][:2] == ("a: 10.8309", [0])
+    path.write_text("")
+    assert "a.txt is empty" in one_line(plot_log, path, "-o", tmp_path / "a.png")
+    path.write_text("epoch 1 loss 3.0")
+    assert "is no log of" in one_line(plot_log, path, "-o", tmp_path / "a.png")
+    assert "No such file" in one_line(plot_log, tmp_path / "none.txt", "-o", tmp_path / "a.png")
+    path = write_log(path)
+    assert "no folder" in one_line(plot_log, path, "-o", tmp_path / "none" / "a.png")
+    assert "not supported" in one_line(plot_log, path, "-o", tmp_path / "a.xyz")
+
+# -----------------------------------------------------------------------------
+# The figures of the log line
+
+def test_flops_are_those_of_the_model(monkeypatch):
+    """Counted by torch in a whole forward and backward pass; attention apart, by the windows that the model asks for."""
+    from torch.utils.flop_counter import FlopCounterMode
+    args = t.Hyperparameters(vocab_size=301, num_heads=2, head_dim=64, model_dim=128, block_size=16, train_max_seq_len=64)
+    windows = []
+    monkeypatch.setattr(t, "window_attention", lambda q, k, v, documents, window, scale, paired: windows.append((window, paired)) or v)
+    model = t.GPT(args.vocab_size, args.num_layers, args.num_heads, args.head_dim, args.model_dim, args.block_size).float()
+    graph = t.get_graph(0, args)
+    tokens = t.torch.zeros(8, 64, dtype=t.torch.int32)
+    yarn = t.torch.tensor(model.yarn.numbers())
+    config = t.ForwardScheduleConfig(t.torch.ones(graph.n_mtp), graph.ws_short, graph.ws_long, yarn, yarn)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, tokens, tokens, config).sum().backward()
+    keys = sum(np.mean([min(i, window) + 1 for i in range(64 * (1 + paired))]) for window, paired in windows)
+    counted = counter.get_total_flops() / tokens.numel() + 12 * args.model_dim * keys
+    assert t.flops_per_token(graph, args) == pytest.approx(counted, rel=0.01), "gates may make one percent"
+
+def test_flops_of_the_record():
+    args = t.Hyperparameters()
+    tokens, flops = t.work_until(args)
+    assert len(tokens) == 1776 and tokens[0] == 0 and tokens[-1] == 579 * 131072 + 578 * 262144 + (578 + 40) * 393216
+    weights = 10 * 4 * 768**2 + 11 * 8 * 768**2 + 50304 * 768
+    keys = 8 * 126 + 2 * 349  # of windows of 128 and 384, in documents of 2048 tokens
+    assert flops[1] / tokens[1] == pytest.approx(6 * weights + 12 * 768 * keys, rel=1e-4)
+    assert flops[-1] / (8 * 918e12) == pytest.approx(46.8, abs=0.1), "seconds at the peak of 8 v6e"
+
+def test_peak_by_pci_id(tmp_path, monkeypatch):
+    def chip(i, device, vendor="0x1ae0"):
+        (tmp_path / f"0000:0{i}").mkdir()
+        (tmp_path / f"0000:0{i}" / "vendor").write_text(vendor + "\n")
+        (tmp_path / f"0000:0{i}" / "device").write_text(device + "\n")
+    monkeypatch.setattr(t.xr, "device_type", lambda: "TPU")
+    assert t.peak_flops(str(tmp_path)) is None, "no chip"
+    chip(0, "0x0042")  # a network card of the same vendor
+    chip(1, "0x006f", vendor="0x8086")
+    assert t.peak_flops(str(tmp_path)) is None, "no TPU"
+    for i in range(2, 6):
+        chip(i, "0x006f")
+    assert t.peak_flops(str(tmp_path)) == 8 * 918e12
+    monkeypatch.setattr(t.xr, "device_type", lambda: "CPU")
+    assert t.peak_flops(str(tmp_path)) is None, "a CPU has no peak, whatever else is in the machine"
+
+def test_speed():
+    work = [0, 100, 300], [0.0, 4e9, 8e9]
+    assert t.speed(work, 0, 2, 500.0, None) == " ms:250.00 tok/s:600"
+    assert t.speed(work, 1, 2, 500.0, 32e9) == " ms:500.00 tok/s:400 mfu:25.0%"
+
+def test_price_must_be_one(capsys):
+    for price in ("-1", "nan", "inf", "ten"):
+        with pytest.raises(SystemExit):
+            t.parse_args(["--price", price])
+        assert "--price" in capsys.readouterr().err
+    assert t.parse_args(["--price", "21.6"])[1].price == 21.6 and t.parse_args([])[1].price is None

@@ -1,0 +1,97 @@
+"""
+Draws runs from their logs: training and validation loss against step and against time, with the changes of batch size and window.
+Where a run is the record's, its CUDA validation losses are drawn beside it. Reads upstream's logs too.
+
+    python tools/plot_log.py logs/*.txt -o runs.png
+"""
+import argparse
+import ast
+import os
+import re
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # draws into files; no window system is needed
+import matplotlib.pyplot as plt
+from record_stats import Log, read_log
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("PJRT_DEVICE", "CPU")  # reading a log must not take a TPU
+import train_gpt_xla as port
+
+
+def hyperparameters(log: Log) -> port.Hyperparameters | None:
+    """Those that the log prints. Upstream's logs print none: the record's, if the number of steps is. None if unknown."""
+    record = port.Hyperparameters()
+    if not log.hyperparameters:
+        return record if log.num_steps == record.num_iterations else None
+    known = {f.name for f in fields(record)}
+    values = {k.arg: ast.literal_eval(k.value) for k in ast.parse(log.hyperparameters, mode="eval").body.keywords}
+    return port.Hyperparameters(**{name: value for name, value in values.items() if name in known})
+
+def stages(args: port.Hyperparameters) -> dict[int, str]:
+    """The steps at which batch size or windows change, from step 0 on, and what they are from there."""
+    found, before = {}, None
+    for step in range(args.num_iterations):
+        now = port.get_bs(step, args), port.get_ws(step, args)
+        if now != before:
+            found[step] = f"{now[0]:,} tokens\nwindows {now[1][0] * args.block_size}, {now[1][1] * args.block_size}"
+        before = now
+    return found
+
+def draw(logs: list[Log], path: str):
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    runs = [hyperparameters(log) for log in logs]
+    for i, log in enumerate(logs):
+        seconds = {step: ms / 1000 for step, ms in log.time.items()}
+        for ax, x in zip(axes, ({step: step for step in seconds}, seconds)):
+            name = re.sub(r"^([0-9a-f]{8})(-[0-9a-f]+){4}$", r"\1", Path(log.path).stem)  # a run_id by chance: its first digits do
+            last = [f"{name}: {loss:.4f}" for loss in log.val_loss.values()][-1:] or [name]
+            ax.plot([x[s] for s in log.val_loss], list(log.val_loss.values()), "o-", ms=4, color=f"C{i}", label=last[0])
+            ax.plot([x[s] for s in log.train_loss], list(log.train_loss.values()), lw=1, alpha=0.6, color=f"C{i}",
+                    marker="." if len(log.train_loss) < 20 else "", label="training, all its targets" if not i and log.train_loss else None)
+    if any(args is not None and port.is_record(args) for args in runs):
+        axes[0].plot(list(port.RECORD_VAL_LOSS), list(port.RECORD_VAL_LOSS.values()), "k+", ms=9, zorder=3,
+                     label=f"CUDA record: {list(port.RECORD_VAL_LOSS.values())[-1]:.4f}")
+    if runs[0] is not None and all(args is not None and stages(args) == stages(runs[0]) for args in runs):
+        for step, text in stages(runs[0]).items():
+            if step:
+                axes[0].axvline(step, color="gray", lw=0.8, ls=":")
+            end = min([s for s in stages(runs[0]) if s > step], default=runs[0].num_iterations)
+            if end - step > runs[0].num_iterations / 6:  # no room over a shorter one
+                axes[0].text((step + end) / 2, 0.99, text, transform=axes[0].get_xaxis_transform(), ha="center", va="top", fontsize=7,
+                             color="dimgray")
+            for i, log in enumerate(logs):
+                if step in log.time and step:
+                    axes[1].axvline(log.time[step] / 1000, color=f"C{i}", lw=0.8, ls=":")
+    axes[0].set(xlabel="step", ylabel="loss", yscale="log")
+    axes[1].set(xlabel="training time, seconds")
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].yaxis.set_minor_formatter("{x:g}")
+    low, high = axes[0].get_ylim()
+    axes[0].set_ylim(low, high * (high / low) ** 0.12)  # room for the stages' text
+    for ax in axes:
+        ax.grid(alpha=0.25, which="both")
+        ax.tick_params(which="both", labelsize=8)
+    axes[0].legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.87), title="validation: last loss", title_fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("logs", nargs="+", metavar="LOG")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE.png", help="or .svg or .pdf")
+    args = parser.parse_args(argv)
+    try:
+        if not Path(args.output).absolute().parent.is_dir():
+            raise ValueError(f"there is no folder {Path(args.output).parent} for {args.output}")
+        draw([read_log(path) for path in args.logs], args.output)
+    except (ValueError, OSError) as e:
+        sys.exit(f"plot_log.py: {e}")
+    print(f"written: {args.output}")
+
+if __name__ == "__main__":
+    main()
