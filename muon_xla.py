@@ -66,7 +66,8 @@ def _reduce_scatter(shape: tuple, dtype: torch.dtype, devices: int, channel: int
     """As StableHLO text: xm.reduce_scatter brings a token along, a tensor that replay cannot account for."""
     element = {torch.bfloat16: "bf16", torch.float32: "f32"}[dtype]
     array = lambda rows: f"tensor<{'x'.join(map(str, (rows, *shape[1:])))}x{element}>"
-    module = xla_client._xla.mlir.mlir_module_to_xla_computation(f"""func.func @main(%x: {array(shape[0])}) -> {array(shape[0] // devices)} {{
+    module = xla_client._xla.mlir.mlir_module_to_xla_computation(f"""
+      func.func @main(%x: {array(shape[0])}) -> {array(shape[0] // devices)} {{
         %y = "stablehlo.reduce_scatter"(%x) <{{scatter_dimension = 0 : i64, use_global_device_ids,
           replica_groups = dense<[{list(range(devices))}]> : tensor<1x{devices}xi64>,
           channel_handle = #stablehlo.channel_handle<handle = {channel}, type = 1>}}> ({{
@@ -210,8 +211,8 @@ class DistAdam(torch.optim.Optimizer):
     """
     Adam with cautious weight decay, its state split over the chips by rows (upstream: @vagrawal, @akash5474).
 
-    Each device adds up its gradients of two steps in state["grad"], [devices, ...] (upstream: in param.grad); step() reduces the sum. Bias correction and
-    learning rates are computed on the host and come in as 0-D tensors: param.step_size and param.eff_wd.
+    Each device adds up its gradients of two steps in state["grad"], [devices, ...] (upstream: in param.grad); step() reduces the sum.
+    Bias correction and learning rates are computed on the host and come in as 0-D tensors: param.step_size and param.eff_wd.
     """
     def __init__(self, params, label_order: list[str], betas: list[list[float]], lr: float = 1e-3, eps: float = 1e-8,
                  weight_decay: float = 0.01):
@@ -231,9 +232,9 @@ class DistAdam(torch.optim.Optimizer):
             for p in group["params"]:
                 state = self.state[p]
                 state["step"] = 0
-                zeros = dict(exp_avg=to_device(torch.zeros(p.shape), *self.split(p)), exp_avg_sq=to_device(torch.zeros(p.shape), *self.split(p)),
-                             grad=to_device(torch.zeros(xs.get_global_mesh().size(), *p.shape, dtype=p.dtype), "data"))
-                for name, zeros in zeros.items():
+                moment = lambda p=p: to_device(torch.zeros(p.shape), *self.split(p))
+                grad = to_device(torch.zeros(xs.get_global_mesh().size(), *p.shape, dtype=p.dtype), "data")
+                for name, zeros in dict(exp_avg=moment(), exp_avg_sq=moment(), grad=grad).items():
                     if name in state:
                         state[name].data = zeros
                     else:

@@ -254,7 +254,8 @@ def store(ref, m, arrays):
 def forward_kernel(first_seen, scale, q, k, v, documents, gate, y, sums, k_ring, v_ring, y_acc, sums_acc, ahead, behind, *, band):
     """
     One block of queries: y, and for the backward pass the sums of exponentials. Blocks: q, k, v [1, H, C, D], y [1, C, H * D],
-    documents [1, 1, C], gate, sums [1, H, C]. In VMEM: k_ring [slots, H, C, D], v_ring [slots, H, D, C], y_acc [H, D, C], sums_acc [H, 8, C].
+    documents [1, 1, C], gate, sums [1, H, C]. In VMEM: k_ring [slots, H, C, D], v_ring [slots, H, D, C], y_acc [H, D, C], sums_acc
+    [H, 8, C].
     """
     r, i = pl.program_id(0), pl.program_id(1)
     slots, H, C, D = k_ring.shape
@@ -296,8 +297,8 @@ def forward_kernel(first_seen, scale, q, k, v, documents, gate, y, sums, k_ring,
         y[0, :, h * D:(h + 1) * D] = (y_acc[h] * (gate[0, h:h + 1] / total)).astype(y.dtype).T
 
 
-def backward_kernel(last_seen_by, scale, q, k, v, documents, gate, y, sums, dy, dq, dk, dv, delta, q_ring, dy_ring, dq_ring, delta_ring, lse_ring,
-                    view_ring, k_T, dk_acc, dv_acc, ahead, behind, *, band):
+def backward_kernel(last_seen_by, scale, q, k, v, documents, gate, y, sums, dy, dq, dk, dv, delta, q_ring, dy_ring, dq_ring,
+                    delta_ring, lse_ring, view_ring, k_T, dk_acc, dv_acc, ahead, behind, *, band):
     """
     One block of keys, from the row's last to its first: its dk and dv, and its share of the dq of the queries that see it. The dq
     of a block is complete, and leaves, with the block `reach` before it; the last `reach` programs of a row do nothing else.
@@ -373,7 +374,8 @@ def forward_call(band: Band, dtype, interpret=False):
                ((depth, 1, C, C), f32), ((depth, 1, C, C), dtype)]
     call = pallas_call(
         forward_kernel, band, (band.rows, band.blocks), scratch, interpret,
-        in_specs=[*map(heads, band.places), lanes(1), lanes(H)], out_specs=[pl.BlockSpec((1, C, H * D), lambda r, i, *_: (r, i, 0)), lanes(H)],
+        in_specs=[*map(heads, band.places), lanes(1), lanes(H)],
+        out_specs=[pl.BlockSpec((1, C, H * D), lambda r, i, *_: (r, i, 0)), lanes(H)],
         out_shape=[((band.rows, band.tokens, H * D), dtype), ((band.rows, H, band.tokens), f32)])
     return lambda q, k, v, documents, gate, scale: call(band.first_seen(documents), scale, q, k, v, documents[:, None], gate)
 
@@ -453,7 +455,10 @@ def prepare_kernel(qkv, factor1, factor2, still, *refs, heads):
 
 
 def prepare_backward_kernel(qkv, factor1, factor2, still, dq, dk, dv, *refs, heads):
-    """From the row's last block to its first. Blocks as above; dq, dk, dv [1, H, bt, D], dqkv [1, bt, 3H * D]; after [H, 1, D]: of the next dk."""
+    """
+    From the row's last block to its first. Blocks as above; dq, dk, dv [1, H, bt, D], dqkv [1, bt, 3H * D]; after [H, 1, D]: of the
+    block that comes next in the row, its first dk.
+    """
     (*values, dqkv, dve, dgate, after) = refs if heads.ve else (*refs[:-1], None, None, refs[-1])
     H, D, bt, n = heads.heads, heads.dim, heads.block, pl.num_programs(1) - 1 - pl.program_id(1)
     for h in range(2 * H):
@@ -490,7 +495,10 @@ def prepare_call(heads: Heads, dtype, interpret=False):
 
 
 def prepare_backward_call(heads: Heads, dtype, interpret=False):
-    """A function (qkv, factor1, factor2, still, dq, dk, dv [rows, H, T, D], ve, gate as above) -> dqkv [rows, T, 3H * D], and dve, dgate if any."""
+    """
+    A function (qkv, factor1, factor2, still, dq, dk, dv [rows, H, T, D], ve, gate as above) -> dqkv [rows, T, 3H * D], and dve, dgate
+    if there are any.
+    """
     last, H = heads.tokens // heads.block - 1, heads.heads
     lanes = [3 * H * heads.dim, *([H * heads.dim, H] if heads.ve else [])]
     return prepare_pallas_call(prepare_backward_kernel, heads, dtype, interpret, lambda i: last - i, inputs=[2 * H, H, H, H], lanes=lanes)
@@ -843,7 +851,7 @@ def takes_lm_head(x: Tensor, weight: Tensor) -> bool:
 
 def lm_head_refuses(x: Tensor, weight: Tensor) -> str | None:
     """What keeps these tensors from the TPU kernels, or None."""
-    (B, T, d), V = x.shape, weight.size(-2)
+    (_, T, d), V = x.shape, weight.size(-2)
     if {x.dtype, weight.dtype} != {torch.bfloat16}:
         return "they take bfloat16"
     if T % 128 or V % 128 or d % 128:
@@ -919,7 +927,7 @@ def takes_mlp(x: Tensor, W1: Tensor, W2: Tensor) -> bool:
 
 def mlp_refuses(x: Tensor, W1: Tensor, W2: Tensor) -> str | None:
     """What keeps these tensors from ReLUSquareMLP, or None."""
-    (B, T, d), h = x.shape, W1.size(0)
+    (_, T, d), h = x.shape, W1.size(0)
     if {x.dtype, W1.dtype, W2.dtype} != {torch.bfloat16}:
         return "they take bfloat16"
     if not W1.shape == W2.shape == (h, d):

@@ -44,8 +44,16 @@ from tqdm import tqdm
 import checkpoint
 from checkpoint import Checkpoints
 from muon_xla import ROWS, DistAdam, NorMuon, assign, enter, leave, shard, to_device, to_host
-from pallas_kernels import (FusedAttention, ReLUSquareMLP, SoftcappedCrossEntropy, softcapped_losses, takes_attention, takes_lm_head,
-                            takes_mlp, window_attention)
+from pallas_kernels import (
+    FusedAttention,
+    ReLUSquareMLP,
+    SoftcappedCrossEntropy,
+    softcapped_losses,
+    takes_attention,
+    takes_lm_head,
+    takes_mlp,
+    window_attention,
+)
 from replay import Replay
 
 warnings.filterwarnings("ignore", message="Use torch_xla.sync", category=DeprecationWarning)

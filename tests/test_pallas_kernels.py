@@ -84,7 +84,7 @@ def test_twin(T, window, paired, layout):
 # The kernels against the twin
 
 def kernels(q, k, v, dy, documents, window, paired, block):
-    """y, dq, dk, dv by the Pallas kernels, interpreted, with a gate of 1/2 and twice the gradient: the results of no gate, but for y / 2."""
+    """y, dq, dk, dv by the Pallas kernels, interpreted, with a gate of 1/2 and twice the gradient: no gate's results, but for y / 2."""
     jax = pytest.importorskip("jax")
     pk.import_jax()
     dtype = {torch.float32: jax.numpy.float32, torch.bfloat16: jax.numpy.bfloat16}[q.dtype]
@@ -221,7 +221,8 @@ def test_mlp_refuses():
         x, W = torch.empty(rows, T, d, dtype=dtype, device="meta"), torch.empty(h, W_dim or d, dtype=torch.bfloat16, device="meta")
         return pk.mlp_refuses(x, W, W)
     assert why_not() is None and why_not(rows=8, T=262144) is None
-    for word, bad in {"bfloat16": dict(dtype=torch.float32), "128 tokens": dict(T=500), "256 hidden": dict(h=3200), "VMEM": dict(d=2048, h=8192),
+    for word, bad in {"bfloat16": dict(dtype=torch.float32), "128 tokens": dict(T=500), "256 hidden": dict(h=3200),
+                      "VMEM": dict(d=2048, h=8192),
                       "two weights": dict(W_dim=640)}.items():
         assert word in why_not(**bad)
 
@@ -307,7 +308,8 @@ from test_pallas_kernels import LEAVES, SCALE, attention_inputs, attention_plain
 def fused(x, w, gate, ve, ve_gate, dy, factors, still, where, window, scale, paired, values=True):
     leaves = [t.detach().requires_grad_() for t in (x, w, gate, ve, ve_gate)]
     x, w, gate, ve, ve_gate = leaves
-    y = pk.FusedAttention.apply(x, w, *factors, still, *((ve, ve_gate) if values else (None, None)), gate, where, window, scale, not paired, paired)
+    ve, ve_gate = (ve, ve_gate) if values else (None, None)
+    y = pk.FusedAttention.apply(x, w, *factors, still, ve, ve_gate, gate, where, window, scale, not paired, paired)
     assert y.shape == x.shape and y.dtype == x.dtype
     return [y.detach(), *torch.autograd.grad(y, leaves if values else leaves[:3], dy)]
 """
@@ -338,8 +340,8 @@ inputs = attention_inputs(rows, 384, 2, paired)
 want = attention_plain(*inputs, 200, torch.tensor(SCALE), paired)
 pk.target = "interpret"
 x, w, gate, ve, ve_gate, dy, factors, still, where = inputs
-got = fused(split(x), whole(w), split(gate), split(ve), split(ve_gate), split(dy), [whole(t) for t in factors], whole(still), split(where), 200,
-            whole(torch.tensor(SCALE)), paired)
+got = fused(split(x), whole(w), split(gate), split(ve), split(ve_gate), split(dy), [whole(t) for t in factors], whole(still),
+            split(where), 200, whole(torch.tensor(SCALE)), paired)
 y, dx, dw, dgate, dve, dve_gate = map(leave, got)
 torch_xla.sync()
 assert pk.lowered.cache_info().misses == 4, "the twin ran"
@@ -370,8 +372,8 @@ warnings.simplefilter("always")
 pk.target = "TPU"
 def results(paired, values):
     x, w, gate, ve, ve_gate, dy, factors, still, where = attention_inputs(8, 1024, 6, paired)
-    return fused(split(x), whole(w), split(gate), split(ve), split(ve_gate), split(dy), [whole(t) for t in factors], whole(still), split(where), 384,
-                 whole(torch.tensor(SCALE)), paired, values)
+    return fused(split(x), whole(w), split(gate), split(ve), split(ve_gate), split(dy), [whole(t) for t in factors], whole(still),
+                 split(where), 384, whole(torch.tensor(SCALE)), paired, values)
 outputs = [leave(x) for paired, values in ((False, True), (True, False)) for x in results(paired, values)]
 results(False, True)
 assert pk.lowered.cache_info().misses == 8, "a kernel was lowered twice"
@@ -458,7 +460,8 @@ def test_compiles_for_v6e(n, tmp_path):
     for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"):
         assert f" {word}" not in hlo, f"a {word}: the kernel left its device's rows"
     # of a tensor as large as q no copy may be made around the kernels
-    copies = [line.strip()[:200] for line in hlo.splitlines() if re.search(rf"= bf16\[{8 // n},(6|12|18),1024,128\]|= bf16\[(1,)?1024,(768|2304)\]", line)
+    large = rf"= bf16\[{8 // n},(6|12|18),1024,128\]|= bf16\[(1,)?1024,(768|2304)\]"
+    copies = [line.strip()[:200] for line in hlo.splitlines() if re.search(large, line)
               and any(f" {op}(" in line for op in ("copy", "pad", "transpose", "concatenate"))]
     assert not copies, copies
 

@@ -1,6 +1,7 @@
 """
 What does a training step cost the host? The record's structure (11 layers, all parameters, both optimizers, its schedule) at toy
-widths on 8 virtual CPU devices, which get cores of their own so that their work does not count; and the loader at the record's real batch sizes.
+widths on 8 virtual CPU devices, which get cores of their own so that their work does not count; and the loader at the record's real
+batch sizes.
 
     python tools/bench_step.py [--steps 30] [--json]        (bash run_tpu.sh bench)
 
