@@ -7,8 +7,8 @@ Same names, same order, same numbers; each difference is marked D1, D2, ... at i
     python train_gpt_xla.py --val_loss_every 125  any field of Hyperparameters
     python train_gpt_xla.py --save_every 100 --run_id NAME    a run that goes on where it was stopped, by the same command
 
-One process drives all chips. Tensors are whole; a mesh "data" over the devices says how they are split, and XLA inserts the
-collectives (SPMD). Upstream's 8 ranks are 8 rows of a batch: 1, 2, 4 or 8 devices compute the same thing.
+One process drives all chips with one program (SPMD). Upstream's 8 ranks are 8 rows of a batch, split over the devices: 1, 2, 4 or 8
+of them compute the same thing. Forward and backward run on each device by itself; the optimizers' state is split over all.
 Shapes: B rows, T tokens, H heads, D head dim, V vocabulary.
 """
 import argparse
@@ -197,7 +197,7 @@ class CausalSelfAttention(nn.Module):
 
         w = sa_lambdas[0] * self.qkvo_w[:self.dim * 3].type_as(x)
         if takes_attention(x, self.num_heads, attn_args.bm_size, self.paired):
-            # D15: on a TPU all that stands below is a matmul and two kernels
+            # D15: on a TPU all that stands below, gate included, is a matmul and two kernels
             y = FusedAttention.apply(x, w, factor1, factor2, self.still, ve, ve_gate, gate(attn_gate_w), attn_args.documents,
                                      attn_args.bm_size, attn_args.attn_scale, attn_args.key_offset, self.paired)
         else:
@@ -262,7 +262,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor):
         # squared ReLU (arXiv:2109.08668): @SKYLINEZ007, @Grad62304977
-        if takes_mlp(x, self.c_fc, self.c_proj):
+        if takes_mlp(x, self.c_fc, self.c_proj):  # D16: on a TPU both matmuls are one kernel
             return ReLUSquareMLP.apply(x, self.c_fc, self.c_proj, torch.is_grad_enabled())
         return FusedLinearReLUSquareFunction.apply(x, self.c_fc, self.c_proj)
 
@@ -559,7 +559,7 @@ class GPT(nn.Module):
         x = norm(x)
         # softcap 23 * sigmoid((logits + 5) / 7.5): Gemma 2's tanh by @Grad62304977, its bound by @KoszarskyB, the sigmoid form
         # by @YouJiacheng, the constants by @classiclarryd
-        kernels = takes_lm_head(x, self.lm_head.weight)
+        kernels = takes_lm_head(x, self.lm_head.weight)  # D17: on a TPU lm_head and the loss are one kernel
         if self.training:
             cross_entropy = SoftcappedCrossEntropy if kernels else FusedSoftcappedCrossEntropy
             return cross_entropy.apply(x, self.lm_head.weight, target_seq, mtp_weights).sum(1)
@@ -1017,6 +1017,7 @@ class TrainingManager():
         rows, and the weights by name, which get a gradient of these rows alone.
         """
         self.bind(numbers)
+        # D18: what enters is one device's own, and XLA splits and moves nothing until it leaves
         weights = {name: enter(p.detach()).requires_grad_() for name, p in self.model.named_parameters()}
         buffers = {name: enter(b) for name, b in self.model.named_buffers()}
         args = (*enter(batch, "data").unbind(1), self.get_forward_args())
