@@ -464,15 +464,12 @@ class GPT(nn.Module):
                 value = self.blocks[int(name.split(".")[1])].attn.from_upstream(value)
             p.data = to_device(value.contiguous())
 
-    def forward(self, input_seq: Tensor, target_seq: Tensor, documents: Tensor, schedule_cfg: ForwardScheduleConfig):
-        """
-        input_seq, target_seq, documents: [B, T] int32; documents holds where in its row each token's document starts (D10:
-        upstream passes cu_seqlens). Returns a loss for each row, [B]: summed over tokens in training, their mean otherwise.
-        """
+    def features(self, input_seq: Tensor, documents: Tensor, schedule_cfg: ForwardScheduleConfig) -> Tensor:
+        """What lm_head reads, [B, T, d]: upstream's forward up to the logits, in a method of its own for who needs no loss."""
         assert input_seq.ndim == 2
         T, dtype = input_seq.size(1), self.lm_head.weight.dtype
 
-        mtp_weights, ws_short, ws_long = schedule_cfg.mtp_weights, schedule_cfg.ws_short, schedule_cfg.ws_long
+        ws_short, ws_long = schedule_cfg.ws_short, schedule_cfg.ws_long
 
         skip_connections = []
         skip_in = [3] # the first layer with a long window
@@ -543,11 +540,18 @@ class GPT(nn.Module):
 
         # what the first blocks wrote for later blocks to read, not for the prediction, is taken out again
         x = x - backout_lambda * x_backout
-        x = norm(x)
+        return norm(x)
+
+    def forward(self, input_seq: Tensor, target_seq: Tensor, documents: Tensor, schedule_cfg: ForwardScheduleConfig):
+        """
+        input_seq, target_seq, documents: [B, T] int32; documents holds where in its row each token's document starts (D10:
+        upstream passes cu_seqlens). Returns a loss for each row, [B]: summed over tokens in training, their mean otherwise.
+        """
+        x = self.features(input_seq, documents, schedule_cfg)
         # softcap 23 * sigmoid((logits + 5) / 7.5): Gemma 2's tanh by @Grad62304977, its bound by @KoszarskyB, the sigmoid form
         # by @YouJiacheng, the constants by @classiclarryd
         if self.training:
-            losses = FusedSoftcappedCrossEntropy.apply(x, self.lm_head.weight, target_seq, mtp_weights)
+            losses = FusedSoftcappedCrossEntropy.apply(x, self.lm_head.weight, target_seq, schedule_cfg.mtp_weights)
             return losses.sum(1)
         return softcapped_cross_entropy(x, self.lm_head.weight, target_seq).mean(1)
 
