@@ -34,6 +34,7 @@ import torch.nn.functional as F
 import torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as met
+import torch_xla.debug.profiler as xp
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 from torch import Tensor, nn
@@ -1080,11 +1081,20 @@ LIBTPU_INIT_ARGS = " ".join([
     "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",  # or each sharded weight gradient becomes a loop of small matmuls
 ])
 
+def first_and_number(s: str) -> tuple[int, int]:
+    first, number = map(int, s.split(":"))
+    if min(first, number) < 1:
+        raise ValueError
+    return first, number
+first_and_number.__name__ = "STEP:STEPS"  # for argparse's message
+
 def parse_args(argv: list[str]) -> tuple[Hyperparameters, argparse.Namespace]:
-    """--preset NAME, --no_replay and --FIELD VALUE for any field of Hyperparameters. A field that does not exist is refused."""
+    """--preset, --no_replay, --profile and --FIELD VALUE for any field of Hyperparameters. A field that does not exist is refused."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], add_help=True, allow_abbrev=False)
     parser.add_argument("--preset", choices=presets, default="record")
     parser.add_argument("--no_replay", action="store_true", help="trace every step instead of replaying it: slower, for debugging")
+    parser.add_argument("--profile", type=first_and_number, metavar="STEP:STEPS",
+                        help="trace STEPS steps from STEP on, counted as in the log, to logs/RUN_ID/profile for xprof; takes time")
     defaults = Hyperparameters(run_id="")
     for f in fields(Hyperparameters):
         default = getattr(defaults, f.name)
@@ -1139,9 +1149,11 @@ def unigram_entropy(args: Hyperparameters) -> float:
     p = np.bincount(tokens) / len(tokens)
     return float(-(p[p > 0] * np.log(p[p > 0])).sum())
 
-def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
-    """The whole run: set up, warm up, train, validate. Returns the last validation loss."""
+def train(args: Hyperparameters, replay: bool = True, code: str = "", profile: tuple[int, int] | None = None) -> float:
+    """The whole run: set up, warm up, train, validate. profile: first step and number of steps to trace. Returns the last loss."""
     check_args(args)
+    if profile and sum(profile) - 1 > args.num_iterations:
+        raise ValueError(f"--profile {profile[0]}:{profile[1]} goes beyond the run's {args.num_iterations} steps")
     for file in get_files(args.train_files) + get_files(args.val_files):
         check_data_shard(file)
 
@@ -1295,9 +1307,14 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "") -> float:
             break
 
         # --------------- TRAINING SECTION -----------------
+        if profile and step + 1 == profile[0]:
+            xp.start_trace(f"logs/{run_id}/profile")
         training_manager.advance_schedule(step)
         losses = training_step(training_manager.graph, next(train_loader), numbers())
         xm.mark_step()
+        if profile and step + 2 == sum(profile):
+            xm.wait_device_ops()
+            xp.stop_trace()
 
         # logging
         train_loss = ""
@@ -1326,7 +1343,7 @@ def main(argv: list[str] | None = None):
         code = f.read()  # first of all: the log must hold what ran, whatever is edited meanwhile
     args, options = parse_args(sys.argv[1:] if argv is None else argv)
     try:
-        train(args, replay=not options.no_replay, code=code)
+        train(args, replay=not options.no_replay, code=code, profile=options.profile)
     except (ValueError, EOFError, OSError, FloatingPointError) as e:
         if os.environ.get("TRACEBACK"):
             raise
