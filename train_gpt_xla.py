@@ -36,6 +36,7 @@ import torch.nn.functional as F
 import torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as met
+import torch_xla.debug.profiler as xp
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 from torch import Tensor, nn
@@ -477,15 +478,12 @@ class GPT(nn.Module):
                 value = self.blocks[int(name.split(".")[1])].attn.from_upstream(value)
             p.data = to_device(value.contiguous())
 
-    def forward(self, input_seq: Tensor, target_seq: Tensor, documents: Tensor, schedule_cfg: ForwardScheduleConfig):
-        """
-        input_seq, target_seq, documents: [B, T] int32; documents holds where in its row each token's document starts (D10:
-        upstream passes cu_seqlens). Returns a loss for each row, [B]: summed over tokens in training, their mean otherwise.
-        """
+    def features(self, input_seq: Tensor, documents: Tensor, schedule_cfg: ForwardScheduleConfig) -> Tensor:
+        """What lm_head reads, [B, T, d]: upstream's forward up to the logits, in a method of its own for who needs no loss."""
         assert input_seq.ndim == 2
         T, dtype = input_seq.size(1), self.lm_head.weight.dtype
 
-        mtp_weights, ws_short, ws_long = schedule_cfg.mtp_weights, schedule_cfg.ws_short, schedule_cfg.ws_long
+        ws_short, ws_long = schedule_cfg.ws_short, schedule_cfg.ws_long
 
         skip_connections = []
         skip_in = [3] # the first layer with a long window
@@ -556,13 +554,20 @@ class GPT(nn.Module):
 
         # what the first blocks wrote for later blocks to read, not for the prediction, is taken out again
         x = x - backout_lambda * x_backout
-        x = norm(x)
+        return norm(x)
+
+    def forward(self, input_seq: Tensor, target_seq: Tensor, documents: Tensor, schedule_cfg: ForwardScheduleConfig):
+        """
+        input_seq, target_seq, documents: [B, T] int32; documents holds where in its row each token's document starts (D10:
+        upstream passes cu_seqlens). Returns a loss for each row, [B]: summed over tokens in training, their mean otherwise.
+        """
+        x = self.features(input_seq, documents, schedule_cfg)
         # softcap 23 * sigmoid((logits + 5) / 7.5): Gemma 2's tanh by @Grad62304977, its bound by @KoszarskyB, the sigmoid form
         # by @YouJiacheng, the constants by @classiclarryd
         kernels = takes_lm_head(x, self.lm_head.weight)  # D17: on a TPU lm_head and the loss are one kernel
         if self.training:
             cross_entropy = SoftcappedCrossEntropy if kernels else FusedSoftcappedCrossEntropy
-            return cross_entropy.apply(x, self.lm_head.weight, target_seq, mtp_weights).sum(1)
+            return cross_entropy.apply(x, self.lm_head.weight, target_seq, schedule_cfg.mtp_weights).sum(1)
         return (softcapped_losses if kernels else softcapped_cross_entropy)(x, self.lm_head.weight, target_seq).mean(1)
 
 # -----------------------------------------------------------------------------
@@ -1204,6 +1209,13 @@ LIBTPU_INIT_ARGS = " ".join([
     "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",  # or each sharded weight gradient becomes a loop of small matmuls
 ])
 
+def first_and_number(s: str) -> tuple[int, int]:
+    first, number = map(int, s.split(":"))
+    if min(first, number) < 1:
+        raise ValueError
+    return first, number
+first_and_number.__name__ = "STEP:STEPS"  # for argparse's message
+
 def parse_args(argv: list[str]) -> tuple[Hyperparameters, argparse.Namespace]:
     """The options that main() names and --FIELD VALUE for any field of Hyperparameters. A field that does not exist is refused."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], add_help=True, allow_abbrev=False)
@@ -1213,6 +1225,8 @@ def parse_args(argv: list[str]) -> tuple[Hyperparameters, argparse.Namespace]:
     parser.add_argument("--resume", nargs="?", const="latest", metavar="latest|PATH",
                         help="go on from a checkpoint; an error where there is none, while --save_every starts afresh then")
     parser.add_argument("--init_from", metavar="FILE", help="start with the weights of an upstream state_step*.pt, or of one of ours")
+    parser.add_argument("--profile", type=first_and_number, metavar="STEP:STEPS",
+                        help="trace STEPS steps from STEP on, counted as in the log, to logs/RUN_ID/profile for xprof; takes time")
     defaults = Hyperparameters(run_id="")
     for f in fields(Hyperparameters):
         default = getattr(defaults, f.name)
@@ -1289,14 +1303,17 @@ def unigram_entropy(args: Hyperparameters) -> float:
     p = np.bincount(tokens) / len(tokens)
     return float(-(p[p > 0] * np.log(p[p > 0])).sum())
 
-def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoints: Checkpoints | None = None,
-          resume: str | None = None, init_from: str | None = None, price: float | None = None) -> float:
+def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoints: Checkpoints | None = None, resume: str | None = None,
+          init_from: str | None = None, price: float | None = None, profile: tuple[int, int] | None = None) -> float:
     """
     The whole run: set up, warm up, train, validate. Returns the last validation loss. With checkpoints it goes on from the one that
-    resume names, or from the newest; SystemExit once it has saved after a SIGTERM. price: dollars an hour.
+    resume names, or from the newest; SystemExit once it has saved after a SIGTERM. price: dollars an hour. profile: first step and
+    number of steps to trace.
     """
     began = time.perf_counter()
     check_args(args)
+    if profile and sum(profile) - 1 > args.num_iterations:
+        raise ValueError(f"--profile {profile[0]}:{profile[1]} goes beyond the run's {args.num_iterations} steps")
     data = {name: [data_identity(file) for file in get_files(getattr(args, name))] for name in ("train_files", "val_files")}
 
     # begin logging
@@ -1517,9 +1534,14 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
             sys.exit(checkpoint.PREEMPTED)
 
         # --------------- TRAINING SECTION -----------------
+        if profile and step + 1 == profile[0]:
+            xp.start_trace(f"logs/{run_id}/profile")
         training_manager.advance_schedule(step)
         losses = training_step(training_manager.graph, next(train_loader), numbers())
         xm.mark_step()
+        if profile and step + 2 == sum(profile):
+            xm.wait_device_ops()
+            xp.stop_trace()
 
         # logging
         train_loss = ""
@@ -1559,7 +1581,7 @@ def main(argv: list[str] | None = None):
     try:
         saving = args.save_every or options.resume
         with Checkpoints(f"logs/{args.run_id}", args.keep_checkpoints) if saving else contextlib.nullcontext() as checkpoints:
-            train(args, not options.no_replay, code, checkpoints, options.resume, options.init_from, options.price)
+            train(args, not options.no_replay, code, checkpoints, options.resume, options.init_from, options.price, options.profile)
     except (ValueError, EOFError, OSError, FloatingPointError) as e:
         if os.environ.get("TRACEBACK"):
             raise

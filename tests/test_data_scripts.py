@@ -268,8 +268,10 @@ def test_demo_without_network_falls_back(tmp_path):
 
 class Hub(http.server.ThreadingHTTPServer):
     """Serves files {name: content} as the Hub does; cut: names whose next GET breaks off halfway; stall: names that stop halfway."""
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), HubHandler)
+    prefix = "/datasets/kjj0/fineweb10B-gpt2/resolve/main"
+
+    def __init__(self, handler=None):
+        super().__init__(("127.0.0.1", 0), handler or HubHandler)
         self.files, self.cut, self.stall, self.stalled, self.log = {}, set(), set(), threading.Event(), []
 
 class HubHandler(http.server.BaseHTTPRequestHandler):
@@ -286,7 +288,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         content, wanted = self.server.files.get(name), self.headers.get("Range")
         if name.endswith(".bin"):  # the client also asks for things that are no shards
             self.server.log.append((self.command, name, wanted))
-        if prefix != "/datasets/kjj0/fineweb10B-gpt2/resolve/main" or content is None:
+        if prefix != self.server.prefix or content is None:
             self.send_response(404)
             self.send_header("X-Error-Code", "EntryNotFound")
             self.send_header("Content-Length", "0")

@@ -2,6 +2,8 @@
 The script as its user runs it: the log, the loss, what is compiled, replay against tracing, and each bad input's one line.
     python -m pytest tests/test_train.py
 """
+import gzip
+import json
 import os
 import re
 from pathlib import Path
@@ -15,9 +17,12 @@ import train_gpt_xla as t
 
 
 @pytest.fixture(scope="module")
-def toy_run(tmp_path_factory, corpus):
-    folder = tmp_path_factory.mktemp("run")
-    process = run_train(folder, corpus, "--price", "3600", save_checkpoint=True)
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("run")
+
+@pytest.fixture(scope="module")
+def toy_run(folder, corpus):
+    process = run_train(folder, corpus, "--price", "3600", "--profile", "5:3", save_checkpoint=True)
     assert process.returncode == 0, process.stderr[-3000:]
     return process.stdout, (folder / "logs" / "toy.txt").read_text(), torch.load(folder / "logs" / "toy" / "state_step000028.pt")
 
@@ -66,6 +71,18 @@ def test_nothing_compiled_after_warmup_and_nothing_on_the_host(toy_run):
     assert "operations run on the host: none\n" in stdout
     graphs = int(re.search(r"Compiling (\d+) graphs", stdout).group(1))
     assert graphs == len(re.findall(r"^warmup ", stdout, re.M)) == len(t.distinct_graphs(t.parse_args(toy_options(Path()))[0])) > 11
+
+def test_profile_holds_the_steps_asked_for(toy_run, folder):
+    trace, = folder.glob("logs/toy/profile/plugins/profile/*/*.trace.json.gz")
+    assert list(trace.parent.glob("*.xplane.pb")), "what xprof reads"
+    names = [event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]]
+    assert names.count("ExecuteComputationWithBarrier") == 3, "one a step"
+
+@pytest.mark.parametrize("steps", ["5", "0:3", "5:0", "a:b"])
+def test_profile_of_no_steps(capsys, steps):
+    with pytest.raises(SystemExit):
+        t.parse_args(["--profile", steps])
+    assert f"--profile: invalid STEP:STEPS value: '{steps}'" in capsys.readouterr().err
 
 def test_checkpoint_has_upstreams_form(toy_run):
     _, log, checkpoint = toy_run
@@ -143,6 +160,7 @@ def test_no_shard(tmp_path, refused):
     (dict(num_layers=12), ["num_layers", "12"]),
     (dict(num_heads=3), ["num_heads 3"]),
     (dict(dtype="float16"), ["float16"]),
+    (dict(profile="27:3"), ["--profile 27:3", "28 steps"]),
 ])
 def test_fields_that_cannot_run(refused, fields, words):
     refused(*words, **fields)

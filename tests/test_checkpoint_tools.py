@@ -1,0 +1,340 @@
+"""
+The tools that take a checkpoint: sample.py, hellaswag.py and hub.py, on a model of random weights, and each bad input's one line.
+    python -m pytest tests/test_checkpoint_tools.py
+
+hub.py is the real huggingface_hub client against a local stand-in of the Hub. Nothing here needs a network.
+"""
+import base64
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import BOS, ROOT
+from test_data_scripts import Hub, HubHandler
+
+import train_gpt_xla as t
+
+sys.path.insert(0, str(ROOT / "tools"))
+import hellaswag
+import hub
+import sample
+
+FIELDS = dict(vocab_size=301, bos_id=BOS, num_heads=4, head_dim=8, model_dim=32, block_size=16, num_scheduled_iterations=24,
+              num_extension_iterations=4, dtype="float32", ws_schedule=(1, 2, 3), ws_final=4, ws_validate_post_yarn_ext=6)
+OPTIONS = [f"--{name}={value}" for name, value in FIELDS.items()]
+PARAMETERS = dict(num_layers=11, num_heads=4, head_dim=8, model_dim=32, block_size=16)
+
+GPT2S = ["--vocab_size=50257", "--bos_id=50256"]
+
+def save(folder, vocab_size):
+    """A checkpoint of upstream's form, as torch.compile names its parameters. No weight is zero, so each part matters."""
+    torch.manual_seed(0)
+    model = t.GPT(vocab_size=vocab_size, **PARAMETERS)
+    state = {name: p.detach() + 0.2 * torch.randn(p.shape) for name, p in model.named_parameters()}
+    path = folder / "toy" / "state_step000028.pt"
+    path.parent.mkdir()
+    torch.save(dict(step=28, code="", model={f"_orig_mod.{name}": x.float() for name, x in state.items()}, optimizers=[{}, {}]), path)
+    return path
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("logs"), 301)
+
+@pytest.fixture(scope="module")
+def gpt2s(tmp_path_factory):
+    """With GPT-2's vocabulary, for what is told to read and write text."""
+    return save(tmp_path_factory.mktemp("logs"), 50257)
+
+@pytest.fixture(scope="module")
+def manager(checkpoint):
+    return sample.load_model(str(checkpoint), OPTIONS)
+
+def one_line(main, argv, *words):
+    """main(argv) must exit with one line that holds all words."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in argv])
+    message = str(stop.value.code)
+    assert "\n" not in message and all(str(word) in message for word in words), message
+
+# -----------------------------------------------------------------------------
+# The model as at the end of training
+
+def test_model_is_that_of_the_last_validation(manager, monkeypatch):
+    """Windows, YaRN and embedding: the losses are those of a TrainingManager that went through the whole schedule."""
+    args = t.Hyperparameters(**FIELDS, val_batch_size=8 * 128)
+    rng = np.random.default_rng(0)
+    tokens, documents = rng.integers(0, 301, (8, 129)), np.repeat([[0, 40]], [40, 88], axis=1).repeat(8, axis=0)
+    batch = torch.from_numpy(np.stack([tokens[:, :-1], tokens[:, 1:], documents], axis=1).astype(np.int32))
+    losses = manager("losses", batch)
+    trained = t.TrainingManager(manager.model, args)  # puts the model back to step 0
+    for step in range(args.num_iterations):
+        trained.advance_schedule(step)
+    trained.advance_schedule(args.num_iterations, train=False)
+    monkeypatch.setattr(sample.LanguageModel, "forward", t.GPT.forward)
+    expected = trained.validation_step(t.to_device(batch, "data"), t.to_device(trained.get_numbers())).cpu()
+    assert torch.allclose(losses.mean(1), expected, rtol=1e-6)
+    assert manager.graph.ws_long == 6 and manager.model.split_embed
+
+# -----------------------------------------------------------------------------
+# sample.py
+
+PROMPTS = [[BOS, *np.random.default_rng(i).integers(0, 256, 3 + 9 * i).tolist()] for i in range(10)]  # two batches, 4 to 85 tokens
+
+def test_greedy_is_the_full_forwards_argmax(manager, monkeypatch):
+    texts = sample.generate(manager, PROMPTS, 20, temperature=0, top_k=0, seed=0)
+    assert [len(x) for x in texts] == [20] * 10
+    full = np.random.default_rng(0).integers(0, 301, (16, 128))  # whatever follows
+    for row, prompt, text in zip(full, PROMPTS, texts):
+        row[:len(prompt) + 20] = prompt + text
+    def forward(model, tokens, targets, documents, schedule_cfg):
+        logits = t.softcapped_logits(model.features(tokens, documents, schedule_cfg), model.lm_head.weight)[1]
+        return logits[:301].argmax(0).view(tokens.shape)
+    monkeypatch.setattr(sample.LanguageModel, "forward", forward)
+    for half in (0, 8):
+        batch = torch.zeros(8, 3, 128, dtype=torch.int32)
+        batch[:, 0] = torch.from_numpy(full[half:half + 8])
+        best = manager("argmax", batch)
+        for row, prompt, text in zip(best.tolist(), PROMPTS[half:half + 8], texts[half:half + 8]):
+            assert row[len(prompt) - 1:len(prompt) + 19] == text
+
+def test_sampling(manager):
+    draw = lambda prompts, seed, temperature=1.0, top_k=50: sample.generate(manager, prompts, 5, temperature, top_k, seed)
+    texts = draw(PROMPTS[:3], seed=1)
+    assert texts == draw(PROMPTS[:3], seed=1) and texts[0] == draw(PROMPTS[:1], seed=1)[0], "a row's text depends on the others"
+    assert texts != draw(PROMPTS[:3], seed=9)
+    assert draw(PROMPTS[:3], 0, temperature=0) == draw(PROMPTS[:3], 0, top_k=1)
+
+def test_choice():
+    """Frequencies of the drawn tokens are the softmax's at that temperature, among the top_k."""
+    logits, generator = torch.tensor([1.0, 3.0, 2.0, 0.0]), torch.Generator().manual_seed(0)
+    drawn = np.bincount([sample.choose(logits, 0.5, 3, generator) for _ in range(4000)], minlength=4) / 4000
+    assert np.allclose(drawn, np.exp([2, 6, 4, -np.inf]) / np.exp([2, 6, 4]).sum(), atol=0.02) and drawn[3] == 0
+
+def test_a_text_ends_before_the_next_document(manager, monkeypatch):
+    tokens = iter([5, 6, BOS, 7, BOS])
+    monkeypatch.setattr(sample, "choose", lambda *_: next(tokens))
+    assert sample.generate(manager, PROMPTS[:2], 9, 1.0, 0, 0) == [[5], [6, 7]]
+
+def test_sample_prints_text(gpt2s, capsys):
+    args = t.Hyperparameters(**FIELDS | dict(vocab_size=50257, bos_id=50256))
+    (gpt2s.parent.parent / "toy.txt").write_text(f"{args}\n")  # the run's log: no options are needed
+    sample.main([str(gpt2s), "--bytes", "--tokens", "3", "--prompt", "import os", "été"])
+    out, err = capsys.readouterr()
+    assert out.startswith("> import os\n") and "\n> été\n" in out
+    assert "step 28 of 28, 32 dims, 4 heads, windows of 32 and 96 tokens, float32" in err
+
+def test_byte_tokens_come_back_as_text():
+    encode, decode = sample.tokenizer(single_bytes=True)
+    assert decode(encode("naïve\n").tolist()[1:]) == "naïve\n" and encode("")[0] == 50256
+
+def test_presets_are_found_by_size():
+    model = t.GPT(128, 11, 4, 16, 64)
+    for state, preset in ((dict(model.named_parameters()), "rehearsal"), (None, "record")):
+        state = state or {"x0_lambdas": torch.zeros(11), "attn_gate_bank": torch.zeros(10, 6, 12), "lm_head.weight": torch.zeros(128, 768)}
+        args = sample.get_args("x.pt", dict(model=state), [])
+        assert (args.num_iterations, args.block_size, args.model_dim) == ((96, 16, 64) if preset == "rehearsal" else (1775, 128, 768))
+
+def broken(tmp_path, name, checkpoint):
+    """Path and words of a checkpoint that is none of ours."""
+    path = tmp_path / "bad.pt"
+    good = torch.load(checkpoint)
+    if name == "no file":
+        return path, ["bad.pt", "No such file"]
+    if name == "text":
+        path.write_text("step:0/96 val_loss:10.7\n")
+        return path, ["bad.pt: not a checkpoint", "--save_checkpoint"]
+    if name == "half":
+        path.write_bytes(checkpoint.read_bytes()[:100_000])
+        return path, ["bad.pt: not a checkpoint"]
+    if name == "list":
+        torch.save([1, 2], path)
+        return path, ["bad.pt: not a checkpoint"]
+    if name == "another model":
+        good["model"] = {"transformer.wte.weight": torch.zeros(4, 4)}
+    if name == "lacks one":
+        del good["model"]["_orig_mod.blocks.3.attn.qkvo_w"]
+    if name == "12 layers":
+        good["model"]["_orig_mod.x0_lambdas"] = torch.zeros(12)
+    if name == "shape":
+        good["model"]["_orig_mod.blocks.3.mlp.c_fc"] = torch.zeros(64, 32)
+    if name == "later":
+        good["step"] = 29
+    torch.save(good, path)
+    return path, dict([("another model", ["bad.pt", "has no attn_gate_bank"]), ("lacks one", ["bad.pt", "blocks.3.attn.qkvo_w is missing"]),
+                       ("12 layers", ["bad.pt", "num_layers is 12"]), ("shape", ["bad.pt", "blocks.3.mlp.c_fc", "(64, 32)", "(128, 32)"]),
+                       ("later", ["bad.pt is from step 29", "28", "--preset"])])[name]
+
+@pytest.mark.parametrize("name", ["no file", "text", "half", "list", "another model", "lacks one", "12 layers", "shape", "later"])
+def test_broken_checkpoint(tmp_path, checkpoint, name):
+    path, words = broken(tmp_path, name, checkpoint)
+    one_line(sample.main, [path, "--bytes", *OPTIONS], "sample.py: ", *words)
+
+def test_mistyped_option(checkpoint, capsys):
+    with pytest.raises(SystemExit):
+        sample.main([str(checkpoint), "--bytes", "--blocksize", "16"])
+    assert "--blocksize is not an option: did you mean --block_size" in capsys.readouterr().err
+
+def test_no_vocabulary(checkpoint, monkeypatch):
+    monkeypatch.setattr(sample.fineweb, "encoder", lambda _: (_ for _ in ()).throw(OSError("tiktoken cannot get GPT-2's vocabulary")))
+    one_line(sample.main, [checkpoint, *OPTIONS], "tiktoken cannot get")
+
+# -----------------------------------------------------------------------------
+# hellaswag.py
+
+QUESTIONS = ROOT / "tests" / "data" / "hellaswag.jsonl"
+
+def test_packed_losses_are_those_of_each_ending_alone(manager):
+    questions = hellaswag.read_questions(QUESTIONS)
+    tokenize = lambda text: list(text.encode()[::3])  # a third of the text, so that several fit in a row
+    endings = hellaswag.get_endings(questions, lambda text: np.array([BOS, *tokenize(text)]))
+    batches = [places for _, places in hellaswag.pack(endings, 128, BOS)]
+    assert len(batches) > 1 and len({row for _, row, _, _ in batches[0]}) == 8 and len(batches[0]) > 16, "too few to show anything"
+    losses = hellaswag.ending_losses(manager, endings, 128)
+    for i in range(0, len(endings), 5):
+        context, ending = tokenize(questions[i // 4]["ctx"]), tokenize(" " + questions[i // 4]["endings"][i % 4])
+        tokens = [BOS, BOS, BOS, *context, *ending]
+        batch = np.zeros((8, 3, 128), dtype=np.int32)
+        batch[3, 0, :len(tokens) - 1], batch[3, 1, :len(tokens) - 1] = tokens[:-1], tokens[1:]
+        batch[3, 2] = np.minimum(np.arange(128), 2)
+        alone = manager("losses", torch.from_numpy(batch))[3].numpy()
+        alone = alone[len(tokens) - 1 - len(ending):len(tokens) - 1]
+        assert np.allclose(losses[i], [alone.sum(), alone.mean()], rtol=2e-6), questions[i // 4]
+
+def test_score():
+    """The sum and the mean may choose differently: a short ending has the smaller sum."""
+    losses = np.array([[9, 3.0], [8, 4], [10, 2], [9, 5],   [1, 1], [2, 2], [3, 3], [4, 4]])
+    assert hellaswag.score(losses, [1, 0]) == (1.0, 0.5) and hellaswag.score(losses, [2, 3]) == (0.0, 0.5)
+
+def test_hellaswag_prints_its_line(gpt2s, capsys):
+    hellaswag.main([str(gpt2s), "--data", str(QUESTIONS), "--limit", "3", "--tokens", "128", "--bytes", *OPTIONS, *GPT2S])
+    acc = capsys.readouterr().out
+    assert acc.startswith("HellaSwag: 3 questions, acc 0.") or acc.startswith("HellaSwag: 3 questions, acc 1."), acc
+
+@pytest.mark.parametrize("line", ["{", '{"ctx": "a", "endings": ["b", "c", "d"], "label": 0}', '{"ctx": "a", "label": 0}', "[]", "",
+                                  '{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 4}'])
+def test_questions_of_another_kind(tmp_path, checkpoint, line):
+    path = tmp_path / "q.jsonl"
+    path.write_text(QUESTIONS.read_text().splitlines()[0] + f"\n{line}\n")
+    one_line(hellaswag.main, [checkpoint, "--data", path, "--bytes"], "hellaswag.py: ", "q.jsonl:2", "not a HellaSwag question")
+
+def test_no_questions(tmp_path, checkpoint, monkeypatch):
+    (tmp_path / "empty.jsonl").touch()
+    one_line(hellaswag.main, [checkpoint, "--data", tmp_path / "empty.jsonl"], "empty.jsonl is empty")
+    one_line(hellaswag.main, [checkpoint, "--data", tmp_path / "none.jsonl"], "none.jsonl", "No such file")
+    monkeypatch.setattr(hellaswag, "ROOT", tmp_path)
+    monkeypatch.setattr(hellaswag, "URL", "http://127.0.0.1:1/hellaswag_val.jsonl")
+    one_line(hellaswag.main, [checkpoint], "cannot fetch http://127.0.0.1:1", "--data FILE")
+    assert not list((tmp_path / "data" / "hellaswag").iterdir())
+
+# -----------------------------------------------------------------------------
+# hub.py, against a stand-in of the Hub
+
+class ModelHandler(HubHandler):
+    """Takes what the client sends: files of a commit, large ones by Git LFS."""
+    def take(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.command == "PUT":
+            self.server.large[self.path.rpartition("/")[2]] = body
+            return {}
+        assert self.headers["Authorization"] == "Bearer hf_test", self.path
+        if self.path.endswith("/commit/main"):
+            for item in map(json.loads, body.splitlines()):
+                value = item["value"]
+                if item["key"] == "file":
+                    self.server.files[value["path"]] = base64.b64decode(value["content"])
+                elif item["key"] == "lfsFile":
+                    self.server.files[value["path"]] = self.server.large[value["oid"]]
+            return {"commitUrl": f"{self.server.url}/someone/toy/commit/1", "commitOid": "1" * 40, "pullRequestUrl": None}
+        sent = json.loads(body)
+        if self.path.endswith("/objects/batch"):
+            upload = lambda x: {"upload": {"href": f"{self.server.url}/lfs/{x['oid']}"}}
+            return {"transfer": "basic", "objects": [x | {"actions": upload(x)} for x in sent["objects"]]}
+        if self.path.endswith("/preupload/main"):
+            mode = lambda name: "lfs" if name.endswith(".safetensors") else "regular"
+            return {"files": [{"path": x["path"], "uploadMode": mode(x["path"]), "shouldIgnore": False} for x in sent["files"]]}
+        if self.path == "/api/repos/create":
+            assert (sent["organization"], sent["name"]) == ("someone", "toy")
+            return {"url": f"{self.server.url}/someone/toy"}
+        assert self.path == "/api/validate-yaml", self.path
+        return {"errors": [], "warnings": []}
+
+    def do_POST(self):
+        body = json.dumps(self.take()).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_PUT = do_POST
+
+LOG = f"""{"=" * 100}
+Running on 8 CPU devices: [{{}}]
+{t.Hyperparameters(**FIELDS)}
+step:0/28 val_loss:10.8272 train_time:0ms step_avg:0.02ms
+step:28/28 train_time:5600ms step_avg:200.00ms
+step:28/28 val_loss:LOSS train_time:5600ms step_avg:200.00ms
+"""
+
+def test_push_and_pull(checkpoint, tmp_path):
+    server = Hub(ModelHandler)
+    server.prefix, server.large, server.url = "/someone/toy/resolve/main", {}, f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    (tmp_path / "toy.txt").write_text(LOG.replace("LOSS", "5.4321"))
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import hub; hub.main({{}})"
+    env = os.environ | dict(HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / "hf"), HF_TOKEN="hf_test", HF_HUB_DISABLE_XET="1",
+                            HF_HUB_OFFLINE="0", NO_PROXY="127.0.0.1", TRACEBACK="1")
+    push = ["push", str(checkpoint), "someone/toy", "--log", str(tmp_path / "toy.txt"), *OPTIONS]
+    pull = ["pull", "someone/toy"]
+    run = subprocess.run([sys.executable, "-c", f"{code.format(push)}; {code.format(pull)}"], cwd=tmp_path, env=env, capture_output=True,
+                         text=True, timeout=120)
+    server.shutdown()
+    server.server_close()
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert set(server.files) == {"model.safetensors", "config.json", "README.md"} and f"{server.url}/someone/toy/commit/1" in run.stdout
+    card = server.files["README.md"].decode()
+    assert "| validation loss | 5.4321 |" in card and "| training time | 5.6 s |" in card and "| devices | 8 CPU devices |" in card
+    config = json.loads(server.files["config.json"])
+    assert config["block_size"] == 16 and config["model_dim"] == 32 and config["step"] == 28 and "train_files" not in config
+    pulled = tmp_path / "logs" / "toy" / "state_step000028.pt"
+    theirs, ours = torch.load(checkpoint)["model"], sample.load_checkpoint(str(pulled))
+    assert ours["model"].keys() == {name.removeprefix("_orig_mod.") for name in theirs}
+    assert all(torch.equal(x, ours["model"][name.removeprefix("_orig_mod.")]) for name, x in theirs.items())
+    args = sample.get_args(str(pulled), ours, [])  # with no option: what it needs came along
+    assert {name: getattr(args, name) for name in FIELDS} == FIELDS
+
+@pytest.mark.parametrize("loss", ["nan", "inf"])
+def test_card_leaves_out_what_is_not_there(checkpoint, tmp_path, monkeypatch, capsys, loss):
+    """A dry run, without a token: the loss is no number, the devices are missing, the last line is half written."""
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: pytest.fail("without a token nothing may be sent"))
+    log = tmp_path / "toy.txt"
+    log.write_text(LOG.replace("LOSS", loss).replace("Running on", "Runs on") + "step:29/2")
+    hub.main(["push", str(checkpoint), "someone/toy", "--log", str(log), *OPTIONS])
+    card = (checkpoint.parent / "hub" / "README.md").read_text()
+    assert not re.search(r"\b(nan|inf|None|devices|validation loss)\b", card), card
+    assert "nothing is sent to someone/toy" in capsys.readouterr().out
+
+def test_push_refuses(checkpoint, tmp_path):
+    log = tmp_path / "other.txt"
+    log.write_text("a letter\n")
+    one_line(hub.main, ["push", checkpoint, "someone/toy", "--log", log, *OPTIONS], "hub.py: ", "other.txt")
+    log.write_text("")
+    one_line(hub.main, ["push", checkpoint, "someone/toy", "--log", log, *OPTIONS], "other.txt", "empty")
+    one_line(hub.main, ["push", tmp_path / "none.pt", "someone/toy"], "none.pt", "No such file")
+    one_line(hub.main, ["push", log, "someone/toy"], "other.txt: not a checkpoint")
+
+def test_pull_refuses(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, name: tmp_path / name)
+    one_line(hub.main, ["pull", "openai/gpt2"], "openai/gpt2 is a gpt2")
+    (tmp_path / "there.pt").touch()
+    (tmp_path / "config.json").write_text('{"model_type": "modded-nanogpt", "step": 1}')
+    monkeypatch.setattr("safetensors.torch.load_file", lambda path: {})
+    one_line(hub.main, ["pull", "a/b", "-o", tmp_path / "there.pt"], "there.pt is there already", "-o")

@@ -1,0 +1,138 @@
+"""
+A checkpoint to and from the Hugging Face Hub, as safetensors with config.json and a model card.
+
+    python tools/hub.py push logs/RUN_ID/state_step001775.pt USER/NAME [--log FILE] [--private] [--dry_run]
+    python tools/hub.py pull USER/NAME [-o FILE.pt]
+
+push makes the files in the folder hub/ beside the checkpoint and sends them; without a token (hf auth login, or HF_TOKEN) or with
+--dry_run it stops there. The card's figures are those of the run's log (logs/RUN_ID.txt, or --log); what the log lacks is left out.
+pull writes a file that --init_from, tools/sample.py and tools/hellaswag.py take, by default logs/NAME/state_step*.pt.
+"""
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from record_stats import Log, read_log
+from sample import NOT_THE_MODELS, get_args, load_checkpoint
+
+CARD = """---
+license: mit
+library_name: pytorch
+pipeline_tag: text-generation
+tags: [modded-nanogpt, nanogpt-speedrun]
+{datasets}---
+# {name}
+
+The GPT of record #60 of the [NanoGPT speedrun](https://github.com/KellerJordan/modded-nanogpt), trained with PyTorch/XLA by
+modded-nanogpt-xla. `model.safetensors` holds upstream's parameters under upstream's names, `config.json` the hyperparameters.
+
+{figures}To use it, in a checkout of modded-nanogpt-xla:
+
+    python tools/hub.py pull {repo}
+    python tools/sample.py logs/{name}/state_step{step:06d}.pt --prompt "The capital of France is"
+"""
+
+def get_figures(log: Log) -> list[tuple[str, str]]:
+    """What a run's log says of its outcome, name and value; nothing that it lacks or that is not finite."""
+    figures = []
+    step = max(log.val_loss, default=None)
+    if step is not None and math.isfinite(log.val_loss[step]):
+        figures += [("validation loss", f"{log.val_loss[step]:.4f}"), ("at step", f"{step} of {log.num_steps}")]
+        if step and math.isfinite(log.time[step]):
+            figures += [("training time", f"{log.time[step] / 1000:.1f} s"), ("time a step", f"{log.time[step] / step:.2f} ms")]
+    if log.devices:
+        figures.append(("devices", log.devices))
+    return figures
+
+def make_files(path: str, repo: str, log_path: Path | None, options: list[str]) -> Path:
+    """model.safetensors, config.json and README.md, in hub/ beside the checkpoint. ValueError or OSError where that cannot be."""
+    from safetensors.torch import save_file
+
+    checkpoint = load_checkpoint(path)
+    args = dataclasses.asdict(get_args(path, checkpoint, options))
+    step = checkpoint.get("step", args["num_scheduled_iterations"] + args["num_extension_iterations"])
+    log = read_log(str(log_path)) if log_path else None
+    figures = get_figures(log) if log else []
+    folder, name = Path(path).resolve().parent / "hub", repo.split("/")[-1]
+    folder.mkdir(exist_ok=True)
+    # each tensor a copy of its own: safetensors refuses tensors that share memory
+    save_file({k: v.contiguous().clone() for k, v in checkpoint["model"].items()}, folder / "model.safetensors", {"format": "pt"})
+    config = dict(model_type="modded-nanogpt", step=step) | {k: v for k, v in args.items() if k not in NOT_THE_MODELS}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
+    rows = "".join(f"| {name} | {value} |\n" for name, value in figures)
+    fineweb = log and "fineweb10B" in log.hyperparameters
+    (folder / "README.md").write_text(CARD.format(
+        name=name, repo=repo, step=step, datasets="datasets: [kjj0/fineweb10B-gpt2]\n" if fineweb else "",
+        figures=f"From the log of its run:\n\n| | |\n| --- | --- |\n{rows}\n" if figures else ""))
+    return folder
+
+def push(path: str, repo: str, log_path: Path | None, private: bool, dry_run: bool, options: list[str]):
+    from huggingface_hub import HfApi, get_token
+
+    folder = make_files(path, repo, log_path, options)
+    for file in sorted(folder.iterdir()):
+        print(f"{file}: {file.stat().st_size:,} bytes")
+    if dry_run or not get_token():
+        reason = "--dry_run" if dry_run else "there is no token: 'hf auth login', or set HF_TOKEN"
+        return print(f"nothing is sent to {repo} ({reason})")
+    api = HfApi()
+    api.create_repo(repo, private=private, exist_ok=True)
+    commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Checkpoint {Path(path).name}")
+    print(commit.commit_url)
+
+def pull(repo: str, out: Path | None):
+    from huggingface_hub import hf_hub_download
+    from safetensors.torch import load_file
+
+    config = json.loads(Path(hf_hub_download(repo, "config.json")).read_text())
+    if config.get("model_type") != "modded-nanogpt":
+        raise ValueError(f"{repo} is a {config.get('model_type')} by its config.json: only what 'tools/hub.py push' sent can be pulled")
+    state = load_file(hf_hub_download(repo, "model.safetensors"))
+    step = config["step"]
+    out = out or Path("logs", repo.split("/")[-1], f"state_step{step:06d}.pt")
+    if out.exists():
+        raise ValueError(f"{out} is there already: move it, or give another name with -o")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(out.name + ".part")
+    args = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k not in ("model_type", "step")}
+    torch.save(dict(step=step, code="", model=state, optimizers=[], hyperparameters=args), part)
+    load_checkpoint(str(part))
+    os.replace(part, out)
+    print(out)
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    words = parser.add_subparsers(dest="word", required=True)
+    pushing = words.add_parser("push", allow_abbrev=False)
+    pushing.add_argument("checkpoint")
+    pushing.add_argument("repo", metavar="USER/NAME")
+    pushing.add_argument("--log", type=Path, help="the run's log, where it is not logs/RUN_ID.txt beside the checkpoint's folder")
+    pushing.add_argument("--private", action="store_true")
+    pushing.add_argument("--dry_run", action="store_true")
+    pulling = words.add_parser("pull", allow_abbrev=False)
+    pulling.add_argument("repo", metavar="USER/NAME")
+    pulling.add_argument("-o", "--out", type=Path, metavar="FILE.pt")
+    options, rest = parser.parse_known_args(argv)
+    try:
+        if options.word == "pull":
+            if rest:
+                parser.error(f"{rest[0]} is not an option of pull")
+            return pull(options.repo, options.out)
+        log = options.log or Path(f"{Path(options.checkpoint).resolve().parent}.txt")
+        return push(options.checkpoint, options.repo, log if options.log or log.exists() else None, options.private, options.dry_run, rest)
+    except Exception as e:  # noqa: BLE001 (the Hub's client and its HTTP library raise what they like)
+        if os.environ.get("TRACEBACK"):
+            raise
+        name = "" if type(e) in (ValueError, FileNotFoundError) else f"{type(e).__name__}: "
+        way_out = "" if isinstance(e, (ValueError, FileNotFoundError)) else "; check the name, the token and the network, then run it again"
+        sys.exit(f"hub.py: {name}{' '.join(str(e).split())[:400]}{way_out}")
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""
+Text from a checkpoint, of this project or of upstream (logs/RUN_ID/state_step*.pt), on TPU or CPU.
+
+    python tools/sample.py CHECKPOINT [--prompt TEXT ...] [--tokens 64] [--temperature 0.8] [--top_k 50] [--seed 0] [--bytes]
+
+Eight prompts at a time, one a row; a standard list where none is given. --temperature 0 takes the likeliest token. --bytes: single
+bytes as tokens, for a model trained on them (data/demo.py --bytes, or made offline). The model's sizes come from the checkpoint,
+its schedule (windows, YaRN) from the run's log beside it (logs/RUN_ID.txt), else from the preset with these sizes, else from the
+record; --preset and --FIELD as in training go before all that.
+
+Each token takes a whole forward pass over [8, T] with T fixed, so that one compiled graph serves all positions: what comes after
+a position does not change it. There is no cache of keys and values.
+"""
+import argparse
+import ast
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+import fineweb
+
+import train_gpt_xla as port
+from muon_xla import ROWS, enter, leave, shard, to_device
+
+PROMPTS = ["The capital of France is", "Once upon a time, there was", "The opposite of hot is", "Water boils at",
+           "The first thing to do when baking bread is", "In 1969, astronauts", "def main():\n    ", "import os\nimport "]
+
+# hyperparameters that a trained model does not need
+NOT_THE_MODELS = {"train_files", "val_files", "run_id", "train_loss_every", "save_checkpoint", "save_every", "keep_checkpoints"}
+
+def load_checkpoint(path: str) -> dict:
+    """step and model (upstream's names, on the CPU) of a checkpoint; ValueError where it is of another kind."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        state = {name.removeprefix("_orig_mod."): value for name, value in checkpoint["model"].items()}
+        missing = {"lm_head.weight", "attn_gate_bank", "x0_lambdas"} - state.keys()
+    except OSError:
+        raise
+    except Exception as e:  # torch.load raises what it likes
+        raise ValueError(f"{path}: not a checkpoint ({type(e).__name__}): give a state_step*.pt, as --save_checkpoint true or upstream "
+                         "writes it, or what 'tools/hub.py pull' brings") from None
+    if missing:
+        raise ValueError(f"{path}: its model has no {min(missing)}, so it is not record #60's: --save_checkpoint true writes one that is")
+    return checkpoint | dict(model=state)
+
+def get_sizes(state: dict[str, Tensor]) -> dict[str, int]:
+    """Hyperparameters that the shapes tell."""
+    num_heads, model_dim = state["attn_gate_bank"].shape[1], state["lm_head.weight"].shape[1]
+    return dict(num_layers=len(state["x0_lambdas"]), num_heads=num_heads, head_dim=model_dim // num_heads, model_dim=model_dim)
+
+def recorded_options(path: str, checkpoint: dict) -> list[str]:
+    """The run's hyperparameters as options, from the checkpoint or from the log beside it; none where neither has them."""
+    args = checkpoint.get("hyperparameters", {})
+    log = Path(f"{Path(path).resolve().parent}.txt")
+    if not args and log.is_file():
+        for line in re.findall(r"^Hyperparameters\(.*\)$", log.read_text(errors="replace"), re.M):
+            args = {k.arg: ast.literal_eval(k.value) for k in ast.parse(line, mode="eval").body.keywords}
+    return [f"--{name}={value}" for name, value in args.items() if name not in NOT_THE_MODELS]
+
+def get_args(path: str, checkpoint: dict, options: list[str]) -> "port.Hyperparameters":
+    """The run's hyperparameters: as it wrote them down, else a preset's; options, training's, go before. Sizes are the checkpoint's."""
+    sizes = get_sizes(checkpoint["model"])
+    if not any(option.startswith("--preset") for option in options):
+        fits = [name for name, make in port.presets.items() if all(getattr(make(), k) == v for k, v in sizes.items())]
+        options = (recorded_options(path, checkpoint) or ["--preset", (fits or ["record"])[0]]) + options
+    args = dataclasses.replace(port.parse_args(options)[0], **sizes)
+    try:
+        port.check_args(args)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+    if checkpoint.get("step", 0) > args.num_iterations:
+        raise ValueError(f"{path} is from step {checkpoint['step']}, this schedule has {args.num_iterations}: give the run's --preset, "
+                         "or its --num_scheduled_iterations, --num_extension_iterations, --block_size and windows")
+    return args
+
+class LanguageModel(port.GPT):
+    """GPT for what is not training: the loss of each target, or the logits at the position that target_seq marks with a 1."""
+    wanted = "losses"
+
+    def forward(self, input_seq: Tensor, target_seq: Tensor, documents: Tensor, schedule_cfg: port.ForwardScheduleConfig) -> Tensor:
+        """[B, T] losses, or [B, V] softcapped logits, float32."""
+        x = self.features(input_seq, documents, schedule_cfg)
+        if self.wanted == "losses":
+            return port.softcapped_cross_entropy(x, self.lm_head.weight, target_seq)
+        x = torch.where((target_seq == 1).unsqueeze(-1), x, 0).sum(1, keepdim=True)
+        return port.softcapped_logits(x, self.lm_head.weight)[1].T
+
+class Inference(port.TrainingManager):
+    """The model with windows, YaRN and embedding as the validation at a step has them, and no optimizers."""
+    def __init__(self, model: LanguageModel, args: port.Hyperparameters, step: int):
+        self.model, self.args, self.optimizers, self.mtp_weights = model, args, [], None
+        self.reset()
+        for i in range(step + 1):
+            self.advance_schedule(i, train=False)
+        self.numbers = to_device(torch.tensor([*model.yarn.numbers(), *model.yarn_paired_head.numbers()]))
+        self.replay = port.Replay(self.step_fn, self.tensors, self.constants)
+
+    def bind(self, numbers: Tensor):
+        self.yarn, self.yarn_paired_head = enter(numbers).chunk(2)
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.model.parameters(), *self.model.buffers()]
+
+    @torch.no_grad()
+    def step_fn(self, batch: Tensor, numbers: Tensor) -> Tensor:
+        return shard(leave(self.forward(batch, numbers)[0]).flatten(0, 1), "data")
+
+    def __call__(self, wanted: str, batch: Tensor) -> Tensor:
+        """"losses" [8, T] or "logits" [8, V], on the CPU, of batch [8, 3, T] int32: tokens, targets (or marks), documents."""
+        self.model.wanted = wanted
+        return self.replay((wanted, batch.shape), to_device(batch, "data"), self.numbers).cpu()
+
+def load_model(path: str, options: list[str]) -> Inference:
+    """The checkpoint's model on the devices, which are set up if they are not yet; says on stderr what it is. ValueError, OSError."""
+    checkpoint = load_checkpoint(path)
+    args = get_args(path, checkpoint, options)
+    state = checkpoint["model"]
+    if port.xs.get_global_mesh() is None:
+        port.setup_devices()
+    model = LanguageModel(len(state["lm_head.weight"]), args.num_layers, args.num_heads, args.head_dim, args.model_dim, args.block_size)
+    model.to_devices(getattr(torch, args.dtype))
+    try:
+        model.load_state_dict(state)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+    step = checkpoint.get("step", args.num_iterations)
+    manager = Inference(model, args, step)
+    short, long = (ws * args.block_size for ws in (manager.graph.ws_short, manager.graph.ws_long))
+    print(f"{path}: step {step} of {args.num_iterations}, {args.model_dim} dims, {args.num_heads} heads, windows of {short} and {long} "
+          f"tokens, {args.dtype}", file=sys.stderr)
+    return manager
+
+def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
+    """A token from logits [V]: the likeliest at temperature 0, else drawn from the top_k likeliest, or from all at top_k 0."""
+    if temperature == 0:
+        return int(logits.argmax())
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, len(logits))).values[-1], -torch.inf)
+    return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+
+def generate(manager: Inference, prompts: list[list[int]], num_tokens: int, temperature: float, top_k: int, seed: int) -> list[list[int]]:
+    """Up to num_tokens after each prompt (tokens, the first of them bos_id); a row ends before the next bos_id."""
+    bos_id, vocab_size = manager.args.bos_id, manager.args.vocab_size  # no entries of the vocabulary's padding
+    T = port.next_multiple_of_n(max(map(len, prompts)) + num_tokens, n=128)
+    texts = []
+    for first in range(0, len(prompts), ROWS):
+        rows = [list(prompt) for prompt in prompts[first:first + ROWS]]
+        generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(rows))]  # a row's text is its own
+        ended = [False] * len(rows)
+        for _ in range(num_tokens):
+            batch = torch.zeros(ROWS, 3, T, dtype=torch.int32)  # each row one document
+            for i, row in enumerate(rows):
+                batch[i, 0, :len(row)] = torch.tensor(row)
+                batch[i, 1, len(row) - 1] = 1
+            logits = manager("logits", batch)[:len(rows), :vocab_size]
+            if not logits.isfinite().all():
+                raise FloatingPointError("the model's logits are not finite: try --dtype float32, or an earlier checkpoint")
+            for i, row in enumerate(rows):
+                if not ended[i]:
+                    row.append(choose(logits[i], temperature, top_k, generators[i]))
+                    ended[i] = row[-1] == bos_id
+            if all(ended):
+                break
+        texts += [row[len(prompt):len(row) - end] for row, prompt, end in zip(rows, prompts[first:first + ROWS], ended, strict=True)]
+    return texts
+
+def tokenizer(single_bytes: bool) -> tuple:
+    """encode(text) -> tokens, BOS_ID first; decode(tokens) -> text. OSError where GPT-2's vocabulary cannot be had."""
+    encode = fineweb.encoder(single_bytes)
+    if not single_bytes:
+        import tiktoken
+        return encode, tiktoken.get_encoding("gpt2").decode
+    to_byte = {int(token): byte for byte, token in enumerate(fineweb.byte_tokens())}
+    return encode, lambda tokens: bytes(to_byte.get(token, ord("?")) for token in tokens).decode(errors="replace")
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--prompt", nargs="+", default=PROMPTS, metavar="TEXT")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens after each prompt")
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top_k", type=int, default=50, help="0: the whole vocabulary")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing (a prompt adds its number)")
+    parser.add_argument("--bytes", action="store_true", help="tokens are single bytes")
+    options, rest = parser.parse_known_args(argv)
+    if options.tokens < 1 or options.top_k < 0 or not 0 <= options.temperature < float("inf"):
+        parser.error("--tokens must be 1 or more, --top_k and --temperature 0 or more")
+    try:
+        manager = load_model(options.checkpoint, rest)
+        encode, decode = tokenizer(options.bytes)
+        prompts = [encode(text).tolist() for text in options.prompt]
+        texts = generate(manager, prompts, options.tokens, options.temperature, options.top_k, options.seed)
+    except (ValueError, OSError, FloatingPointError) as e:
+        sys.exit(f"sample.py: {e}")
+    for prompt, text in zip(options.prompt, texts, strict=True):
+        print(f"> {prompt}\n{decode(text)}\n")
+
+if __name__ == "__main__":
+    main()
