@@ -1187,6 +1187,18 @@ def setup_devices():
     xs.set_global_mesh(xs.Mesh(np.arange(n), (n,), ("data",)))
     torch_xla._XLAC._set_xla_all_numbers_special_scalars(True)
 
+def build(args: Hyperparameters) -> TrainingManager:
+    """The model of args and its optimizers, on the devices."""
+    model = GPT(
+        vocab_size=args.vocab_size,
+        num_layers=args.num_layers,
+        num_heads=args.num_heads,
+        head_dim=args.head_dim,
+        model_dim=args.model_dim,
+        block_size=args.block_size,
+    )
+    return TrainingManager(model.to_devices(getattr(torch, args.dtype)), args)
+
 # The rehearsal: all that the record does, small enough for 8 virtual devices on a CPU.
 presets = {
     "record": Hyperparameters,
@@ -1363,22 +1375,16 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
     print0("="*100)
     print0(f"unigram entropy: {entropy:.4f} nats", console=True)
 
-    model = GPT(
-        vocab_size=args.vocab_size,
-        num_layers=args.num_layers,
-        num_heads=args.num_heads,
-        head_dim=args.head_dim,
-        model_dim=args.model_dim,
-        block_size=args.block_size,
-    ).to_devices(getattr(torch, args.dtype))
+    training_manager = build(args)
+    model = training_manager.model
     if init_from and not saved:
         state = checkpoint.load(init_from)
         try:
             model.load_state_dict(state.get("model", state))
         except ValueError as e:
             raise ValueError(f"{init_from}: {e}") from None
+        training_manager.reset()  # the optimizers' float32 weights are these
         print0(f"starting with the weights of {init_from}", console=True)
-    training_manager = TrainingManager(model, args)
     # D14: torch.compile's counterpart. Each distinct graph is traced once and replayed from then on
     training_step = Replay(training_manager.training_step, training_manager.tensors, training_manager.constants, enabled=replay)
     validation_step = Replay(training_manager.validation_step, training_manager.tensors, training_manager.constants, enabled=replay)

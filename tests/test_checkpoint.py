@@ -142,8 +142,7 @@ def test_init_from_takes_upstreams_names(driven):
 def test_state_comes_back_with_its_sharding():
     """On 8 devices: what is set is what is read, and compiled programs still fit."""
     args, _ = t.parse_args(toy_options(Path()))
-    model = t.GPT(args.vocab_size, args.num_layers, args.num_heads, args.head_dim, args.model_dim, args.block_size).to_devices()
-    manager = t.TrainingManager(model, args)
+    manager = t.build(args)
     before, generator = signature(manager.tensors()), torch.Generator().manual_seed(1)
     state = manager.get_state()
     for i, states in enumerate(state):

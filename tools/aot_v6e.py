@@ -138,8 +138,7 @@ def export_graphs(preset: str, out: str, *names: str):
     pallas_kernels.target = "TPU"
     train.setup_devices()
     args = train.presets[preset]()
-    sizes = {k: getattr(args, k) for k in ("vocab_size", "num_layers", "num_heads", "head_dim", "model_dim", "block_size")}
-    manager = train.TrainingManager(train.GPT(**sizes).to_devices(getattr(torch, args.dtype)), args)
+    manager = train.build(args)
     for graph, steps in train.distinct_graphs(args).items():
         if graph.name not in names:
             continue

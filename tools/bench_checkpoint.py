@@ -32,13 +32,12 @@ def main():
     from checkpoint import KEYS, VERSION, Checkpoints
     t.setup_devices()
     args = t.Hyperparameters(head_dim=options.model_dim // 6, model_dim=options.model_dim)
-    model = t.GPT(args.vocab_size, args.num_layers, args.num_heads, args.head_dim, args.model_dim, args.block_size).to_devices()
-    manager = t.TrainingManager(model, args)
+    manager = t.build(args)
     t.xm.wait_device_ops()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder, Checkpoints(folder, keep=1, say=lambda s: None) as checkpoints:
         for step in range(1, options.saves + 1):
             t0, cpu = time.perf_counter(), time.process_time()
-            state = dict(model=model.state_dict(), optimizers=manager.get_state(), schedule=manager.get_schedule())
+            state = dict(model=manager.model.state_dict(), optimizers=manager.get_state(), schedule=manager.get_schedule())
             checkpoints.save(step, dict.fromkeys(KEYS, 0) | dict(version=VERSION, step=step) | state)
             del state
             t1, cpu = time.perf_counter(), time.process_time() - cpu

@@ -53,8 +53,7 @@ def bench_loader(port, num_tokens: int, steps: int, folder: Path) -> dict:
 def bench_step(port, args, graphs: list, steps: int, replay: bool) -> dict:
     """Host time of a step of this stage, its even and odd steps in turn, each after the devices are done with the last."""
     import torch
-    model = port.GPT(args.vocab_size, args.num_layers, args.num_heads, args.head_dim, args.model_dim, args.block_size)
-    manager = port.TrainingManager(model.to_devices(), args)
+    manager = port.build(args)
     calls = []
     step_fn = port.Replay(lambda *x: calls.append(1) or manager.training_step(*x), manager.tensors, manager.constants, enabled=replay)
     batch = port.to_device(torch.zeros(port.ROWS, 3, graphs[0][0].tokens, dtype=torch.int32), "data")

@@ -71,13 +71,13 @@ def run_case(case: Path, replay: bool) -> tuple[Report, list]:
             full = torch.from_numpy(np.asarray(full)).double().flatten()
             report.add(f"{label} elements", (x - full).norm().item() / max(norm, 1e-30), 10 * tolerance, where)
 
-    model = port.GPT(args.vocab_size, args.num_layers, args.num_heads, args.head_dim, args.model_dim, args.block_size)
-    model.to_devices(getattr(torch, args.dtype))
+    manager = port.build(args)
+    model = manager.model
     model.load_state_dict({name: torch.from_numpy(value) for name, value in init.items()})
     state = model.state_dict()
     report.add("initial parameters", max((state[n].float() - torch.from_numpy(init[n]).to(state[n].dtype).float()).abs().max().item()
                                          for n in init), 0.0, "")
-    manager = port.TrainingManager(model, args)
+    manager.reset()
     training_step = port.Replay(manager.training_step, manager.tensors, manager.constants, enabled=replay)
     validation_step = port.Replay(manager.validation_step, manager.tensors, manager.constants, enabled=replay)
 
