@@ -102,6 +102,12 @@ def not_finite(state, name: str = "") -> str | None:
     pairs = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
     return next((found for key, x in pairs if (found := not_finite(x, f"{name}.{key}".lstrip(".")))), None)
 
+def joined(state):
+    """The state with its functions called: TrainingManager.get_state(lazy=True) has them."""
+    if isinstance(state, dict):
+        return {key: joined(x) for key, x in state.items()}
+    return [joined(x) for x in state] if isinstance(state, list) else state() if callable(state) else state
+
 class Checkpoints:
     """
     The folder of one run. `with` locks it, clears away what a killed run left half written, and turns SIGTERM into `preempted`,
@@ -177,7 +183,7 @@ class Checkpoints:
     def _save(self, step: int, state: dict):
         path, t0 = self.folder / f"checkpoint_step{step:06d}.pt", time.perf_counter()
         try:
-            self.error = None
+            self.error, state = None, joined(state)
             if name := not_finite(state):
                 raise FloatingPointError(f"{name} holds a number that is not finite after step {step}: not saved, older checkpoints are "
                                          f"in {self.folder}")

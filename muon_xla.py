@@ -24,16 +24,23 @@ def to_device(x: Tensor, *spec) -> Tensor:
     spec = spec + (None,) * (x.ndim - len(spec))
     return xm.send_cpu_data_to_device([x], torch_xla.device(), xs.ShardingSpec(xs.get_global_mesh(), spec))[0]
 
+def is_split(x: Tensor) -> bool:
+    return xs.XLAShardedTensor(x).sharding_type == xs.ShardingType.TILED
+
 def to_host(x: Tensor) -> Tensor:
     """Copies a device tensor, whole or split by rows, to the CPU. Nothing is compiled, where .cpu() compiles a gather."""
-    if not xs.XLAShardedTensor(x).sharding_type == xs.ShardingType.TILED:
-        return x.detach().cpu()
-    return torch.cat([s.data for s in xs.XLAShardedTensor(x).local_shards])
+    return parts_to_host([x])[0]()
+
+def parts_to_host(tensors: list[Tensor]) -> list:
+    """to_host of several at once. For each a function that joins its parts, which need not be done while the devices wait."""
+    split = [i for i, x in enumerate(tensors) if is_split(x)]
+    parts = dict(zip(split, torch_xla._XLAC._get_local_shards([tensors[i] for i in split]), strict=True)) if split else {}
+    whole = {i: x.detach().cpu() for i, x in enumerate(tensors) if i not in parts}
+    return [(lambda i=i: whole[i]) if i in whole else (lambda i=i: torch.cat([data for data, _ in parts[i]])) for i in range(len(tensors))]
 
 def assign(x: Tensor, value: Tensor):
     """Gives a device tensor the value of a CPU tensor, whole, with the sharding it has: compiled programs go on to fit."""
-    split = xs.XLAShardedTensor(x).sharding_type == xs.ShardingType.TILED
-    x.data = to_device(value, *(("data",) if split else ()))
+    x.data = to_device(value, *(("data",) if is_split(x) else ()))
 
 def shard(x: Tensor, *spec) -> Tensor:
     """Annotates where x lives: a mesh axis or None for each dimension; none given means replicated."""

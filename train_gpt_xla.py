@@ -26,6 +26,7 @@ import time
 import uuid
 import warnings
 import zlib
+from collections import defaultdict
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -44,7 +45,7 @@ from tqdm import tqdm
 
 import checkpoint
 from checkpoint import Checkpoints
-from muon_xla import ROWS, DistAdam, NorMuon, assign, enter, leave, shard, to_device, to_host
+from muon_xla import ROWS, DistAdam, NorMuon, assign, enter, leave, parts_to_host, shard, to_device
 from pallas_kernels import (
     FusedAttention,
     ReLUSquareMLP,
@@ -1062,13 +1063,19 @@ class TrainingManager():
                 {group["params"][0].label: {k: group[k] for k in ("momentum_buffer", "second_momentum_buffer", "master")}
                  for group in self.muon_opt.param_groups}]
 
-    def get_state(self) -> list[dict]:
+    def get_state(self, lazy: bool = False) -> list[dict]:
         """
         The optimizers' state on the CPU, as dicts of whole tensors: DistAdam's by parameter name, NorMuon's by label. For the end of an
-        odd step: without the gradients that an even step leaves to the odd one, eight times as large as the model's.
+        odd step: without the gradients that an even step leaves to the odd one, eight times as large as the model's. lazy: functions
+        that return the tensors, which leaves the joining of their parts to another thread.
         """
-        return [{name: {k: to_host(x) if isinstance(x, Tensor) else x for k, x in state.items() if k != "grad"}
-                 for name, state in states.items()} for states in self._state()]
+        entries = [(i, name, k, x) for i, states in enumerate(self._state()) for name, state in states.items()
+                   for k, x in state.items() if k != "grad"]
+        tensors = iter(parts_to_host([x for *_, x in entries if isinstance(x, Tensor)]))
+        found = [defaultdict(dict), defaultdict(dict)]
+        for i, name, k, x in entries:
+            found[i][name][k] = x if not isinstance(x, Tensor) else next(tensors) if lazy else next(tensors)()
+        return [dict(states) for states in found]
 
     def get_schedule(self) -> dict:
         """What advance_schedule has made of YaRN so far."""
@@ -1527,7 +1534,7 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
         if step > start and step % 2 == 0 and (preempted or due):
             due = False
             read_loss()  # what is not finite is not worth keeping
-            state = dict(step=step, code=code, model=model.state_dict(), optimizers=training_manager.get_state(),
+            state = dict(step=step, code=code, model=model.state_dict(), optimizers=training_manager.get_state(lazy=True),
                          version=checkpoint.VERSION, run_id=run_id, hyperparameters=hyperparameters(args), data=data,
                          versions=versions, schedule=training_manager.get_schedule(), loader=positions[step - start],
                          rng=torch.get_rng_state(), losses=unread[-1][1].cpu(), time=time.time(),

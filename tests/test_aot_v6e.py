@@ -564,7 +564,6 @@ def test_the_fingerprint_is_of_what_is_computed(programs, tmp_path):
     assert prints[0] == prints[1] and len(set(prints)) == 3
 
 @compiles
-@pytest.mark.slow
 def test_a_graph_of_the_rehearsal(tmp_path):
     """From tracing to the report, with all that is promised of the command."""
     run = lambda *options: subprocess.run([sys.executable, ROOT / "tools/aot_v6e.py", "--preset", "rehearsal", "--out", tmp_path, *options],

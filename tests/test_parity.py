@@ -25,7 +25,7 @@ def failures(report: dict) -> dict:
 
 @pytest.mark.parametrize("case, devices", [
     ("C_f32", 4),
-    ("A_bf16", 8),
+    pytest.param("A_bf16", 8, marks=pytest.mark.slow),
     pytest.param("A_f32", 8, marks=pytest.mark.slow),
     pytest.param("A_f32", 2, marks=pytest.mark.slow),
     pytest.param("C_f32", 1, marks=pytest.mark.slow),

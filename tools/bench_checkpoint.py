@@ -37,7 +37,7 @@ def main():
     with tempfile.TemporaryDirectory(dir=options.folder) as folder, Checkpoints(folder, keep=1, say=lambda s: None) as checkpoints:
         for step in range(1, options.saves + 1):
             t0, cpu = time.perf_counter(), time.process_time()
-            state = dict(model=manager.model.state_dict(), optimizers=manager.get_state(), schedule=manager.get_schedule())
+            state = dict(model=manager.model.state_dict(), optimizers=manager.get_state(lazy=True), schedule=manager.get_schedule())
             checkpoints.save(step, dict.fromkeys(KEYS, 0) | dict(version=VERSION, step=step) | state)
             del state
             t1, cpu = time.perf_counter(), time.process_time() - cpu

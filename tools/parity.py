@@ -36,6 +36,7 @@ def run_case(case: Path, replay: bool) -> tuple[Report, list]:
     import numpy as np
     import torch
 
+    import muon_xla
     import train_gpt_xla as port
 
     config = json.loads((case / "config.json").read_text())
@@ -180,8 +181,8 @@ def run_case(case: Path, replay: bool) -> tuple[Report, list]:
         if f"adam_final/{name}/step" in expected:
             state = manager.adam_opt.state[p]
             report.add("Adam step counts", float(state["step"] != int(expected[f"adam_final/{name}/step"])), 0.0, name)
-            for key, ours in (("exp_avg_norm", port.to_host(state["exp_avg"]).double().norm()),
-                              ("exp_avg_sq_sum", port.to_host(state["exp_avg_sq"]).double().sum())):
+            for key, ours in (("exp_avg_norm", muon_xla.to_host(state["exp_avg"]).double().norm()),
+                              ("exp_avg_sq_sum", muon_xla.to_host(state["exp_avg_sq"]).double().sum())):
                 error = rel(ours.item(), float(expected[f"adam_final/{name}/{key}"]))
                 report.add("Adam moments", error, 1e-4 if f32 else 5e-2, f"{name} {key}")
     return report, [rows.tolist() for rows in train_rows]
