@@ -30,8 +30,9 @@ tags: [modded-nanogpt, nanogpt-speedrun]
 {datasets}---
 # {name}
 
-The GPT of record #60 of the [NanoGPT speedrun](https://github.com/KellerJordan/modded-nanogpt), trained with PyTorch/XLA by
-modded-nanogpt-xla. `model.safetensors` holds upstream's parameters under upstream's names, `config.json` the hyperparameters.
+A GPT as record #60 of the [NanoGPT speedrun](https://github.com/KellerJordan/modded-nanogpt) has it, with {model_dim} dims, {num_heads}
+heads and {num_layers} layers, trained with PyTorch/XLA by modded-nanogpt-xla. `model.safetensors` holds the parameters under upstream's
+names, `config.json` the hyperparameters.
 
 {figures}To use it, in a checkout of modded-nanogpt-xla:
 
@@ -69,7 +70,8 @@ def make_files(path: str, repo: str, log_path: Path | None, options: list[str]) 
     rows = "".join(f"| {name} | {value} |\n" for name, value in figures)
     fineweb = log and "fineweb10B" in log.hyperparameters
     (folder / "README.md").write_text(CARD.format(
-        name=name, repo=repo, step=step, datasets="datasets: [kjj0/fineweb10B-gpt2]\n" if fineweb else "",
+        **{k: args[k] for k in ("model_dim", "num_heads", "num_layers")}, name=name, repo=repo, step=step,
+        datasets="datasets: [kjj0/fineweb10B-gpt2]\n" if fineweb else "",
         figures=f"From the log of its run:\n\n| | |\n| --- | --- |\n{rows}\n" if figures else ""))
     return folder
 
