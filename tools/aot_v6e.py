@@ -13,12 +13,14 @@ millisecond is arrived at is told in hlo_cost.py; these are estimates, to compar
 each graph NAME.hlo.pb (as exported), NAME.tpu.txt (as optimised) and NAME.json (what the compiler said; the cache).
 """
 import argparse
+import dataclasses
 import difflib
 import fcntl
 import glob
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import shutil
@@ -117,8 +119,8 @@ def last_words(log: Path) -> str:
 
 def export_graphs(preset: str, out: str, *names: str):
     """
-    Traces graphs of the run and writes their HLO, NAME.hlo.pb, and as exported.json the flags of a TPU run and the bytes of
-    state on a chip that each graph does not touch but that lie there all the same. In a child.
+    Traces graphs of the run and writes their HLO, NAME.hlo.pb, and as exported.json the flags of a TPU run, the bytes of
+    state on a chip that each graph does not touch but that lie there all the same, and its calls of attention's kernels. In a child.
     """
     import torch
     import torch_xla
@@ -134,8 +136,14 @@ def export_graphs(preset: str, out: str, *names: str):
     os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {train.LIBTPU_INIT_ARGS}"
     tpu.version = lambda: 6
     torch_xla._setup_libtpu_flags()
-    exported = {"flags": os.environ["LIBTPU_INIT_ARGS"].split(), "untouched": {}}
+    exported = {"flags": os.environ["LIBTPU_INIT_ARGS"].split(), "untouched": {}, "attention": {}}
     pallas_kernels.target = "TPU"
+    call_kernel, calls = pallas_kernels.call_kernel, []
+    def note_and_call(call, key, *tensors):
+        if isinstance(key, pallas_kernels.Band):
+            calls.append([call.__name__, *dataclasses.astuple(key)])
+        return call_kernel(call, key, *tensors)
+    pallas_kernels.call_kernel = note_and_call
     train.setup_devices()
     args = train.presets[preset]()
     manager = train.build(args)
@@ -143,6 +151,7 @@ def export_graphs(preset: str, out: str, *names: str):
         if graph.name not in names:
             continue
         began = time.perf_counter()
+        calls.clear()
         manager.advance_schedule(steps[0], train=graph.train)
         inputs = [to_device(torch.zeros(ROWS, 3, graph.tokens, dtype=torch.int32), "data"), to_device(manager.get_numbers())]
         recording = Recording(manager.training_step if graph.train else manager.validation_step, inputs, manager.tensors(), hlo=True)
@@ -155,6 +164,7 @@ def export_graphs(preset: str, out: str, *names: str):
         Path(out, f"{graph.name}.hlo.pb").write_bytes(donate(recording.hlo, donors))
         share = lambda x: ROWS if "devices=" in torch_xla._XLAC._get_xla_sharding_spec(x) else 1
         exported["untouched"][graph.name] = sum(x.nbytes // share(x) for i, x in enumerate(state) if i not in recording.sources)
+        exported["attention"][graph.name] = list(calls)
         print(f"traced {graph.name} in {time.perf_counter() - began:.1f} s", flush=True)
     Path(out, "exported.json").write_text(json.dumps(exported))
 
@@ -253,6 +263,67 @@ def compile_graph(source: str, text: str, result: str, dump: str):
     Path(result).write_text(json.dumps(found))
 
 
+def count_attention(source: str, result: str, dump: str):
+    """
+    {call: ms} for calls of attention's kernels, as JSON, each compiled by itself and counted as if every query saw all of its window.
+    How far its loop over blocks goes depends on the documents, so in a graph's report it goes around once. In a child.
+    """
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
+
+    import pallas_kernels as pk
+    os.environ["LIBTPU_INIT_ARGS"] += (f" --xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
+                                       "--xla_jf_dump_llo_pass_label_regex=final_bundles")
+    pk.import_jax()
+    chip = SingleDeviceSharding(topologies.get_topology_desc(**TOPOLOGY).devices[0])
+    found = {}
+    for name, *fields in json.loads(Path(source).read_text()):
+        band = pk.Band(*fields[:-1], places=(0, 0, 0))
+        shape = lambda *s, dtype=jnp.bfloat16, band=band: jax.ShapeDtypeStruct((band.rows, *s), dtype, sharding=chip)
+        x, y = shape(band.heads, band.tokens, band.dim), shape(band.tokens, band.heads * band.dim)
+        numbers = shape(band.heads, band.tokens, dtype=jnp.float32)
+        args = [x, x, x, shape(band.tokens, dtype=jnp.int32), numbers, jax.ShapeDtypeStruct((1,), jnp.float32, sharding=chip)]
+        for old in glob.glob(f"{dump}/*"):
+            os.remove(old)
+        jax.jit(getattr(pk, name)(band, jnp.bfloat16)).lower(*args, *([y, numbers, y] if name == "backward_call" else [])).compile()
+        programs = [Path(program).read_text(errors="replace") for program in glob.glob(f"{dump}/*-final_bundles.txt")]
+        cycles = max(hlo_cost.bundle_cycles(text, max(1, band.reach))[0] for text in programs)  # the others make first_seen
+        found[json.dumps([name, *fields])] = 1e3 * cycles / hlo_cost.CLOCK_HZ
+    Path(result).write_text(json.dumps(found))
+
+
+def whole_windows(calls: dict[str, list], out: Path, flags: list[str]) -> dict[str, dict[str, float]]:
+    """For each graph the ms of attention's forward and backward kernels over whole windows; from the cache where nothing changed."""
+    wanted = sorted({json.dumps(call) for graph in calls.values() for call in graph})
+    cache = out / "attention.json"
+    key = hashlib.sha256(json.dumps([wanted, flags, sorted(PINS.items()), *((ROOT / f).read_text() for f in (
+        "pallas_kernels.py", "tools/hlo_cost.py"))]).encode()).hexdigest()
+    known = json.loads(cache.read_text()) if cache.exists() else {}
+    if known.get("key") != key and wanted:
+        if has_tpu():
+            check_lock()
+        with tempfile.TemporaryDirectory(prefix="aot_v6e_") as folder:
+            source, result, dump, log = (Path(folder, name) for name in ("calls.json", "ms.json", "dump", "log"))
+            source.write_text(json.dumps([json.loads(call) for call in wanted]))
+            dump.mkdir()
+            if child("count_attention", source, result, dump, log=log, env=tpu_environment(flags)):
+                raise Refused(f"attention's kernels could not be counted: {last_words(log)}")
+            known = {"key": key, "ms": json.loads(result.read_text())}
+        cache.write_text(json.dumps(known))
+    return {graph: {kernel: sum(known["ms"][json.dumps(call)] for call in some if call[0] == kernel)
+                    for kernel in ("forward_call", "backward_call")} for graph, some in calls.items()}
+
+
+def tpu_environment(flags: list[str]) -> dict[str, str]:
+    """Of a child that compiles for v6e-8."""
+    env = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v6e-8", "TPU_WORKER_HOSTNAMES": "localhost",
+           "LIBTPU_INIT_ARGS": " ".join(flags)}
+    # the lock guards chips; where there are none it guards nothing
+    return env if has_tpu() else env | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+
 def dump_flags(directory: str, exported: str, names: list[str]) -> str:
     """
     Makes libtpu write the final programs of kernels, gathers, scatters, sorts. Writing all of them would double the time of a
@@ -323,12 +394,9 @@ def compile_in_child(name: str, out: Path, flags: list[str], programs: list[str]
         check_lock()
     log = out / f"{name}.log"
     with tempfile.TemporaryDirectory(prefix="aot_v6e_") as dump:
-        env = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v6e-8", "TPU_WORKER_HOSTNAMES": "localhost",
-               "LIBTPU_INIT_ARGS": " ".join(flags)}
-        if not has_tpu():
-            env["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # the lock guards chips, and there are none
         result, optimised = Path(dump, "result.json"), Path(dump, "optimised.txt")
-        status = child("compile_graph", out / f"{name}.hlo.pb", optimised, result, dump, log=log, env=env, stdin=" ".join(programs))
+        status = child("compile_graph", out / f"{name}.hlo.pb", optimised, result, dump, log=log, env=tpu_environment(flags),
+                       stdin=" ".join(programs))
         if optimised.exists():
             shutil.move(optimised, out / f"{name}.tpu.txt")
         if result.exists():
@@ -364,8 +432,11 @@ def why_not(error: str, kind: str) -> str:
     return line[:300]
 
 
-def assess(graph, found: dict, out: Path, untouched: int = 0) -> dict:
-    """A graph's entry in the report. untouched: bytes of state in HBM that the graph does not take."""
+def assess(graph, found: dict, out: Path, untouched: int = 0, attention: dict | None = None) -> dict:
+    """
+    A graph's entry in the report. untouched: bytes of state in HBM that the graph does not take. attention: ms of its kernels over
+    whole windows (whole_windows), which take the place of what the graph's own count of them is.
+    """
     entry = {"name": graph.name, "kind": graph.kind, "steps": graph.steps, "tokens_per_chip": graph.tokens,
              "compiled": "error" not in found, "cached": found["cached"], "key": found.get("key")}
     if "error" in found:
@@ -378,6 +449,14 @@ def assess(graph, found: dict, out: Path, untouched: int = 0) -> dict:
     module = hlo_cost.Module((out / f"{graph.name}.tpu.txt").read_text())
     estimate = hlo_cost.Estimate(module, found["bundles"])
     summary = estimate.summary(found["kernel_names"])
+    for call, ms in (attention or {}).items():
+        kernel = summary["kernels"].get(f"window_attention_{call.removesuffix('_call')}_kernel", {"ms": math.inf})
+        more = max(0.0, ms - kernel["ms"])
+        if more:
+            kernel.update(ms=kernel["ms"] + more, how="bundles, whole windows")
+            for k in ("kernels", "total"):
+                summary["est_ms"][k] += more
+            summary["lower_bounds_ms"] += more
     return {**entry, "fits": total <= HBM_GIB, "hbm_gib": {**gib, "total": total, "limit": HBM_GIB}, **summary,
             "kernels_ms": summary["est_ms"]["kernels"], "collectives_ms": summary["collectives"]["ms"], "compile_s": found["compile_s"],
             "dearest_ops": estimate.dearest(), "dearest_lines": estimate.dearest_lines(), "largest_buffers": found.get("buffers", [])}
@@ -433,8 +512,8 @@ def table(report: dict) -> str:
                          + ", ".join(f"{x['op']} x {x['times']}" for x in worst))
     bounds = max((g["lower_bounds_ms"] for g in compiled), default=0)
     lines += ["", "outs: less what takes over an argument's buffer. rest: state that the graph does not touch. links: what of the "
-              "collectives nothing hides.", "kernels: lower bounds, the bundles of their final programs without waits for memory; so are "
-              f"gathers, scatters and sorts. Up to {bounds:.2f} ms", "of a step are such bounds."]
+              "collectives nothing hides.", "kernels: lower bounds, the bundles of their final programs without waits for memory, "
+              "attention's over whole windows; so are", f"gathers, scatters and sorts. Up to {bounds:.2f} ms of a step are such bounds."]
     if compiled:
         lines.append(f"With the code of all these graphs in HBM at once, the largest needs {report['hbm_gib_with_all_code']:.2f} GiB.")
     lines += ["Not in the totals:", *notes] if notes else ["Nothing is left out of the totals."] if compiled else []
@@ -518,7 +597,7 @@ def trace(graphs: list, preset: str, out: Path) -> dict:
         [p.name, p.read_text()] for p in sorted([*ROOT.glob("*.py"), Path(__file__)])]).encode()).hexdigest()
     kept, log = out / "traced.json", out / "trace.log"
     known = json.loads(kept.read_text()) if kept.exists() else {}
-    known = known if known.get("sources") == sources else {"sources": sources, "fingerprints": {}, "untouched": {}}
+    known = known if known.get("sources") == sources else {"sources": sources, "fingerprints": {}, "untouched": {}, "attention": {}}
     names = [g.name for g in graphs if g.name not in known["fingerprints"] or not (out / f"{g.name}.hlo.pb").exists()]
     if names:
         # Source lines of every operation, for --explain. They do not change what is computed.
@@ -531,6 +610,7 @@ def trace(graphs: list, preset: str, out: Path) -> dict:
         hashes = [line for line in log.read_text().splitlines() if re.fullmatch(r"[0-9a-f]{64}", line)]
         known["flags"] = exported["flags"]
         known["untouched"] |= exported["untouched"]
+        known["attention"] |= exported["attention"]
         known["fingerprints"] |= dict(zip(names, hashes, strict=True))
         kept.write_text(json.dumps(known))
         log.unlink()
@@ -563,11 +643,12 @@ def main(argv: list[str] | None = None) -> int:
         began = time.perf_counter()
         traced = trace(graphs, opts.preset, out)
         say(f"traced in {time.perf_counter() - began:.0f} s")
+        attention = whole_windows({g.name: traced["attention"][g.name] for g in graphs}, out, traced["flags"])
         entries = []
         for i, graph in enumerate(graphs, 1):
             check_disk(out)
             found = compiled(graph.name, out, traced["flags"], traced["fingerprints"][graph.name])
-            entries.append(assess(graph, found, out, traced["untouched"][graph.name]))
+            entries.append(assess(graph, found, out, traced["untouched"][graph.name], attention[graph.name]))
             e = entries[-1]
             said = ", unchanged" if e["cached"] else f", compiled in {found['compile_s']:.0f} s" if e["compiled"] else ""
             say(f"[{i}/{len(graphs)}] {graph.name}: " + (f"{e['est_ms']['total']:.1f} ms est." if e["compiled"] else e["why"]) + said)
@@ -581,7 +662,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    tasks = {f"_{f.__name__}": f for f in (export_graphs, fingerprints, compile_graph)}
+    tasks = {f"_{f.__name__}": f for f in (export_graphs, fingerprints, compile_graph, count_attention)}
     if sys.argv[1:2] and sys.argv[1] in tasks:
         sys.exit(tasks[sys.argv[1]](*sys.argv[2:]))
     try:

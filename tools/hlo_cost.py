@@ -279,10 +279,10 @@ def region_shares(text: str) -> list[tuple[int, int, float]]:
     return shares
 
 
-def bundle_cycles(text: str) -> tuple[int, int]:
+def bundle_cycles(text: str, turns: int = 1) -> tuple[int, int]:
     """
     (bundles issued, loops of unknown length) of one program: a line a bundle, `>` once for each loop that it is in. A loop runs
-    as often as its exit test says; one without a constant test counts once. Predicated regions count as if they were taken, unless
+    as often as its exit test says; one without a constant test counts `turns` times. Predicated regions count as if they were taken, unless
     an index of the kernel's grid decides alone (region_shares).
     """
     steps = {}
@@ -301,7 +301,7 @@ def bundle_cycles(text: str) -> tuple[int, int]:
         nonlocal unknown
         bundles, n = stack.pop()
         unknown += n is None
-        stack[-1][0] += bundles * (n or 1)
+        stack[-1][0] += bundles * (n or turns)
 
     for line in text.splitlines():
         m = re.match(r"\s*(?:0x)?([0-9a-f]+)\s+(L[BHE]|P[BF]|CT)?\s*:\s*(>*)\s*\{", line)
