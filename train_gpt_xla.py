@@ -1558,13 +1558,14 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
 
         # logging
         train_loss = ""
-        if args.train_loss_every > 0 and (step + 1) % args.train_loss_every == 0 and step > timed[0]:
+        if args.train_loss_every > 0 and (step + 1) % args.train_loss_every == 0 and unread:
             # the step before this one has finished, or nearly: reading it leaves the devices busy with this one
             train_loss = f" train_loss:{read_loss():.4f}"
-            ms = training_time_ms + 1000 * (time.perf_counter() - t0) - timed[1]
-            train_loss += speed(work, timed[0], step, ms, peak)
-            train_loss += f" eta:{ms / 1000 * (work[1][-1] - work[1][step]) / (work[1][step] - work[1][timed[0]]):.0f}s"
-            timed = step, timed[1] + ms
+            if step > timed[0]:
+                ms = training_time_ms + 1000 * (time.perf_counter() - t0) - timed[1]
+                train_loss += speed(work, timed[0], step, ms, peak)
+                train_loss += f" eta:{ms / 1000 * (work[1][-1] - work[1][step]) / (work[1][step] - work[1][timed[0]]):.0f}s"
+                timed = step, timed[1] + ms
         unread.append((step, losses))
         approx_training_time_ms = training_time_ms + 1000 * (time.perf_counter() - t0)
         print0(f"step:{step+1}/{train_steps} train_time:{approx_training_time_ms:.0f}ms "

@@ -33,12 +33,12 @@ def test_a_bench_that_measured_nothing_fails(monkeypatch):
     import bench_step
 
     class Traces:
-        def __init__(self, fn, state, enabled):
+        def __init__(self, fn, state, constants, enabled):
             self.fn = fn
         def __call__(self, key, *inputs):
             return self.fn(*inputs)
     class Manager:
-        graph, tensors = None, None
+        graph, tensors, constants = None, None, None
         def __init__(self, model, args): ...
         def advance_schedule(self, step): ...
         def get_numbers(self):
@@ -47,7 +47,7 @@ def test_a_bench_that_measured_nothing_fails(monkeypatch):
             return batch.float().sum()
     monkeypatch.setattr(port, "Replay", Traces)
     monkeypatch.setattr(port, "TrainingManager", Manager)
-    monkeypatch.setattr(port.GPT, "to_devices", lambda model: model)
+    monkeypatch.setattr(port.GPT, "to_devices", lambda model, dtype: model)
     args = port.Hyperparameters(vocab_size=128, num_heads=2, head_dim=8, model_dim=16)
     graphs = [(port.get_graph(0, args), 0)]
     with pytest.raises(AssertionError, match="nothing was measured"):
