@@ -113,8 +113,8 @@ def test_sampling(manager):
 def test_choice():
     """Frequencies of the drawn tokens are the softmax's at that temperature, among the top_k."""
     logits, generator = torch.tensor([1.0, 3.0, 2.0, 0.0]), torch.Generator().manual_seed(0)
-    drawn = np.bincount([sample.choose(logits, 0.5, 3, generator) for _ in range(4000)], minlength=4) / 4000
-    assert np.allclose(drawn, np.exp([2, 6, 4, -np.inf]) / np.exp([2, 6, 4]).sum(), atol=0.02) and drawn[3] == 0
+    drawn = np.bincount([sample.choose(logits, 2.0, 3, generator) for _ in range(4000)], minlength=4) / 4000
+    assert np.allclose(drawn, np.exp([0.5, 1.5, 1, -np.inf]) / np.exp([0.5, 1.5, 1]).sum(), atol=0.03) and drawn[3] == 0
 
 def test_a_text_ends_before_the_next_document(manager, monkeypatch):
     tokens = iter([5, 6, BOS, 7, BOS])

@@ -61,7 +61,7 @@ def make_files(path: str, repo: str, log_path: Path | None, options: list[str]) 
     step = checkpoint.get("step", args["num_scheduled_iterations"] + args["num_extension_iterations"])
     log = read_log(str(log_path)) if log_path else None
     figures = get_figures(log) if log else []
-    folder, name = Path(path).resolve().parent / "hub", repo.split("/")[-1]
+    folder, name = Path(path).parent / "hub", repo.split("/")[-1]
     folder.mkdir(exist_ok=True)
     # each tensor a copy of its own: safetensors refuses tensors that share memory
     save_file({k: v.contiguous().clone() for k, v in checkpoint["model"].items()}, folder / "model.safetensors", {"format": "pt"})
