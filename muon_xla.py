@@ -14,7 +14,6 @@ import torch_xla.core.xla_builder as xb
 import torch_xla.core.xla_model as xm
 import torch_xla.core.xla_op_registry as xor
 import torch_xla.distributed.spmd as xs
-from jax._src.lib import xla_client
 from torch import Tensor
 
 ROWS = 8  # the record's 8 ranks; also the most devices, so stacks are padded to a multiple of it
@@ -71,6 +70,7 @@ def reduce_scatter(x: Tensor, channel: int) -> Tensor:
 @cache
 def _reduce_scatter(shape: tuple, dtype: torch.dtype, devices: int, channel: int):
     """As StableHLO text: xm.reduce_scatter brings a token along, a tensor that replay cannot account for."""
+    from jax._src.lib import xla_client  # only now: on a TPU VM, importing JAX sets flags of libtpu, which has to be loaded before
     element = {torch.bfloat16: "bf16", torch.float32: "f32"}[dtype]
     array = lambda rows: f"tensor<{'x'.join(map(str, (rows, *shape[1:])))}x{element}>"
     module = xla_client._xla.mlir.mlir_module_to_xla_computation(f"""
