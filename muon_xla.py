@@ -20,8 +20,11 @@ ROWS = 8  # the record's 8 ranks; also the most devices, so stacks are padded to
 
 def to_device(x: Tensor, *spec) -> Tensor:
     """Copies a CPU tensor to the devices. spec: a mesh axis or None for each dimension; none given means replicated."""
-    spec = spec + (None,) * (x.ndim - len(spec))
-    return xm.send_cpu_data_to_device([x], torch_xla.device(), xs.ShardingSpec(xs.get_global_mesh(), spec))[0]
+    return xm.send_cpu_data_to_device([x], torch_xla.device(), _placement(spec + (None,) * (x.ndim - len(spec))))[0]
+
+@cache
+def _placement(spec: tuple) -> xs.ShardingSpec:
+    return xs.ShardingSpec(xs.get_global_mesh(), spec)
 
 def is_split(x: Tensor) -> bool:
     return xs.XLAShardedTensor(x).sharding_type == xs.ShardingType.TILED

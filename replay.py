@@ -21,7 +21,7 @@ C = torch_xla._XLAC
 
 def signature(tensors: list[Tensor]) -> list:
     """What a compiled program takes for granted of its inputs."""
-    return [(x.shape, x.dtype, C._get_xla_sharding_spec(x)) for x in tensors]
+    return [*((x.shape, x.dtype) for x in tensors), *C._get_xla_sharding_specs(tensors)]
 
 class Recording:
     """One compiled program: which tensors go in (sources), and which of the state comes out (changed) before fn's result."""

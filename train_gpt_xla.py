@@ -969,7 +969,8 @@ class TrainingManager():
         self.step = step
         self.graph = get_graph(step, self.args, train)
         self.model.split_embed = self.graph.split_embed
-        self.model.train(train)
+        if self.model.training != train:
+            self.model.train(train)
 
     def get_numbers(self) -> Tensor:
         """Host only: all numbers of this step, [n] float32. On an odd training step it counts one step of Adam."""
@@ -1036,6 +1037,8 @@ class TrainingManager():
         for name, p in self.model.named_parameters():
             p.local_grad = weights[name].grad
         self.step_optimizers()
+        for p in self.model.parameters():  # or mark_step looks after them at every step
+            p.local_grad = p.step_size = p.eff_wd = None
         return shard(leave(losses.detach()).flatten())
 
     @torch.no_grad()
@@ -1047,13 +1050,13 @@ class TrainingManager():
     def constants(self) -> tuple:
         """What a step takes from Python: part of a recording's key, so that a change of any of it is recorded anew."""
         names = ("weight_decay", "beta2", "betas", "eps")
-        return (tuple(type(module) for module in self.model.modules()), tuple(p.requires_grad for p in self.model.parameters()),
-                tuple(self.model.paired_head_layers), self.model.block_size,
+        return (tuple(map(type, self.model.modules())), tuple(self.model.paired_head_layers), self.model.block_size,
                 tuple(str(group[name]) for opt in self.optimizers for group in opt.param_groups for name in names if name in group))
 
     def tensors(self) -> list[Tensor]:
         """All tensors on the devices that a step reads or updates: weights and the optimizers' state."""
-        return [*self.model.parameters(), *self.model.buffers(),
+        modules = list(self.model.modules())  # parameters() and buffers() walk through them four times as long
+        return [*(x for m in modules for x in (*m._parameters.values(), *m._buffers.values()) if x is not None),
                 *(x for group in self.muon_opt.param_groups for x in group.values() if isinstance(x, Tensor) and x.ndim),
                 *(x for state in self.adam_opt.state.values() for x in state.values() if isinstance(x, Tensor))]
 
@@ -1457,10 +1460,8 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
             sys.exit(checkpoint.PREEMPTED)  # nothing has been learned since the last checkpoint
         t0 = time.perf_counter()
         training_manager.advance_schedule(steps[0], train=graph.train)
-        if graph.train:
-            training_step(graph, next(train_loader), numbers())
-        else:
-            validation_step(graph, val_batch, numbers())
+        # kept until mark_step: a traced graph computes what someone holds
+        losses = (training_step if graph.train else validation_step)(graph, next(train_loader) if graph.train else val_batch, numbers())
         xm.mark_step()
         xm.wait_device_ops()
         print0(f"warmup {graph.name}: {len(steps)} steps, {time.perf_counter() - t0:.1f}s", console=True)

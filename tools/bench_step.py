@@ -15,10 +15,12 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+CORES = sorted(os.sched_getaffinity(0))
 
 def shard(path: Path, num_tokens: int, bos_id: int):
     """A shard of documents whose lengths are log-normal with a median of 400 tokens, as upstream says of FineWeb."""
@@ -60,6 +62,8 @@ def bench_step(port, args, graphs: list, steps: int, replay: bool) -> dict:
     times = []
     for i in range(steps + 2 * len(graphs)):
         graph, example = graphs[i % len(graphs)]
+        if i == len(graphs):
+            set_cores(CORES[:1], CORES[1:] or CORES)
         manager.advance_schedule(example)
         port.xm.wait_device_ops()
         t0 = time.perf_counter()
@@ -74,7 +78,13 @@ def bench_step(port, args, graphs: list, steps: int, replay: bool) -> dict:
             times[-1] += time.perf_counter() - t0
         assert losses.cpu().isfinite().all()
     assert len(calls) == (len(graphs) if replay else len(times)), "replay traced, or tracing was skipped: nothing was measured"
+    set_cores(CORES, CORES)
     return spread(times[2 * len(graphs):])  # the first of each compiles
+
+def set_cores(mine: list[int], others: list[int]):
+    """The cores of this thread and of all others, which do the devices' work. It holds for threads that exist by now."""
+    for thread in map(int, os.listdir("/proc/self/task")):
+        os.sched_setaffinity(thread, mine if thread == threading.get_native_id() else others)
 
 def estimates() -> dict:
     """Estimated ms of the chip by graph name, from the newest report of tools/aot_v6e.py in records/, if there is one."""
@@ -84,10 +94,7 @@ def estimates() -> dict:
 def run(steps: int) -> dict:
     import train_gpt_xla as port
 
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores[1:] or cores)  # the devices' threads inherit this
     port.setup_devices()
-    os.sched_setaffinity(0, cores[:1])
     record = port.Hyperparameters()
     toy = port.Hyperparameters(vocab_size=256, num_heads=2, head_dim=8, model_dim=16, block_size=1, train_bs_extension=8 * 48,
                                train_bs_schedule=(8 * 16, 8 * 32, 8 * 48), val_batch_size=8 * 16)
