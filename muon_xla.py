@@ -6,7 +6,7 @@ the last, tensors are whole and carry a sharding over the mesh axis "data": each
 annotated as replicated leaves by all-gather.
 """
 from collections import defaultdict
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch_xla
@@ -36,9 +36,9 @@ def to_host(x: Tensor) -> Tensor:
 def parts_to_host(tensors: list[Tensor]) -> list:
     """to_host of several at once. For each a function that joins its parts, which need not be done while the devices wait."""
     split = [i for i, x in enumerate(tensors) if is_split(x)]
-    parts = dict(zip(split, torch_xla._XLAC._get_local_shards([tensors[i] for i in split]), strict=True)) if split else {}
-    whole = {i: x.detach().cpu() for i, x in enumerate(tensors) if i not in parts}
-    return [(lambda i=i: whole[i]) if i in whole else (lambda i=i: torch.cat([data for data, _ in parts[i]])) for i in range(len(tensors))]
+    shards = dict(zip(split, torch_xla._XLAC._get_local_shards([tensors[i] for i in split]), strict=True)) if split else {}
+    parts = [[data for data, _ in shards[i]] if i in shards else [x.detach().cpu()] for i, x in enumerate(tensors)]
+    return [partial(torch.cat, p) if len(p) > 1 else partial(p.__getitem__, 0) for p in parts]
 
 def assign(x: Tensor, value: Tensor):
     """Gives a device tensor the value of a CPU tensor, whole, with the sharding it has: compiled programs go on to fit."""

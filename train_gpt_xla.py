@@ -1429,11 +1429,12 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
         if not unread:
             return 0.0
         read = lambda step, losses: losses.cpu().mean().item() / (get_bs(step, args) // ROWS)
-        if not math.isfinite(read(*unread[-1])):
+        loss = read(*unread[-1])
+        if not math.isfinite(loss):
             for step, losses in unread:  # the first such step is the one to look at
                 check_finite(read(step, losses), f"step {step + 1}")
         del unread[:-1]
-        return read(*unread[0])
+        return loss
     def restore():
         model.load_state_dict(initial_state)
         training_manager.reset()

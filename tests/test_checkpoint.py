@@ -502,10 +502,13 @@ def long_corpus(tmp_path_factory):
     write_shard(folder / "val_000.bin", make_tokens(6_000, 3))
     return folder
 
-def whole(folder: Path, corpus: Path, **fields) -> Path:
-    folder.mkdir()
-    assert start(folder, corpus, **fields).wait() == 0, (folder / "output").read_text()[-3000:]
-    return folder
+def whole_and_empty(tmp_path: Path, corpus: Path, **fields) -> tuple[Path, Path]:
+    """A folder with an undisturbed run, and one for the run that will be compared with it."""
+    whole, empty = tmp_path / "whole", tmp_path / "empty"
+    whole.mkdir()
+    empty.mkdir()
+    assert start(whole, corpus, **fields).wait() == 0, (whole / "output").read_text()[-3000:]
+    return whole, empty
 
 def until_step(folder: Path, process, step: int):
     log = folder / "logs/toy.txt"
@@ -516,9 +519,7 @@ def until_step(folder: Path, process, step: int):
 def test_sigterm_ten_times(tmp_path, long_corpus):
     """One run, stopped by two SIGTERMs ten times and started again by the same command each time."""
     fields = dict(num_scheduled_iterations=66, val_loss_every=0)
-    reference = whole(tmp_path / "whole", long_corpus, **fields)
-    folder = tmp_path / "stopped"
-    folder.mkdir()
+    reference, folder = whole_and_empty(tmp_path, long_corpus, **fields)
     for i in range(10):
         process = start(folder, long_corpus, save_every=1000, **fields)
         until_step(folder, process, 6 * (i + 1))
@@ -534,9 +535,7 @@ def test_sigterm_ten_times(tmp_path, long_corpus):
 def test_sigkill_of_real_runs(tmp_path, long_corpus):
     """Killed five times at random moments after the first checkpoint, and gone on."""
     fields = dict(num_scheduled_iterations=66, val_loss_every=0)
-    reference = whole(tmp_path / "whole", long_corpus, **fields)
-    folder = tmp_path / "killed"
-    folder.mkdir()
+    reference, folder = whole_and_empty(tmp_path, long_corpus, **fields)
     random = np.random.default_rng(0)
     for i in range(5):
         process = start(folder, long_corpus, save_every=3, **fields)
@@ -564,9 +563,7 @@ t.TrainingManager.advance_schedule = die
 def test_soak(tmp_path, long_corpus):
     """2,000 steps with a save every 50 and a kill every 200: the undisturbed run's losses and its last state."""
     fields = dict(num_scheduled_iterations=2000, val_loss_every=500)
-    reference = whole(tmp_path / "whole", long_corpus, **fields)
-    folder = tmp_path / "killed"
-    folder.mkdir()
+    reference, folder = whole_and_empty(tmp_path, long_corpus, **fields)
     codes = []
     while (code := start(folder, long_corpus, patch=SOAK, save_every=50, **fields).wait()) == -signal.SIGKILL:
         codes.append(code)

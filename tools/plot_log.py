@@ -5,18 +5,17 @@ Where a run is the record's, its CUDA validation losses are drawn beside it. Rea
     python tools/plot_log.py logs/*.txt -o runs.png
 """
 import argparse
-import ast
+import dataclasses
 import os
 import re
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")  # draws into files; no window system is needed
 import matplotlib.pyplot as plt
-from record_stats import Log, read_log
+from record_stats import Log, fields, read_log
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("PJRT_DEVICE", "CPU")  # reading a log must not take a TPU
@@ -28,9 +27,8 @@ def hyperparameters(log: Log) -> port.Hyperparameters | None:
     record = port.Hyperparameters()
     if not log.hyperparameters:
         return record if log.num_steps == record.num_iterations else None
-    known = {f.name for f in fields(record)}
-    values = {k.arg: ast.literal_eval(k.value) for k in ast.parse(log.hyperparameters, mode="eval").body.keywords}
-    return port.Hyperparameters(**{name: value for name, value in values.items() if name in known})
+    known = {f.name for f in dataclasses.fields(record)}
+    return port.Hyperparameters(**{name: value for name, value in fields(log.hyperparameters).items() if name in known})
 
 def stages(args: port.Hyperparameters) -> dict[int, str]:
     """The steps at which batch size or windows change, from step 0 on, and what they are from there."""

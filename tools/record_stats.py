@@ -7,6 +7,7 @@ one-sided t-test with p < 0.01. Reads this project's logs and upstream's, which 
 Prints n, mean, sample deviation, p and the times, then a snippet for the README of a folder in records/.
 """
 import argparse
+import ast
 import math
 import re
 import statistics
@@ -55,6 +56,10 @@ def read_log(path: str) -> Log:
         if m[5] and not unfinished:
             log.train_loss[step] = float(m[5])
     return log
+
+def fields(hyperparameters: str) -> dict:
+    """Of Hyperparameters(...) as printed."""
+    return {k.arg: ast.literal_eval(k.value) for k in ast.parse(hyperparameters, mode="eval").body.keywords}
 
 def final(log: Log) -> tuple[float, float]:
     """The last loss and the time in seconds of a finished run; ValueError otherwise."""

@@ -12,7 +12,6 @@ Each token takes a whole forward pass over [8, T] with T fixed, so that one comp
 a position does not change it. There is no cache of keys and values.
 """
 import argparse
-import ast
 import dataclasses
 import re
 import sys
@@ -22,8 +21,9 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tools")]
 import fineweb
+from record_stats import fields
 
 import train_gpt_xla as port
 from muon_xla import ROWS, enter, leave, shard, to_device
@@ -60,7 +60,7 @@ def recorded_options(path: str, checkpoint: dict) -> list[str]:
     log = Path(f"{Path(path).resolve().parent}.txt")
     if not args and log.is_file():
         for line in re.findall(r"^Hyperparameters\(.*\)$", log.read_text(errors="replace"), re.M):
-            args = {k.arg: ast.literal_eval(k.value) for k in ast.parse(line, mode="eval").body.keywords}
+            args = fields(line)
     return [f"--{name}={value}" for name, value in args.items() if name not in NOT_THE_MODELS]
 
 def get_args(path: str, checkpoint: dict, options: list[str]) -> "port.Hyperparameters":
