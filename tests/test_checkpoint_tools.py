@@ -8,6 +8,7 @@ import base64
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -320,6 +321,19 @@ def test_card_leaves_out_what_is_not_there(checkpoint, tmp_path, monkeypatch, ca
     card = (checkpoint.parent / "hub" / "README.md").read_text()
     assert not re.search(r"\b(nan|inf|None|devices|validation loss)\b", card), card
     assert "nothing is sent to someone/toy" in capsys.readouterr().out
+
+def test_readme_commands_run(checkpoint, monkeypatch, capsys):
+    """Those of README.md for these tools, on a checkpoint and with a model made here."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    ran = []
+    for tool, options in re.findall(r"^    \$ python tools/(\w+)\.py (.*)", (ROOT / "README.md").read_text(), re.M):
+        options = [str(checkpoint) if option.endswith(".pt") else option for option in shlex.split(options)]
+        sys.modules[tool].main(options + OPTIONS)
+        ran.append(tool)
+    out = capsys.readouterr().out
+    assert ran == ["sample", "hellaswag", "hub"]
+    assert "> def main():" in out and "HellaSwag: 12 questions" in out and "nothing is sent" in out
 
 def test_push_refuses(checkpoint, tmp_path):
     log = tmp_path / "other.txt"

@@ -5,6 +5,7 @@ The tools that read upstream's source or a log: what they make of it, and each b
 import hashlib
 import math
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -211,6 +212,21 @@ def test_readme_commands_run(upstream, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "diff.html").exists() and (tmp_path / "runs.png").exists()
     counts = [line.strip() for line in capsys.readouterr().out.splitlines() if re.match(r" +\d+ (same|differs|replaced|dropped) ", line)]
     assert len(counts) == 4 and all(line in (ROOT / "README.md").read_text() for line in counts), "README.md shows other counts"
+
+def test_readme_names_what_exists():
+    """Scripts, and words and options of run_tpu.sh and train_gpt_xla.py; other tools' commands are run by tests."""
+    commands = re.findall(r"^    (?:\$ )?(?:python|bash) (\S+\.(?:py|sh)) ?([^#\n]*)", (ROOT / "README.md").read_text(), re.M)
+    usage = lambda *command: subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120, check=True).stdout
+    words = usage("bash", ROOT / "run_tpu.sh")
+    options = "".join(usage(sys.executable, ROOT / path) for path in ("train_gpt_xla.py", "tools/aot_v6e.py")) + words
+    assert len(commands) > 20
+    for script, given in commands:
+        assert (ROOT / script).is_file(), f"README.md: no {script}"
+        if script in ("run_tpu.sh", "train_gpt_xla.py"):
+            for option in re.findall(r"(?<!\S)--?\w+", given):
+                assert re.search(rf"(?<![\w-]){option}\b", options), f"README.md: {script} has no {option}"
+            if script == "run_tpu.sh" and re.match(r"\w", given):
+                assert f"bash run_tpu.sh {given.split()[0]} " in words, f"README.md: run_tpu.sh has no word {given}"
 
 def test_a_log_holds_the_source(upstream, tmp_path):
     log = tmp_path / "log.txt"
