@@ -265,7 +265,7 @@ case $word in
     setup
     on_cpu
     "$py" -m ruff check .
-    exec "$py" -m pytest -q -m "not slow" "$@"
+    exec "$py" -m pytest -q -n 2 --dist loadfile -m "not slow" "$@"
     ;;
   aot)
     setup

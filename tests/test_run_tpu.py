@@ -378,7 +378,7 @@ def test_torch_without_cuda_where_its_index_answers(repo):
 def test_words_run_their_scripts(ready):
     ready.tpu()
     for args, expected in {
-        ("test", "-k", "x y"): ["CPU|8||python -m ruff check .", "CPU|8||python -m pytest -q -m not slow -k x y"],
+        ("test", "-k", "x y"): ["CPU|8||python -m ruff check .", "CPU|8||python -m pytest -q -n 2 --dist loadfile -m not slow -k x y"],
         ("aot", "--T", "1"): ["|||python tools/aot_v6e.py --T 1"],
         ("bench", "--n", "1"): ["TPU|||python tools/bench_step.py --n 1"],
         ("data",): ["|||python data/cached_fineweb10B.py 9"],

@@ -181,7 +181,8 @@ def test_page_stands_alone_and_is_complete(upstream, tmp_path, capsys):
     assert "&lt;b&gt;&amp;" in page and "<b>&'" not in page, "code must be escaped"
     assert '<a href="#D2">D2</a>' in page
 
-def test_text_pairs_by_name(upstream, capsys):
+def test_text_pairs_by_name(upstream, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     diff_upstream.main([str(upstream), "--name", "TrainingManager._build_mtp_schedule"])
     out = capsys.readouterr().out
     assert "== TrainingManager._build_mtp_schedule\n   replaced: D13: computed for each step" in out
