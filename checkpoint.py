@@ -10,6 +10,7 @@ read with weights_only, so a file cannot run code. MAGIC and the SHA-256 of all 
 (torch.load passes over them); a file counts only if they do. It gets its name only once it is whole and on the disk.
 """
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import os
@@ -28,6 +29,7 @@ MAGIC = b"modded-nanogpt-xla checkpoint\n"
 KEYS = ("step", "code", "model", "optimizers", "version", "run_id", "hyperparameters", "data", "versions", "schedule", "loader", "rng",
         "losses", "training_time_ms", "time")
 PREEMPTED = 75  # exit status after SIGTERM (sysexits' "try again later"): all is saved, the same command goes on
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 class Broken(ValueError):
     """A file that is not a whole checkpoint."""
@@ -102,11 +104,13 @@ def not_finite(state, name: str = "") -> str | None:
     pairs = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
     return next((found for key, x in pairs if (found := not_finite(x, f"{name}.{key}".lstrip(".")))), None)
 
-def joined(state):
-    """The state with its functions called: TrainingManager.get_state(lazy=True) has them."""
-    if isinstance(state, dict):
-        return {key: joined(x) for key, x in state.items()}
-    return [joined(x) for x in state] if isinstance(state, list) else state() if callable(state) else state
+def join(state: dict | list):
+    """Calls the functions that TrainingManager.get_state(lazy=True) leaves in it. In place: a tensor's parts go when it is there."""
+    for key, x in state.items() if isinstance(state, dict) else enumerate(state):
+        if callable(x):
+            state[key] = x()
+        elif isinstance(x, (dict, list)):
+            join(x)
 
 class Checkpoints:
     """
@@ -132,6 +136,11 @@ class Checkpoints:
         self.lock.flush()
         for stale in self.folder.glob("*.tmp"):
             stale.unlink()
+        # malloc gives large blocks back to the system, and touching new ones takes several times as long as the copy into them
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+        if mallopt:
+            mallopt(M_MMAP_MAX, 0)
+            mallopt(M_TRIM_THRESHOLD, -1)
         # a second SIGTERM only sets the flag again
         self.handler = signal.signal(signal.SIGTERM, lambda *_: self.preempted.set())
         return self
@@ -183,7 +192,8 @@ class Checkpoints:
     def _save(self, step: int, state: dict):
         path, t0 = self.folder / f"checkpoint_step{step:06d}.pt", time.perf_counter()
         try:
-            self.error, state = None, joined(state)
+            self.error = None
+            join(state)
             if name := not_finite(state):
                 raise FloatingPointError(f"{name} holds a number that is not finite after step {step}: not saved, older checkpoints are "
                                          f"in {self.folder}")

@@ -29,16 +29,14 @@ def _placement(spec: tuple) -> xs.ShardingSpec:
 def is_split(x: Tensor) -> bool:
     return xs.XLAShardedTensor(x).sharding_type == xs.ShardingType.TILED
 
-def to_host(x: Tensor) -> Tensor:
-    """Copies a device tensor, whole or split by rows, to the CPU. Nothing is compiled, where .cpu() compiles a gather."""
-    return parts_to_host([x])[0]()
-
-def parts_to_host(tensors: list[Tensor]) -> list:
-    """to_host of several at once. For each a function that joins its parts, which need not be done while the devices wait."""
-    split = [i for i, x in enumerate(tensors) if is_split(x)]
-    shards = dict(zip(split, torch_xla._XLAC._get_local_shards([tensors[i] for i in split]), strict=True)) if split else {}
-    parts = [[data for data, _ in shards[i]] if i in shards else [x.detach().cpu()] for i, x in enumerate(tensors)]
-    return [partial(torch.cat, p) if len(p) > 1 else partial(p.__getitem__, 0) for p in parts]
+def to_host(x: Tensor, lazy: bool = False):
+    """
+    Copies a device tensor, whole or split by rows, to the CPU. Nothing is compiled, where .cpu() compiles a gather. lazy: returns a
+    function that joins its parts, which need not be done while the devices wait.
+    """
+    parts = [data for data, _ in torch_xla._XLAC._get_local_shards([x])[0]] if is_split(x) else [x.detach().cpu()]
+    join = partial(torch.cat, parts) if len(parts) > 1 else partial(parts.__getitem__, 0)
+    return join if lazy else join()
 
 def assign(x: Tensor, value: Tensor):
     """Gives a device tensor the value of a CPU tensor, whole, with the sharding it has: compiled programs go on to fit."""

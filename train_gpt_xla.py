@@ -26,7 +26,6 @@ import time
 import uuid
 import warnings
 import zlib
-from collections import defaultdict
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -45,7 +44,7 @@ from tqdm import tqdm
 
 import checkpoint
 from checkpoint import Checkpoints
-from muon_xla import ROWS, DistAdam, NorMuon, assign, enter, leave, parts_to_host, shard, to_device
+from muon_xla import ROWS, DistAdam, NorMuon, assign, enter, leave, shard, to_device, to_host
 from pallas_kernels import (
     FusedAttention,
     ReLUSquareMLP,
@@ -1072,13 +1071,9 @@ class TrainingManager():
         odd step: without the gradients that an even step leaves to the odd one, eight times as large as the model's. lazy: functions
         that return the tensors, which leaves the joining of their parts to another thread.
         """
-        entries = [(i, name, k, x) for i, states in enumerate(self._state()) for name, state in states.items()
-                   for k, x in state.items() if k != "grad"]
-        tensors = iter(parts_to_host([x for *_, x in entries if isinstance(x, Tensor)]))
-        found = [defaultdict(dict), defaultdict(dict)]
-        for i, name, k, x in entries:
-            found[i][name][k] = x if not isinstance(x, Tensor) else next(tensors) if lazy else next(tensors)()
-        return [dict(states) for states in found]
+        # one by one: the next copy takes the memory that the last one has just given back, and new memory is dear
+        copy = lambda x: to_host(x, lazy) if isinstance(x, Tensor) else x
+        return [{name: {k: copy(x) for k, x in state.items() if k != "grad"} for name, state in states.items()} for states in self._state()]
 
     def get_schedule(self) -> dict:
         """What advance_schedule has made of YaRN so far."""
@@ -1466,6 +1461,8 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
         xm.mark_step()
         xm.wait_device_ops()
         print0(f"warmup {graph.name}: {len(steps)} steps, {time.perf_counter() - t0:.1f}s", console=True)
+    if checkpoints:
+        training_manager.get_state(lazy=True)  # from now on there is memory for a copy: the first save takes no longer than others
     print0("Resetting Model", console=True)
     restore()
     train_loader.close()

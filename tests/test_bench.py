@@ -22,6 +22,17 @@ def test_bench_prints_every_stage():
         assert 0 < stage["loader_ms"] < 1000
         assert all(x["n"] >= 5 and x["low"] <= x["median"] <= x["high"] for x in stage["spread"].values())
 
+def test_checkpoints_bench_saves_and_says_what_it_took(tmp_path):
+    """At a narrow width, where the state is the tables of the vocabulary: five of them, each with float32 moments."""
+    process = subprocess.run([sys.executable, ROOT / "tools" / "bench_checkpoint.py", "--model_dim", "48", "--saves", "2", "--json",
+                              "--folder", tmp_path], capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr[-2000:]
+    saves = [json.loads(line) for line in process.stdout.splitlines()]
+    assert [s["save"] for s in saves] == [1, 2] and not list(tmp_path.iterdir())
+    for save in saves:
+        assert 5 * 50304 * 48 * (2 + 4 + 4) < 1e9 * save["gigabytes"] < 1.1 * 5 * 50304 * 48 * (2 + 4 + 4)
+        assert save["stall_s"] > 0 and save["write_s"] > 0
+
 def test_too_few_steps_are_refused():
     process = subprocess.run([sys.executable, BENCH, "--steps", "1"], capture_output=True, text=True, timeout=60)
     assert process.returncode == 2 and "--steps 1" in process.stderr

@@ -26,7 +26,8 @@ def main():
     parser.add_argument("--folder", default=".", help="on the disk to be measured; what is written there is removed again")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    os.environ.setdefault("PJRT_DEVICE", "CPU")
+    if os.environ.setdefault("PJRT_DEVICE", "CPU") == "CPU":
+        os.environ.setdefault("CPU_NUM_DEVICES", "4")  # each has a copy of the weights in the same memory: 8 need 20 GB
 
     import train_gpt_xla as t
     from checkpoint import KEYS, VERSION, Checkpoints
@@ -35,6 +36,8 @@ def main():
     manager = t.build(args)
     t.xm.wait_device_ops()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder, Checkpoints(folder, keep=1, say=lambda s: None) as checkpoints:
+        state = manager.model.state_dict(), manager.get_state(lazy=True)  # as in train()'s warm-up
+        del state
         for step in range(1, options.saves + 1):
             t0, cpu = time.perf_counter(), time.process_time()
             state = dict(model=manager.model.state_dict(), optimizers=manager.get_state(lazy=True), schedule=manager.get_schedule())
