@@ -211,7 +211,8 @@ def test_readme_commands_run(upstream, tmp_path, monkeypatch, capsys):
         ran.append(tool)
     assert set(ran) == {"diff_upstream", "record_stats", "plot_log"}
     assert (tmp_path / "diff.html").exists() and (tmp_path / "runs.png").exists()
-    counts = [line.strip() for line in capsys.readouterr().out.splitlines() if re.match(r" +\d+ (same|differs|replaced|dropped|new) ", line)]
+    out = capsys.readouterr().out
+    counts = [line.strip() for line in out.splitlines() if re.match(r" +\d+ (same|differs|replaced|dropped|new) ", line)]
     assert len(counts) == 5 and all(line in (ROOT / "README.md").read_text() for line in counts), "README.md shows other counts"
 
 def test_readme_names_what_exists():
