@@ -762,21 +762,21 @@ def prefetch(batches, depth: int = 2):
     """
     ready, stop = queue.Queue(depth), threading.Event()
 
+    def put(item):
+        while not stop.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                pass
     def work():
         try:
             for arrays in batches:
-                batch = to_device(pack(*arrays), "data")
-                while not stop.is_set():
-                    try:
-                        ready.put(batch, timeout=0.1)
-                        break
-                    except queue.Full:
-                        pass
+                put(to_device(pack(*arrays), "data"))
                 if stop.is_set():
                     return
-            ready.put(None)
+            put(None)
         except Exception as e:
-            ready.put(e)
+            put(e)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()

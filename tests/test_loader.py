@@ -2,6 +2,8 @@
 The loader beyond what the parity cases hold: shard ends, many short documents, the prefetch thread's errors.
     python -m pytest tests/test_loader.py
 """
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -85,3 +87,19 @@ def test_a_closed_prefetch_stops_its_thread(monkeypatch):
     assert threading.active_count() == before + 1
     taken.close()
     assert threading.active_count() == before
+
+@pytest.mark.parametrize("ends", ["with the data", "with an error"])
+def test_prefetch_stops_where_nobody_takes_its_end(ends):
+    """A run that stops a few steps before its end: the queue is full, and behind it waits the end or an error."""
+    def batches():
+        for _ in range(3):
+            yield np.zeros((8, 16), np.int32), np.zeros((8, 16), np.int32), np.tile(np.int32([0, 16]), (8, 1))
+        if ends == "with an error":
+            raise ValueError("no more")
+    loader = t.prefetch(batches())
+    next(loader)
+    time.sleep(0.5)
+    closing = threading.Thread(target=loader.close, daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive(), "the thread waits for room in the queue for ever"
