@@ -6,7 +6,7 @@ the last, tensors are whole and carry a sharding over the mesh axis "data": each
 annotated as replicated leaves by all-gather.
 """
 from collections import defaultdict
-from functools import cache, partial
+from functools import cache
 
 import torch
 import torch_xla
@@ -35,7 +35,7 @@ def to_host(x: Tensor, lazy: bool = False):
     function that joins its parts, which need not be done while the devices wait.
     """
     parts = [data for data, _ in torch_xla._XLAC._get_local_shards([x])[0]] if is_split(x) else [x.detach().cpu()]
-    join = partial(torch.cat, parts) if len(parts) > 1 else partial(parts.__getitem__, 0)
+    join = lambda: torch.cat(parts) if len(parts) > 1 else parts[0]
     return join if lazy else join()
 
 def assign(x: Tensor, value: Tensor):

@@ -37,13 +37,10 @@ def make_tokens(n: int, seed: int) -> np.ndarray:
 def devices():
     """Before any test: autograd counts the devices at its first backward pass, and would miss those that come later."""
     import train_gpt_xla
-    flags = os.environ.get("XLA_FLAGS")
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # for this process, whose compilations take longer than they run
-    train_gpt_xla.setup_devices()
-    train_gpt_xla.to_device(train_gpt_xla.torch.ones(8)).add(1).cpu()  # XLA reads its flags when it compiles
-    os.environ.pop("XLA_FLAGS")
-    if flags is not None:
-        os.environ["XLA_FLAGS"] = flags
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # for this process, whose compilations take longer than they run
+        train_gpt_xla.setup_devices()
+        train_gpt_xla.to_device(train_gpt_xla.torch.ones(8)).add(1).cpu()  # XLA reads its flags when it compiles
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import fineweb
 from record_stats import fields
 
