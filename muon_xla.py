@@ -248,21 +248,26 @@ class DistAdam(torch.optim.Optimizer):
                     else:
                         state[name] = zeros
 
-    def advance(self, split_embed: bool) -> dict[str, tuple[float, float]]:
-        """Counts one step of Adam. Returns (step_size, eff_wd) by label, for parameters that will take it."""
+    def advance(self, split_embed: bool):
+        """Counts one step of Adam, for the parameters that will take it."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.label != 'embed':
+                    self.state[p]["step"] += 1
+                elif split_embed:
+                    lm_head = self.param_groups[0]["params"][0]  # whose count embed took over with its moments
+                    self.state[p]["step"] = self.state[lm_head]["step"]
+
+    def get_numbers(self) -> dict[str, tuple[float, float]]:
+        """(step_size, eff_wd) of the step counted last, by label; zeros before a parameter's first step."""
         numbers = {}
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in group["params"]:
-                if p.label == 'embed' and not split_embed:
-                    numbers[p.label] = (0.0, 0.0)
-                    continue
-                lm_head = self.param_groups[0]["params"][0]  # whose count embed took over with its moments
-                self.state[p]["step"] = self.state[lm_head]["step"] if p.label == 'embed' else self.state[p]["step"] + 1
                 t, lr = self.state[p]["step"], group["lr"] * getattr(p, "lr_mul", 1.0)
-                bias1, bias2 = 1 - beta1 ** t, 1 - beta2 ** t
+                scale = (1 - beta2 ** t) ** 0.5 / (1 - beta1 ** t) if t else 0.0
                 # lr twice: the decay follows the schedule's square
-                numbers[p.label] = (lr * (bias2 ** 0.5 / bias1), lr * lr * group["weight_decay"] * getattr(p, "wd_mul", 1.0))
+                numbers[p.label] = (lr * scale, lr * lr * group["weight_decay"] * getattr(p, "wd_mul", 1.0))
         return numbers
 
     def copy_lm_to_embed(self):

@@ -757,8 +757,8 @@ def pack(inputs: np.ndarray, targets: np.ndarray, cum_seqlens: np.ndarray) -> Te
 
 def prefetch(batches, depth: int = 2):
     """
-    Runs a generator of (inputs, targets, cum_seqlens) in a thread, depth batches ahead, and yields each packed and on the
-    devices. Its errors are raised here.
+    Runs a generator of (inputs, targets, cum_seqlens), numbers in a thread, depth batches ahead, and yields each as what a step takes,
+    on the devices: the packed batch and the numbers. Its errors are raised here.
     """
     ready, stop = queue.Queue(depth), threading.Event()
 
@@ -770,8 +770,8 @@ def prefetch(batches, depth: int = 2):
                 pass
     def work():
         try:
-            for arrays in batches:
-                put(to_device(pack(*arrays), "data"))
+            for arrays, numbers in batches:
+                put((to_device(pack(*arrays), "data"), to_device(numbers)))
                 if stop.is_set():
                     return
             put(None)
@@ -927,8 +927,8 @@ class TrainingManager():
         4. YaRN updates to RoPE when the long window changes
         5. lm_head and embed are one until 2/3 of training, then split @classiclarryd
 
-    D13: what changes with every step is computed on the host by advance_schedule and get_numbers, goes over as one small
-    vector, and enters the graph as 0-D tensors (bind), so that no step has constants of its own to be compiled in.
+    D13: what changes with every step is computed on the host by advance_schedule and get_numbers, ahead of the run, goes over as one
+    small vector beside the batch, and enters the graph as 0-D tensors (bind), so that no step has constants of its own to be compiled in.
     """
     def __init__(self, model: GPT, args: "Hyperparameters"):
         self.model = model
@@ -959,7 +959,7 @@ class TrainingManager():
         self.reset()
 
     def advance_schedule(self, step: int, train: bool = True):
-        """Host only: the graph of this step (or of the validation before it), and YaRN where the window changes."""
+        """Host only: the graph of this step (or of the validation before it), YaRN where the window changes, Adam's count of its steps."""
         _, new_ws_long = get_ws(step, self.args)
         if new_ws_long != self.ws_long:
             self.model.yarn.apply(self.ws_long, new_ws_long)
@@ -970,19 +970,37 @@ class TrainingManager():
         self.model.split_embed = self.graph.split_embed
         if self.model.training != train:
             self.model.train(train)
+        if self.graph.adam:
+            self.adam_opt.advance(self.graph.split_embed)
 
     def get_numbers(self) -> Tensor:
-        """Host only: all numbers of this step, [n] float32. On an odd training step it counts one step of Adam."""
+        """Host only: all numbers of this step, [n] float32."""
         lr = get_lr(self.step, self.args)
         for group in self.adam_opt.param_groups:
             group["lr"] = self.initial_lr[self.adam_opt] * lr
-        adam = self.adam_opt.advance(self.graph.split_embed) if self.graph.adam else {}
+        adam = self.adam_opt.get_numbers()
         return torch.tensor([
             *(get_mtp_weights(self.step, self.args) + [0.0, 0.0])[:3],
             *self.model.yarn.numbers(), *self.model.yarn_paired_head.numbers(),
             self.initial_lr[self.muon_opt] * lr, get_muon_momentum(self.step, self.args),
-            *itertools.chain.from_iterable(adam.get(label, (0.0, 0.0)) for label in self.adam_labels),
+            *itertools.chain.from_iterable(adam[label] for label in self.adam_labels),
         ], dtype=torch.float32)
+
+    def precompute(self, steps) -> list[Tensor]:
+        """
+        Host only: the numbers of these training steps, the next ones. The schedule stays where it is, and the optimizers' settings have to:
+        a step raises ValueError where they are no longer what its numbers were made with.
+        """
+        schedule, counts = self.get_schedule(), [state["step"] for state in self.adam_opt.state.values()]
+        numbers = []
+        for step in steps:
+            self.advance_schedule(step)
+            numbers.append(self.get_numbers())
+        self.set_schedule(schedule)
+        for state, count in zip(self.adam_opt.state.values(), counts, strict=True):
+            state["step"] = count
+        self.precomputed = self.settings()
+        return numbers
 
     def bind(self, numbers: Tensor):
         """Hands the numbers, now on the devices, to those who use them: the model, on each device, and the optimizers."""
@@ -1048,9 +1066,16 @@ class TrainingManager():
 
     def constants(self) -> tuple:
         """What a step takes from Python: part of a recording's key, so that a change of any of it is recorded anew."""
+        settings = self.settings()
+        if self.precomputed not in (None, settings):
+            raise ValueError(f"the optimizers' settings, {settings}, are not those that the numbers of the steps to come were made with, "
+                             f"{self.precomputed}: call precompute() again, or set them before training")
+        return tuple(map(type, self.model.modules())), tuple(self.model.paired_head_layers), self.model.block_size, settings
+
+    def settings(self) -> tuple:
         names = ("weight_decay", "beta2", "betas", "eps")
-        return (tuple(map(type, self.model.modules())), tuple(self.model.paired_head_layers), self.model.block_size,
-                tuple(str(group[name]) for opt in self.optimizers for group in opt.param_groups for name in names if name in group))
+        return (*self.initial_lr.values(),
+                *(str(group[name]) for opt in self.optimizers for group in opt.param_groups for name in names if name in group))
 
     def tensors(self) -> list[Tensor]:
         """All tensors on the devices that a step reads or updates: weights and the optimizers' state."""
@@ -1079,6 +1104,11 @@ class TrainingManager():
         """What advance_schedule has made of YaRN so far."""
         return dict(ws_long=self.ws_long) | {name: dict(angular_freq=yarn.angular_freq.clone(), attn_scale=yarn.attn_scale)
                                              for name, yarn in self._yarns().items()}
+
+    def set_schedule(self, schedule: dict):
+        self.ws_long = schedule["ws_long"]
+        for name, yarn in self._yarns().items():
+            yarn.angular_freq, yarn.attn_scale = schedule[name]["angular_freq"].clone(), schedule[name]["attn_scale"]
 
     def _yarns(self) -> dict[str, Yarn]:
         return dict(yarn=self.model.yarn, yarn_paired_head=self.model.yarn_paired_head)
@@ -1112,12 +1142,11 @@ class TrainingManager():
                 assign(mine, value)
         for name, state in states[0].items():
             state["step"] = optimizers[0][name]["step"]
-        self.ws_long = schedule["ws_long"]
-        for name, yarn in self._yarns().items():
-            yarn.angular_freq, yarn.attn_scale = schedule[name]["angular_freq"].clone(), schedule[name]["attn_scale"]
+        self.set_schedule(schedule)
 
     def reset(self):
         """Back to step 0, with the model's weights as they are."""
+        self.precomputed = None
         for opt in self.optimizers:
             opt.reset()
         self.model.split_embed = False
@@ -1395,22 +1424,20 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
     validation_step = Replay(training_manager.validation_step, training_manager.tensors, training_manager.constants, enabled=replay)
 
     positions = []  # for each batch of the run, where the loader stood after it
-    def train_batches(steps, **where):
+    def train_batches(steps, numbers, **where):
         loader = None
-        for step in steps:
+        for step, n in zip(steps, numbers, strict=True):
             send_args = (get_bs(step, args), args.train_max_seq_len)
             if loader is None:
                 loader = distributed_data_generator(args.train_files, *send_args, bos_id=args.bos_id, vocab_size=args.vocab_size,
                                                     **where)
-                yield next(loader)
+                yield next(loader), n
             else:
-                yield loader.send(send_args)
-    def val_batches(val_steps):
+                yield loader.send(send_args), n
+    def val_batches(val_steps, numbers):
         loader = distributed_data_generator(args.val_files, args.val_batch_size, -1, align_to_bos=False, bos_id=args.bos_id,
                                             vocab_size=args.vocab_size)
-        yield from itertools.islice(loader, val_steps)
-    def numbers():
-        return to_device(training_manager.get_numbers())
+        yield from zip(itertools.islice(loader, val_steps), itertools.repeat(numbers))
     def check_finite(loss, which):
         if not math.isfinite(loss):
             older = checkpoints.files() if checkpoints else []
@@ -1448,8 +1475,10 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
             restore()
         except ValueError as e:
             raise ValueError(f"{path}: {e}; take another checkpoint (--resume PATH) or start afresh under another --run_id") from None
-    train_loader = prefetch(train_batches([steps[0] for graph, steps in graphs.items() if graph.train]))
-    val_loader = prefetch(val_batches(1))
+    steps = [steps[0] for graph, steps in graphs.items() if graph.train]
+    train_loader = prefetch(train_batches(steps, training_manager.precompute(steps)))
+    training_manager.advance_schedule(start, train=False)
+    val_loader = prefetch(val_batches(1, training_manager.get_numbers()))
     val_batch = next(val_loader)
     for graph, steps in graphs.items():
         if checkpoints and checkpoints.preempted.is_set():
@@ -1457,7 +1486,7 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
         t0 = time.perf_counter()
         training_manager.advance_schedule(steps[0], train=graph.train)
         # kept until mark_step: a traced graph computes what someone holds
-        losses = (training_step if graph.train else validation_step)(graph, next(train_loader) if graph.train else val_batch, numbers())
+        losses = training_step(graph, *next(train_loader)) if graph.train else validation_step(graph, *val_batch)
         xm.mark_step()
         xm.wait_device_ops()
         print0(f"warmup {graph.name}: {len(steps)} steps, {time.perf_counter() - t0:.1f}s", console=True)
@@ -1485,7 +1514,8 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
         positions += [(0, 0)]
         training_time_ms = 0
     saved = None
-    train_loader = prefetch(train_batches(range(start, args.num_iterations), start=positions[0], positions=positions))
+    steps = range(start, args.num_iterations)
+    train_loader = prefetch(train_batches(steps, training_manager.precompute(steps), start=positions[0], positions=positions))
 
     gc.collect()
 
@@ -1506,8 +1536,8 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
             read_loss()
             training_manager.advance_schedule(step, train=False)
             val_losses = []
-            for batch in prefetch(val_batches(args.val_tokens // args.val_batch_size)):
-                val_losses.append(validation_step(training_manager.graph, batch, numbers()))
+            for batch, numbers in prefetch(val_batches(args.val_tokens // args.val_batch_size, training_manager.get_numbers())):
+                val_losses.append(validation_step(training_manager.graph, batch, numbers))
                 xm.mark_step()
             val_loss = torch.stack([losses.cpu() for losses in val_losses]).mean().item()
             check_finite(val_loss, f"the validation at step {step}")
@@ -1549,7 +1579,7 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
         if profile and step + 1 == profile[0]:
             xp.start_trace(f"logs/{run_id}/profile")
         training_manager.advance_schedule(step)
-        losses = training_step(training_manager.graph, next(train_loader), numbers())
+        losses = training_step(training_manager.graph, *next(train_loader))
         xm.mark_step()
         if profile and step + 2 == sum(profile):
             xm.wait_device_ops()

@@ -53,15 +53,17 @@ POINTS = dict(before_a_stage=6, at_a_stage=8, after_a_stage=10, shard=10, valida
 RUN_ON = 4  # steps after which the resumed runs are stopped, but for the first and the last: what is the same so far stays so
 DRIVER = f"""
 import os, signal
-get_numbers, to_devices, distinct_graphs = t.TrainingManager.get_numbers, t.GPT.to_devices, t.distinct_graphs
+get_numbers, tensors = t.TrainingManager.get_numbers, t.TrainingManager.tensors
+to_devices, distinct_graphs = t.GPT.to_devices, t.distinct_graphs
 def main(*options, stop=None, poison=None):
     # stop: two SIGTERMs while this step is in hand. poison: this step's numbers are not numbers. Both without a warm-up
-    def numbers(self):
+    def in_hand(self):
         if self.step == stop and self.graph.train:
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGTERM)
-        return get_numbers(self) * (float("nan") if self.step == poison else 1)
-    t.TrainingManager.get_numbers = numbers
+        return tensors(self)
+    t.TrainingManager.tensors = in_hand
+    t.TrainingManager.get_numbers = lambda self: get_numbers(self) * (float("nan") if self.step == poison else 1)
     t.distinct_graphs = distinct_graphs if stop is poison is None else lambda args: {{}}
     try:
         t.main(sys.argv[1:] + list(options))
@@ -157,6 +159,22 @@ def test_state_comes_back_with_its_sharding():
     same(manager.get_state(), state)
     same(manager.get_schedule(), schedule)
     assert schedule["ws_long"] == 11 and schedule["yarn"]["attn_scale"] != 0.1
+
+def test_numbers_made_ahead():
+    """They are those of each step in its turn, making them leaves the schedule as it was, and settings changed since are refused."""
+    args, _ = t.parse_args(toy_options(Path()))
+    manager = t.build(args)
+    for step in range(9):
+        manager.advance_schedule(step)
+    ahead = manager.precompute(range(9, args.num_iterations))
+    for step, numbers in enumerate(ahead, start=9):
+        manager.advance_schedule(step)
+        assert torch.equal(manager.get_numbers(), numbers), step
+    assert {state["step"] for state in manager.adam_opt.state.values()} == {args.num_iterations // 2}
+    manager.constants()
+    manager.adam_opt.param_groups[0]["weight_decay"] *= 2
+    with pytest.raises(ValueError, match="call precompute"):
+        manager.constants()
 
 # -----------------------------------------------------------------------------
 # Broken files and refusals: one line each, and the folder stays as it was
@@ -550,13 +568,13 @@ def test_sigkill_of_real_runs(tmp_path, long_corpus):
 SOAK = """
 import os, signal
 from pathlib import Path
-advance = t.TrainingManager.advance_schedule
-def die(self, step, train=True):
-    if step % 200 == 187 and train and not (mark := Path(f"died{step}")).exists():
+tensors = t.TrainingManager.tensors
+def die(self):
+    if self.step % 200 == 187 and self.graph.train and not (mark := Path(f"died{self.step}")).exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return advance(self, step, train)
-t.TrainingManager.advance_schedule = die
+    return tensors(self)
+t.TrainingManager.tensors = die
 """
 
 @pytest.mark.slow
@@ -572,16 +590,16 @@ def test_soak(tmp_path, long_corpus):
 
 # preempted two steps after it has gone on
 STOP_AFTER_A_SAVE = """
-advance = t.TrainingManager.advance_schedule
+tensors = t.TrainingManager.tensors
 start = []
-def stop(self, step, train=True):
+def stop(self):
     import glob, os, signal
     last = max(int(f[-9:-3]) for f in glob.glob("logs/moved/checkpoint_*.pt"))
     start.append(last)
-    if train and step == start[0] + 2 and "resumed" in open("logs/moved.txt").read().rsplit("=" * 100, 1)[-1]:
+    if self.graph.train and self.step == start[0] + 2 and "resumed" in open("logs/moved.txt").read().rsplit("=" * 100, 1)[-1]:
         os.kill(os.getpid(), signal.SIGTERM)
-    return advance(self, step, train)
-t.TrainingManager.advance_schedule = stop
+    return tensors(self)
+t.TrainingManager.tensors = stop
 """
 
 @pytest.mark.slow

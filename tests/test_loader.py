@@ -67,13 +67,16 @@ def test_used_up(tmp_path, align):
         for _ in range(20):
             next(batches)
 
+BATCH = (np.zeros((8, 16), np.int32), np.zeros((8, 16), np.int32), np.tile(np.int32([0, 16]), (8, 1))), t.torch.ones(5)
+
 def test_errors_of_the_thread_are_raised_where_batches_are_taken(monkeypatch):
     monkeypatch.setattr(t, "to_device", lambda x, *spec: x)
     def batches():
-        yield np.zeros((8, 16)), np.zeros((8, 16)), np.tile([0, 16], (8, 1))
+        yield BATCH
         raise ValueError("the reason")
     taken = t.prefetch(batches())
-    assert next(taken).shape == (8, 3, 16)
+    batch, numbers = next(taken)
+    assert batch.shape == (8, 3, 16) and numbers is BATCH[1]
     with pytest.raises(ValueError, match="the reason"):
         next(taken)
 
@@ -82,7 +85,7 @@ def test_a_closed_prefetch_stops_its_thread(monkeypatch):
     import threading
     monkeypatch.setattr(t, "to_device", lambda x, *spec: x)
     before = threading.active_count()
-    taken = t.prefetch((np.zeros((8, 16)), np.zeros((8, 16)), np.tile([0, 16], (8, 1))) for _ in itertools.count())
+    taken = t.prefetch(itertools.repeat(BATCH))
     next(taken)
     assert threading.active_count() == before + 1
     taken.close()
@@ -92,8 +95,7 @@ def test_a_closed_prefetch_stops_its_thread(monkeypatch):
 def test_prefetch_stops_where_nobody_takes_its_end(ends):
     """A run that stops a few steps before its end: the queue is full, and behind it waits the end or an error."""
     def batches():
-        for _ in range(3):
-            yield np.zeros((8, 16), np.int32), np.zeros((8, 16), np.int32), np.tile(np.int32([0, 16]), (8, 1))
+        yield from [BATCH] * 3
         if ends == "with an error":
             raise ValueError("no more")
     loader = t.prefetch(batches())

@@ -185,7 +185,7 @@ def test_text_pairs_by_name(upstream, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     diff_upstream.main([str(upstream), "--name", "TrainingManager._build_mtp_schedule"])
     out = capsys.readouterr().out
-    assert "== TrainingManager._build_mtp_schedule\n   replaced: D13: computed for each step" in out
+    assert "== TrainingManager._build_mtp_schedule\n   replaced: D13: precompute calls it for each step" in out
     assert "return 'TrainingManager._build_mtp_schedule'" in out and "def get_mtp_weights(" in out and "def get_lr" not in out
     diff_upstream.main([str(upstream)])
     everything = capsys.readouterr().out
