@@ -298,6 +298,7 @@ class DistAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        tables = []  # with their new weights, split by rows
         for i, group in enumerate(self.param_groups):
             for j, p in enumerate(group["params"]):
                 if p.local_grad is None:
@@ -309,4 +310,11 @@ class DistAdam(torch.optim.Optimizer):
                                            p.step_size, p.eff_wd)
                 for name in ("exp_avg", "exp_avg_sq"):
                     shard(state[name], *spec)
-                p.copy_(shard(shard(weight, *spec).clone()))  # all-gather, in the parameter's dtype
+                if spec:
+                    tables.append((p, shard(weight, *spec)))
+                else:
+                    p.copy_(shard(weight))
+        # One all-gather, in the parameters' dtype. Each table by itself would be copied twice, for it takes the old one's memory
+        weights = shard(torch.stack([w for _, w in tables]), None, "data")
+        for (p, _), w in zip(tables, shard(weights.clone()).unbind(), strict=True):
+            p.copy_(w)

@@ -94,7 +94,7 @@ class LanguageModel(port.GPT):
 class Inference(port.TrainingManager):
     """The model with windows, YaRN and embedding as the validation at a step has them, and no optimizers."""
     def __init__(self, model: LanguageModel, args: port.Hyperparameters, step: int):
-        self.model, self.args, self.optimizers, self.mtp_weights = model, args, [], None
+        self.model, self.args, self.optimizers, self.initial_lr, self.mtp_weights = model, args, [], {}, None
         self.reset()
         for i in range(step + 1):
             self.advance_schedule(i, train=False)
