@@ -173,9 +173,6 @@ class CausalSelfAttention(nn.Module):
             self.qkvo_w[:self.dim * 3].uniform_(-bound, bound)
             self.qkvo_w[self.dim * 3:].zero_() # each block starts as the identity
 
-        still = torch.arange(head_dim) % (head_dim // 2) >= head_dim // 4  # [D/4 : D/2] and [3D/4 : D], in upstream's order
-        self.still = nn.Buffer(still[half_split(head_dim)], persistent=False)
-
     def to_upstream(self, qkvo_w: Tensor) -> Tensor:
         """qkvo_w with the dims of Q and K in upstream's order (D5)."""
         return self.reorder(qkvo_w, half_split(self.head_dim).argsort())
@@ -197,9 +194,11 @@ class CausalSelfAttention(nn.Module):
         ve_gate = None if ve is None else 2 * gate(ve_gate_w)
 
         w = sa_lambdas[0] * self.qkvo_w[:self.dim * 3].type_as(x)
+        # the dims that stand still: [D/4 : D/2] and [3D/4 : D] in upstream's order, in which each of these is number 0, 2, ...
+        still = torch.arange(0, 2 * self.head_dim, 2, device=x.device) % (self.head_dim // 2) >= self.head_dim // 4
         if takes_attention(x, self.num_heads, attn_args.bm_size, self.paired):
             # D15: on a TPU all that stands below, gate included, is a matmul and two kernels
-            y = FusedAttention.apply(x, w, factor1, factor2, self.still, ve, ve_gate, gate(attn_gate_w), attn_args.documents,
+            y = FusedAttention.apply(x, w, factor1, factor2, still, ve, ve_gate, gate(attn_gate_w), attn_args.documents,
                                      attn_args.bm_size, attn_args.attn_scale, attn_args.key_offset, self.paired)
         else:
             # D7: heads before tokens, [B, H, T, D]. A TPU tiles the last two dims, so each head's [T, D] must lie together.
@@ -212,7 +211,7 @@ class CausalSelfAttention(nn.Module):
                 q, k = Yarn.rotary(q, factor1, factor2), Yarn.rotary(k, factor1, factor2)
             if attn_args.key_offset:
                 # in the dims that stand still a key carries its predecessor's content, so one layer can do induction
-                k = torch.where(self.still, torch.cat([k[:, :, :1], k[:, :, :-1]], dim=2), k)
+                k = torch.where(still, torch.cat([k[:, :, :1], k[:, :, :-1]], dim=2), k)
             if ve is not None:
                 ve = ve.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
                 v = v + ve_gate.mT.unsqueeze(-1) * ve # @KoszarskyB, @Grad62304977
