@@ -893,7 +893,8 @@ def lowered(call, key, arguments: tuple, interpret: bool):
     return xb.computation_from_module_proto(call.__name__, hlo.as_serialized_hlo_module_proto())
 
 # -----------------------------------------------------------------------------
-# The MLP: relu(x @ W1.T)^2 @ W2 (upstream: FusedLinearReLUSquareFunction; its plain-torch twin here is in train_gpt_xla.py)
+# A block's MLP with its norm and its sum: x + relu(norm(x) @ W1.T)^2 @ W2. The plain-torch twin is Block's last line in train_gpt_xla.py
+# (upstream: norm and FusedLinearReLUSquareFunction).
 #
 # A program has one block of C tokens. The weights stay in VMEM, and in the backward pass so do the sums of their gradients,
 # in f32. What has 4d features lies as [4d, C]: then every matmul streams a weight or such an array as it lies, and only [d, C] blocks
@@ -901,10 +902,10 @@ def lowered(call, key, arguments: tuple, interpret: bool):
 
 MLP_VMEM_LIMIT = 96 * 2**20  # bytes, of a v6e's 128 MiB
 
-class ReLUSquareMLP(torch.autograd.Function):
+class ResidualMLP(torch.autograd.Function):
     """
-    relu(x @ W1.T)^2 @ W2 by the TPU kernels. x: [B, T, d]; W1, W2: [4d, d].
-    keep: store relu(x @ W1.T), [4d, B * T], for the backward pass, which otherwise computes it again. A pass that has none wants False.
+    x + relu(norm(x) @ W1.T)^2 @ W2 by the TPU kernels. x: [B, T, d]; W1, W2: [4d, d].
+    keep: store relu(norm(x) @ W1.T), [4d, B * T], for the backward pass, which otherwise computes it again; without one, say False.
     """
     @staticmethod
     def forward(ctx, x, W1, W2, keep):
@@ -921,12 +922,12 @@ class ReLUSquareMLP(torch.autograd.Function):
 
 
 def takes_mlp(x: Tensor, W1: Tensor, W2: Tensor) -> bool:
-    """Whether ReLUSquareMLP runs here."""
+    """Whether ResidualMLP runs here."""
     return for_tpu(x) and mlp_refuses(x, W1, W2) is None
 
 
 def mlp_refuses(x: Tensor, W1: Tensor, W2: Tensor) -> str | None:
-    """What keeps these tensors from ReLUSquareMLP, or None."""
+    """What keeps these tensors from ResidualMLP, or None."""
     (_, T, d), h = x.shape, W1.size(0)
     if {x.dtype, W1.dtype, W2.dtype} != {torch.bfloat16}:
         return "they take bfloat16"
@@ -946,7 +947,7 @@ class MLPShapes:
     tokens: int  # of all rows
     dim: int  # d
     hidden: int  # 4d
-    keep: bool  # the forward pass stores relu(x @ W1.T) and the backward pass reads it
+    keep: bool  # the forward pass stores relu(norm(x) @ W1.T) and the backward pass reads it
     block: int  # C
 
 
@@ -960,6 +961,18 @@ def by_strips(when, hidden, do):
     jax.lax.fori_loop(0, jnp.where(when, hidden // 256, 0), lambda n, _: do(pl.ds(n * 256, 256)), None)
 
 
+def normed(x):
+    """[C, d] -> norm of each row, and what it was multiplied by, float32."""
+    x = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt((x * x).mean(1, keepdims=True) + float(jnp.finfo(jnp.float32).eps))
+    return x * scale, scale
+
+
+def add(x, y):
+    """The sum of two blocks in their dtype."""
+    return (x.astype(jnp.float32) + y.astype(x.dtype).astype(jnp.float32)).astype(x.dtype)
+
+
 def to_hidden(W, x, dtype):
     """W [4d, d] @ x [C, d].T, rounded."""
     return matmul(W, x, transpose_b=True).astype(dtype)
@@ -971,10 +984,10 @@ def mlp_forward_kernel(x, W1, W2, y, *refs):
     def begin(strip):
         W2_T[:, strip] = W2[strip].T
     by_strips(pl.program_id(0) == 0, W2.shape[0], begin)
-    act = jnp.maximum(to_hidden(W1[...], x[...], x.dtype), 0)
+    act = jnp.maximum(to_hidden(W1[...], normed(x[...])[0].astype(x.dtype), x.dtype), 0)
     if kept:
         kept[0][...] = act
-    y[...] = matmul(W2_T[...], act * act).astype(y.dtype).T
+    y[...] = add(x[...], matmul(W2_T[...], act * act).astype(y.dtype).T)
 
 
 def mlp_backward_kernel(x, W1, W2, dy, *refs):
@@ -984,24 +997,27 @@ def mlp_backward_kernel(x, W1, W2, dy, *refs):
         W1_T[:, strip] = W1[strip].T
         dW1_acc[strip] = dW2_acc[strip] = jnp.zeros((256, x.shape[1]), jnp.float32)
     by_strips(pl.program_id(0) == 0, W1.shape[0], begin)
-    act = kept[0][...] if kept else jnp.maximum(to_hidden(W1[...], x[...], x.dtype), 0)
+    x_normed, scale = normed(x[...])
+    rounded = x_normed.astype(x.dtype)
+    act = kept[0][...] if kept else jnp.maximum(to_hidden(W1[...], rounded, x.dtype), 0)
     dpre = 2 * to_hidden(W2[...], dy[...], x.dtype) * act
     dW2_acc[...] += matmul(act * act, dy[...])
-    dW1_acc[...] += matmul(dpre, x[...])
-    dx[...] = matmul(W1_T[...], dpre).astype(dx.dtype).T
+    dW1_acc[...] += matmul(dpre, rounded)
+    d = matmul(W1_T[...], dpre).astype(dx.dtype).T.astype(jnp.float32)
+    dx[...] = add(dy[...], scale * (d - x_normed * (d * x_normed).mean(1, keepdims=True)))
     def end(strip):
         dW1[strip], dW2[strip] = dW1_acc[strip].astype(dW1.dtype), dW2_acc[strip].astype(dW2.dtype)
     by_strips(pl.program_id(0) == pl.num_programs(0) - 1, W1.shape[0], end)
 
 
 def mlp_forward_call(shapes: MLPShapes, dtype, interpret=False):
-    """A function (x [tokens, d], W1, W2 [4d, d]) -> y as x and, if shapes.keep, relu(x @ W1.T) transposed, [4d, tokens]."""
+    """A function (x [tokens, d], W1, W2 [4d, d]) -> y as x and, if shapes.keep, relu(norm(x) @ W1.T) transposed, [4d, tokens]."""
     return mlp_pallas_call(mlp_forward_kernel, shapes, dtype, interpret, "xww", "xh" if shapes.keep else "x",
                            [((shapes.dim, shapes.hidden), dtype)])
 
 
 def mlp_backward_call(shapes: MLPShapes, dtype, interpret=False):
-    """A function (x, W1, W2, dy as x and, if shapes.keep, relu(x @ W1.T)) -> dx, dW1, dW2."""
+    """A function (x, W1, W2, dy as x and, if shapes.keep, what the forward pass kept) -> dx, dW1, dW2."""
     acc = (shapes.hidden, shapes.dim), jnp.float32
     return mlp_pallas_call(mlp_backward_kernel, shapes, dtype, interpret, "xwwxh" if shapes.keep else "xwwx", "xww",
                            [((shapes.dim, shapes.hidden), dtype), acc, acc])

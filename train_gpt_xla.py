@@ -47,7 +47,7 @@ from checkpoint import Checkpoints
 from muon_xla import ROWS, DistAdam, NorMuon, assign, enter, leave, shard, to_device, to_host
 from pallas_kernels import (
     FusedAttention,
-    ReLUSquareMLP,
+    ResidualMLP,
     SoftcappedCrossEntropy,
     softcapped_losses,
     takes_attention,
@@ -262,8 +262,6 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor):
         # squared ReLU (arXiv:2109.08668): @SKYLINEZ007, @Grad62304977
-        if takes_mlp(x, self.c_fc, self.c_proj):  # D16: on a TPU both matmuls are one kernel
-            return ReLUSquareMLP.apply(x, self.c_fc, self.c_proj, torch.is_grad_enabled())
         return FusedLinearReLUSquareFunction.apply(x, self.c_fc, self.c_proj)
 
 class Block(nn.Module):
@@ -279,6 +277,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, attn_args: AttnArgs):
         if self.attn is not None:
             x = x + self.attn(norm(x), attn_args)
+        if takes_mlp(x, self.mlp.c_fc, self.mlp.c_proj):  # D16: on a TPU all of the line below is one kernel
+            return ResidualMLP.apply(x, self.mlp.c_fc, self.mlp.c_proj, torch.is_grad_enabled())
         return x + self.mlp(norm(x))
 
 # -----------------------------------------------------------------------------

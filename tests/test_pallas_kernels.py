@@ -184,18 +184,19 @@ def test_prepare(rows, T, paired, key_offset, values, dtype):
 MLP_RESULTS = "y", "dx", "dW1", "dW2"
 
 def mlp_inputs(rows: int, T: int, d: int, h: int, dtype=torch.float32):
-    """x, W1, W2, dy. A quarter of the tokens is 0, and so are their pre-activations."""
+    """x, W1, W2, dy. Tokens from small to large; a quarter of them is 0, and so are their pre-activations and what goes back to them."""
     generator = torch.Generator().manual_seed(T + rows)
     randn = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)
     x, W1, W2, dy = randn(rows, T, d), randn(h, d) * d**-0.5, randn(h, d) * h**-0.5, randn(rows, T, d)
-    x[:, ::4] = 0
+    x *= torch.logspace(-1, 1, T)[torch.randperm(T, generator=generator), None].to(dtype)
+    x[:, ::4] = dy[:, ::4] = 0
     return x, W1, W2, dy
 
 def mlp_twin(x, W1, W2, dy) -> list[np.ndarray]:
     """y, dx, dW1, dW2."""
-    from train_gpt_xla import FusedLinearReLUSquareFunction
+    from train_gpt_xla import FusedLinearReLUSquareFunction, norm
     leaves = [t.detach().requires_grad_() for t in (x, W1, W2)]
-    y = FusedLinearReLUSquareFunction.apply(*leaves)
+    y = leaves[0] + FusedLinearReLUSquareFunction.apply(norm(leaves[0]), *leaves[1:])
     return [t.detach().float().numpy() for t in (y, *torch.autograd.grad(y, leaves, dy))]
 
 @pytest.mark.parametrize("rows, T, h, keep, dtype, tolerance", [
@@ -394,7 +395,7 @@ def graph(x, W1, W2, dy):
     assert pk.mlp_refuses(*leaves) is None
     results = []
     for keep in (True, False):
-        y = pk.ReLUSquareMLP.apply(*leaves, keep)
+        y = pk.ResidualMLP.apply(*leaves, keep)
         y, dx, *dW = leave(y.detach()), *map(leave, torch.autograd.grad(y, leaves, dy))
         results += [y.flatten(0, 1), dx.flatten(0, 1), *(t.float().sum(0) for t in dW)]
     return results
