@@ -1069,19 +1069,25 @@ class TrainingManager():
         if self.precomputed not in (None, settings):
             raise ValueError(f"the optimizers' settings, {settings}, are not those that the numbers of the steps to come were made with, "
                              f"{self.precomputed}: call precompute() again, or set them before training")
-        return tuple(map(type, self.model.modules())), tuple(self.model.paired_head_layers), self.model.block_size, settings
+        return tuple(map(type, self._modules())), tuple(self.model.paired_head_layers), self.model.block_size, settings
 
     def settings(self) -> tuple:
-        names = ("weight_decay", "beta2", "betas", "eps")
-        return (*self.initial_lr.values(),
-                *(str(group[name]) for opt in self.optimizers for group in opt.param_groups for name in names if name in group))
+        """Of the optimizers: initial learning rates, then weight_decay, beta2, betas and eps of each group that has them."""
+        return (*self.initial_lr.values(), *((group["weight_decay"], group.get("beta2"), *group.get("betas", ()), group.get("eps"))
+                                             for opt in self.optimizers for group in opt.param_groups))
 
     def tensors(self) -> list[Tensor]:
         """All tensors on the devices that a step reads or updates: weights and the optimizers' state."""
-        modules = list(self.model.modules())  # parameters() and buffers() walk through them four times as long
-        return [*(x for m in modules for x in (*m._parameters.values(), *m._buffers.values()) if x is not None),
+        return [*(x for m in self._modules() for x in (*m._parameters.values(), *m._buffers.values()) if x is not None),
                 *(x for group in self.muon_opt.param_groups for x in group.values() if isinstance(x, Tensor) and x.ndim),
                 *(x for state in self.adam_opt.state.values() for x in state.values() if isinstance(x, Tensor))]
+
+    def _modules(self) -> list[nn.Module]:
+        """Those of the model, for every step: modules() would make up their names each time."""
+        modules = [self.model]
+        for m in modules:
+            modules += filter(None, m._modules.values())
+        return list(dict.fromkeys(modules))
 
     def _state(self) -> list[dict]:
         names = {p: name for name, p in self.model.named_parameters()}
