@@ -1067,8 +1067,9 @@ class TrainingManager():
         """What a step takes from Python: part of a recording's key, so that a change of any of it is recorded anew."""
         settings = self.settings()
         if self.precomputed not in (None, settings):
-            raise ValueError(f"the optimizers' settings, {settings}, are not those that the numbers of the steps to come were made with, "
-                             f"{self.precomputed}: call precompute() again, or set them before training")
+            before, now = next((a, b) for a, b in itertools.zip_longest(self.precomputed, settings) if a != b)
+            raise ValueError(f"an optimizer's settings are {now}, but the numbers of the steps to come were made with {before}: set them "
+                             "before training, or call precompute() again and send what it returns")
         return tuple(map(type, self._modules())), tuple(self.model.paired_head_layers), self.model.block_size, settings
 
     def settings(self) -> tuple:
