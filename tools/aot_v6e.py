@@ -602,8 +602,9 @@ def trace(graphs: list, preset: str, out: Path) -> dict:
     if names:
         # Source lines of every operation, for --explain. They do not change what is computed.
         env = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "8", "XLA_HLO_DEBUG": "1", "XLA_IR_DEBUG": "1"}
-        if child("export_graphs", preset, out, *names, log=log, env=env):
-            raise Refused(f"tracing failed, the whole story is in {log}: {last_words(log)}")
+        if status := child("export_graphs", preset, out, *names, log=log, env=env):
+            why = "it was killed, as Linux does where memory runs out: the record's takes 12 GB" if status == -9 else last_words(log)
+            raise Refused(f"tracing failed, the whole story is in {log}: {why}")
         exported = json.loads((out / "exported.json").read_text())
         if child("fingerprints", *[out / f"{name}.hlo.pb" for name in names], log=log, env={"JAX_PLATFORMS": "cpu"}):
             raise Refused(f"an exported graph could not be read, see {log}: {last_words(log)}")
