@@ -1,7 +1,7 @@
 """
 HellaSwag (arXiv:1905.07830): does the model find the true ending of four the likeliest? Upstream's optional evaluation.
 
-    python tools/hellaswag.py CHECKPOINT [--data FILE.jsonl] [--limit N] [--tokens 16384] [--bytes]
+    python tools/hellaswag.py CHECKPOINT [--data FILE.jsonl] [--limit N] [--tokens N] [--bytes]
 
 acc: the ending with the least loss in all; acc_norm: the least loss a token, which is what upstream reports. Without --data the
 validation set (10,042 questions) is fetched to data/hellaswag/. --bytes, --preset and --FIELD as for tools/sample.py.
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("checkpoint")
     parser.add_argument("--data", type=Path, metavar="FILE", help="questions, one JSON object a line")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N questions")
-    parser.add_argument("--tokens", type=int, default=16384, help="of a row; shorter rows take less memory")
+    parser.add_argument("--tokens", type=int, default=0, help="of a row; shorter rows take less memory (16384, on a CPU 1024)")
     parser.add_argument("--bytes", action="store_true", help="tokens are single bytes")
     options, rest = parser.parse_known_args(argv)
     try:
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None):
         questions = read_questions(path, options.limit)
         manager = load_model(options.checkpoint, rest)
         endings = get_endings(questions, tokenizer(options.bytes)[0])
-        losses = ending_losses(manager, endings, options.tokens)
+        losses = ending_losses(manager, endings, options.tokens or (16384 if port.xr.device_type() == "TPU" else 1024))
     except (ValueError, OSError, FloatingPointError) as e:
         sys.exit(f"hellaswag.py: {e}")
     acc, acc_norm = score(losses, [q["label"] for q in questions])
