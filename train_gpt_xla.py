@@ -86,6 +86,11 @@ def half_split(head_dim: int) -> Tensor:
     """
     return torch.cat([torch.arange(0, head_dim, 2), torch.arange(1, head_dim, 2)])
 
+def still_dims(head_dim: int, device=None) -> Tensor:
+    """Which of our dims, [D] bool, rotary embedding leaves alone: upstream's [D/4 : D/2] and [3D/4 : D]. Computed, not indexed: no buffer."""
+    i = torch.arange(head_dim, device=device)
+    return (2 * i % head_dim + 2 * i // head_dim) % (head_dim // 2) >= head_dim // 4  # upstream's number of dim i comes first
+
 class Yarn(nn.Module):
     """
     Half-truncated RoPE with YaRN. angular_freq [D] (in upstream's order) and attn_scale are the host's state; each step's graph
@@ -194,8 +199,7 @@ class CausalSelfAttention(nn.Module):
         ve_gate = None if ve is None else 2 * gate(ve_gate_w)
 
         w = sa_lambdas[0] * self.qkvo_w[:self.dim * 3].type_as(x)
-        # the dims that stand still: [D/4 : D/2] and [3D/4 : D] in upstream's order, in which each of these is number 0, 2, ...
-        still = torch.arange(0, 2 * self.head_dim, 2, device=x.device) % (self.head_dim // 2) >= self.head_dim // 4
+        still = still_dims(self.head_dim, x.device)
         if takes_attention(x, self.num_heads, attn_args.bm_size, self.paired):
             # D15: on a TPU all that stands below, gate included, is a matmul and two kernels
             y = FusedAttention.apply(x, w, factor1, factor2, still, ve, ve_gate, gate(attn_gate_w), attn_args.documents,

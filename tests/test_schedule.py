@@ -34,6 +34,11 @@ def test_every_step_of_the_record(reference):
                    **{f"mtp{i}": w for i, w in enumerate((mtp + [0, 0])[:3])})
         assert got == pytest.approx(want, rel=1e-6, abs=1e-7), step
 
+@pytest.mark.parametrize("D", [4, 8, 12, 20, 64, 128])
+def test_dims_that_stand_still(D):
+    upstream = torch.arange(D) % (D // 2) >= D // 4
+    assert torch.equal(t.still_dims(D), upstream[t.half_split(D)])
+
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_yarn_tables(reference, dtype):
     torch_dtype = dict(f32=torch.float32, bf16=torch.bfloat16)[dtype]
