@@ -87,7 +87,7 @@ def half_split(head_dim: int) -> Tensor:
     return torch.cat([torch.arange(0, head_dim, 2), torch.arange(1, head_dim, 2)])
 
 def still_dims(head_dim: int, device=None) -> Tensor:
-    """Which of our dims, [D] bool, rotary embedding leaves alone: upstream's [D/4 : D/2] and [3D/4 : D]. Computed, not indexed: no buffer."""
+    """Which of our dims, [D] bool, rotary embedding leaves alone: upstream's [D/4 : D/2] and [3D/4 : D]. Computed: no buffer is needed."""
     i = torch.arange(head_dim, device=device)
     return (2 * i % head_dim + 2 * i // head_dim) % (head_dim // 2) >= head_dim // 4  # upstream's number of dim i comes first
 
