@@ -1116,6 +1116,7 @@ class TrainingManager():
                                              for name, yarn in self._yarns().items()}
 
     def set_schedule(self, schedule: dict):
+        """Takes get_schedule's values back."""
         self.ws_long = schedule["ws_long"]
         for name, yarn in self._yarns().items():
             yarn.angular_freq, yarn.attn_scale = schedule[name]["angular_freq"].clone(), schedule[name]["attn_scale"]
@@ -1484,8 +1485,8 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
             restore()
         except ValueError as e:
             raise ValueError(f"{path}: {e}; take another checkpoint (--resume PATH) or start afresh under another --run_id") from None
-    steps = [steps[0] for graph, steps in graphs.items() if graph.train]
-    train_loader = prefetch(train_batches(steps, training_manager.precompute(steps)))
+    first_steps = [steps[0] for graph, steps in graphs.items() if graph.train]
+    train_loader = prefetch(train_batches(first_steps, training_manager.precompute(first_steps)))
     training_manager.advance_schedule(start, train=False)
     val_loader = prefetch(val_batches(1, training_manager.get_numbers()))
     val_batch = next(val_loader)
