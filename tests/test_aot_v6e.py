@@ -567,7 +567,8 @@ def test_the_fingerprint_is_of_what_is_computed(programs, tmp_path):
 def test_a_graph_of_the_rehearsal(tmp_path):
     """From tracing to the report, with all that is promised of the command."""
     run = lambda *options: subprocess.run([sys.executable, ROOT / "tools/aot_v6e.py", "--preset", "rehearsal", "--out", tmp_path, *options],
-                                          capture_output=True, text=True)
+                                          capture_output=True, text=True,
+                                          env={**os.environ, "LIBTPU_INIT_ARGS": "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"})
     listed = [line.split() for line in run("--list").stdout.splitlines()]
     name, steps = next((line[0], int(line[2])) for line in listed if line[0].startswith("odd"))
     done = run("--graphs", name)
@@ -576,6 +577,7 @@ def test_a_graph_of_the_rehearsal(tmp_path):
     [e] = report["graphs"]
     assert e["name"] == name and e["steps"] == steps and e["compiled"] and e["fits"] and not e["cached"]
     assert "--xla_tpu_prefer_async_allgather_to_allreduce=true" in report["flags"]  # torch_xla's own
+    assert any("windowed_einsum" in flag for flag in report["flags"])  # the caller's
     gib = e["hbm_gib"]
     assert gib["total"] == pytest.approx(sum(gib[k] for k in ("arguments", "outputs", "temporaries", "code", "untouched")) - gib["aliased"])
     assert gib["aliased"] > 0.9 * gib["outputs"] > 0  # weights and state exist once
