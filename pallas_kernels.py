@@ -401,8 +401,11 @@ def backward_call(band: Band, dtype, interpret=False):
 
 
 # -----------------------------------------------------------------------------
-# What comes before attention: QK norm, rotary embedding, key offset and value embedding, in one pass over q, k and v. XLA needs a
-# dozen passes, forward and backward, and copies to exchange the halves of a head; in VMEM that is a rotation of lanes.
+# What comes before attention: norm, projection to q, k and v, gates, QK norm, rotary embedding, key offset and value embedding, in one
+# pass over x. XLA needs two dozen, forward and backward, and copies to exchange the halves of a head; in VMEM that is a rotation of
+# lanes. The vector unit prepares two heads while the matrix unit multiplies for the next two. The rounding is the twin's.
+
+LANES = 128  # of a vector register. Gates read the first 12 features: their weights come padded with zeros to as many
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
@@ -414,111 +417,199 @@ class Heads:
     paired: bool
     key_offset: bool
     ve: bool  # value embeddings
+    keep: bool  # store what the backward pass reads: q and k before their norm
 
     @property
     def block(self) -> int:
-        return next(n for n in (512, 256, 128) if self.tokens % n == 0)
+        return math.gcd(self.tokens, 512)
 
     @property
-    def out_heads(self) -> int:
-        """What is written: q and k, and v if it changes."""
-        return (3 if self.ve else 2) * self.heads
+    def two(self) -> list[tuple[int, int]]:
+        """(first, one behind the last) of all 3H heads of q, k and v, two by two: 256 columns for the matrix unit."""
+        return [(h, min(h + 2, 3 * self.heads)) for h in range(0, 3 * self.heads, 2)]
 
 
 def rotate(x, factors, h, back=False):
-    """Yarn.rotary of head h of x [bt, D], or its transpose."""
-    factor1, factor2 = (f[h % f.shape[0]].astype(jnp.float32) for f in factors)
+    """Yarn.rotary of head h of x [n, D], or its transpose, float32."""
+    factor1, factor2 = factors[h % len(factors)]
     half = x.shape[-1] // 2
     return x * factor1 + (pltpu.roll(x * factor2, half, 1) if back else pltpu.roll(x, half, 1) * factor2)
 
 
-def prepare_kernel(qkv, factor1, factor2, still, *refs, heads):
-    """Blocks: qkv, out [1, n, bt, D], factors [1 or 2, bt, D], still [1, D], ve [1, bt, H * D], gate [1, bt, H]; before [H, 1, D]."""
-    *values, out, before = refs
-    H, D, bt = heads.heads, heads.dim, heads.block
-    for h in range(2 * H):
-        x = qkv[0, h].astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + EPS)
-        x = rotate(x, (factor1, factor2), h % H)
-        if heads.key_offset and h >= H:
-            t = jax.lax.broadcasted_iota(jnp.int32, (bt, D), 0)
-            last = x[bt - 1:]
-            first = jnp.where(pl.program_id(1) == 0, x[:1], before[h - H])
-            x = jnp.where(still[...] > 0, jnp.where(t == 0, first, pltpu.roll(x, 1, 0)), x)
-            before[h - H] = last
-        out[0, h] = x.astype(out.dtype)
-    if heads.ve:
-        ve, gate = values
-        for h in range(H):
-            add = gate[0, :, h:h + 1].astype(jnp.float32) * ve[0, :, h * D:(h + 1) * D].astype(jnp.float32)
-            out[0, 2 * H + h] = (qkv[0, 2 * H + h].astype(jnp.float32) + add).astype(out.dtype)
+def by_strips(when, features, do, strip=256):
+    """do(`strip` features) for all of them, if `when`: a loop that may be empty, for its program is short."""
+    jax.lax.fori_loop(0, jnp.where(when, features // strip, 0), lambda n, _: do(pl.ds(n * strip, strip)), None)
 
 
-def prepare_backward_kernel(qkv, factor1, factor2, still, dq, dk, dv, *refs, heads):
+def means(x, head_dim, dtype):
     """
-    From the row's last block to its first. Blocks as above; dq, dk, dv [1, H, bt, D], dqkv [1, bt, 3H * D]; after [H, 1, D]: of the
-    block that comes next in the row, its first dk.
+    [n, k * head_dim] -> the mean of each row of each head, in all of its lanes, the terms rounded. By the matrix unit: the vector unit
+    would wait for sums along its lanes.
     """
-    (*values, dqkv, dve, dgate, after) = refs if heads.ve else (*refs[:-1], None, None, refs[-1])
-    H, D, bt, n = heads.heads, heads.dim, heads.block, pl.num_programs(1) - 1 - pl.program_id(1)
-    for h in range(2 * H):
-        dy = (dq if h < H else dk)[0, h % H].astype(jnp.float32)
-        if heads.key_offset and h >= H:
-            t = n * bt + jax.lax.broadcasted_iota(jnp.int32, (bt, D), 0)
-            following = jnp.where(pl.program_id(1) == 0, 0.0, after[h - H])  # the row's last key has no successor
-            local = jax.lax.broadcasted_iota(jnp.int32, (bt, D), 0)
-            moved = jnp.where(local == bt - 1, following, pltpu.roll(dy, bt - 1, 0))
-            after[h - H] = dy[:1]
-            dy = jnp.where(still[...] > 0, jnp.where(t == 0, moved + dy, moved), dy)  # the first one kept its own
-        dy = rotate(dy, (factor1, factor2), h % H, back=True)
-        x = qkv[0, h].astype(jnp.float32)
-        r = jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + EPS)
-        y = x * r
-        dqkv[0, :, h * D:(h + 1) * D] = (r * (dy - y * jnp.mean(dy * y, -1, keepdims=True))).astype(dqkv.dtype)
-    for h in range(H):
-        g = dv[0, h]
-        dqkv[0, :, (2 * H + h) * D:(2 * H + h + 1) * D] = g
-        if heads.ve:
-            ve, gate = values
-            at = slice(h * D, (h + 1) * D)
-            g = g.astype(jnp.float32)
-            dve[0, :, at] = (gate[0, :, h:h + 1].astype(jnp.float32) * g).astype(dve.dtype)
-            dgate[0, :, h:h + 1] = (g * ve[0, :, at].astype(jnp.float32)).sum(-1, keepdims=True).astype(dgate.dtype)
+    head = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (x.shape[1],) * 2, axis) // head_dim
+    return matmul(x.astype(dtype), jnp.where(head(0) == head(1), 1 / head_dim, 0.0).astype(dtype))
 
 
-def prepare_call(heads: Heads, dtype, interpret=False):
+def sigmoid(x, dtype):
+    """Of a matmul's result, rounded before and after, float32."""
+    return jax.nn.sigmoid(x.astype(dtype).astype(jnp.float32)).astype(dtype).astype(jnp.float32)
+
+
+def normed(x):
+    """[C, d] -> norm of each row, and what it was multiplied by, float32."""
+    x = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt((x * x).mean(1, keepdims=True) + EPS)
+    return x * scale, scale
+
+
+def project_kernel(x, w, gate_w, factor1, factor2, still, *refs, heads):
     """
-    A function (qkv [rows, 3H, T, D], factor1, factor2 [1 or 2, T, D], still [1, D] f32 and, with value embeddings, ve [rows, T, H * D],
-    gate [rows, T, H]) -> [rows, 2H or 3H, T, D]: q, k and, where it changed, v.
+    Blocks: x [1, bt, C], w [3C, C], gate_w [H, 128], factors [1 or 2, bt, D], still [1, D]; with value embeddings ve [1, bt, C], ve_gate_w
+    [H, 128]; qkv [1, 3H, bt, D], gate [1, H, bt] float32, raw [1, 2H, bt, D] if kept. In VMEM: before [H, 1, D], the keys before the block.
     """
-    return prepare_pallas_call(prepare_kernel, heads, dtype, interpret, lambda i: i, inputs=[heads.out_heads], outputs=[heads.out_heads])
+    values, (qkv, gate, *raw, before) = (refs[:2], refs[2:]) if heads.ve else ((), refs)
+    H, D, bt, dtype, f32 = heads.heads, heads.dim, heads.block, x.dtype, jnp.float32
+    x_normed = normed(x[0])[0].astype(dtype)
+    gate[0] = sigmoid(matmul(gate_w[...], x_normed[:, :LANES], transpose_b=True), dtype)
+    if values:
+        ve, ve_gate = values[0], 2 * sigmoid(matmul(x_normed[:, :LANES], values[1][...], transpose_b=True), dtype)
+    factors = [(factor1[i].astype(f32), factor2[i].astype(f32)) for i in range(factor1.shape[0])]
+
+    def start(two):
+        return matmul(x_normed, w[two[0] * D:two[1] * D], transpose_b=True)
+    def turn(two, projected):
+        for n, h in enumerate(range(*two)):
+            y = projected[:, n * D:(n + 1) * D].astype(dtype)
+            if h < 2 * H:
+                if raw:
+                    raw[0][0, h] = y
+                y = y.astype(f32)
+                y = rotate(y * jax.lax.rsqrt(means(y * y, D, dtype) + EPS), factors, h % H)
+                if heads.key_offset and h >= H:
+                    t = jax.lax.broadcasted_iota(jnp.int32, (bt, D), 0)
+                    last = y[bt - 1:]
+                    first = jnp.where(pl.program_id(1) == 0, y[:1], before[h - H])
+                    y = jnp.where(still[...] > 0, jnp.where(t == 0, first, pltpu.roll(y, 1, 0)), y)
+                    before[h - H] = last
+            elif values:
+                g = h - 2 * H
+                y = y.astype(f32) + ve_gate[:, g:g + 1] * ve[0, :, g * D:(g + 1) * D].astype(f32)
+            qkv[0, h] = y.astype(dtype)
+    stream(heads.two, start, turn, lambda two, _: None)
 
 
-def prepare_backward_call(heads: Heads, dtype, interpret=False):
+def project_backward_kernel(x, w, gate_w, factor1, factor2, still, raw, dq, dk, dv, gate, delta, *refs, heads):
     """
-    A function (qkv, factor1, factor2, still, dq, dk, dv [rows, H, T, D], ve, gate as above) -> dqkv [rows, T, 3H * D], and dve, dgate
-    if there are any.
+    From the row's last block to its first. Blocks as above; dq, dk, dv [1, H, bt, D], delta [1, H, bt], the gate's gradient times the gate;
+    dx [1, bt, C], dw [3C, C], dgate_w, dve_gate_w [H, 128] float32, dve [1, bt, C]. In VMEM: after [H, 1, D], the first dk of the block that
+    comes next in the row; dqkv [bt, 3C], dx_acc [bt, C], dw_acc [C, 3C].
     """
-    last, H = heads.tokens // heads.block - 1, heads.heads
-    lanes = [3 * H * heads.dim, *([H * heads.dim, H] if heads.ve else [])]
-    return prepare_pallas_call(prepare_backward_kernel, heads, dtype, interpret, lambda i: last - i, inputs=[2 * H, H, H, H], lanes=lanes)
+    values, (dx, dw, dgate_w, *dvalues, after, dqkv, dx_acc, dw_acc) = (refs[:2], refs[2:]) if heads.ve else ((), refs)
+    H, D, bt, dtype, f32 = heads.heads, heads.dim, heads.block, x.dtype, jnp.float32
+    C, n = H * D, pl.num_programs(1) - 1 - pl.program_id(1)
+    begins = (pl.program_id(0) == 0) & (pl.program_id(1) == 0)
+    ends = (pl.program_id(0) == pl.num_programs(0) - 1) & (n == 0)
+
+    @pl.when(begins)
+    def _():
+        for ref in (dgate_w, *dvalues[1:]):
+            ref[...] = jnp.zeros_like(ref)
+    def begin(strip):
+        dw_acc[:, strip] = jnp.zeros((C, D), f32)
+    by_strips(begins, 3 * C, begin, D)
+
+    x_normed, scale = normed(x[0])
+    rounded = x_normed.astype(dtype)
+    x_T, first = rounded.T, rounded[:, :LANES]
+    factors = [(factor1[i].astype(f32), factor2[i].astype(f32)) for i in range(factor1.shape[0])]
+    if values:
+        ve, ve_gate, dve_gate = values[0], 2 * sigmoid(matmul(first, values[1][...], transpose_b=True), dtype), []
+
+    def turn(two, _):
+        for h in range(*two):
+            at, g = slice(h * D, (h + 1) * D), h - 2 * H
+            if g >= 0:
+                dqkv[:, at] = dv[0, g]
+                if values:
+                    lanes, dy = slice(g * D, (g + 1) * D), dv[0, g].astype(f32)
+                    dvalues[0][0, :, lanes] = (ve_gate[:, g:g + 1] * dy).astype(dtype)
+                    dve_gate.append((dy * ve[0, :, lanes].astype(f32)).sum(1, keepdims=True))
+                continue
+            dy = (dq if h < H else dk)[0, h % H].astype(f32)
+            if heads.key_offset and h >= H:
+                t = jax.lax.broadcasted_iota(jnp.int32, (bt, D), 0)
+                following = jnp.where(pl.program_id(1) == 0, 0.0, after[h - H])  # the row's last key has no successor
+                moved = jnp.where(t == bt - 1, following, pltpu.roll(dy, bt - 1, 0))
+                after[h - H] = dy[:1]
+                dy = jnp.where(still[...] > 0, jnp.where(n * bt + t == 0, moved + dy, moved), dy)  # the first one kept its own
+            dy, y = rotate(dy, factors, h % H, back=True), raw[0, h].astype(f32)
+            both = means(jnp.concatenate([y * y, dy * y], axis=1), D, dtype)
+            r = jax.lax.rsqrt(both[:, :D] + EPS)
+            dqkv[:, at] = (r * (dy - y * (r * r * both[:, D:]))).astype(dtype)
+    def finish(two, _):
+        at = slice(two[0] * D, two[1] * D)
+        dw_acc[:, at] += matmul(x_T, dqkv[:, at])
+        for end in (H, 2 * H, 3 * H):  # a third is there
+            if two[0] < end <= two[1]:
+                at = slice((end - H) * D, end * D)
+                part = matmul(dqkv[:, at], w[at])
+                dx_acc[...] = part if end == H else dx_acc[...] + part
+    stream(heads.two, lambda two: None, turn, finish)
+
+    def back_through(gate_w, dgate_w, dlogits):  # [H, bt]
+        dlogits = dlogits.astype(dtype)
+        dgate_w[...] += matmul(dlogits, first)
+        dx_acc[:, :LANES] += matmul(dlogits.T, gate_w[...])
+    back_through(gate_w, dgate_w, delta[0] * (1 - gate[0]))
+    if values:
+        back_through(values[1], dvalues[1], (jnp.concatenate(dve_gate, axis=1) * ve_gate * (1 - ve_gate / 2)).T)
+    d = dx_acc[...].astype(dtype).astype(f32)
+    dx[0] = (scale * (d - x_normed * (d * x_normed).mean(1, keepdims=True))).astype(dtype)
+    def end(strip):
+        dw[strip] = dw_acc[:, strip].astype(dtype).T
+    by_strips(ends, 3 * C, end, D)
 
 
-def prepare_pallas_call(kernel, heads, dtype, interpret, block, inputs, outputs=(), lanes=()):
-    """inputs, outputs: the heads of arrays [rows, heads, T, D]; lanes: the last dim of outputs [rows, T, lanes]."""
-    H, T, D, bt, n = heads.heads, heads.tokens, heads.dim, heads.block, 2 if heads.paired else 1
-    by_head = lambda n: pl.BlockSpec((1, n, bt, D), lambda r, i: (r, 0, block(i), 0))
-    by_token = lambda n: pl.BlockSpec((1, bt, n), lambda r, i: (r, block(i), 0))
-    factor = pl.BlockSpec((n, bt, D), lambda r, i: (0, block(i), 0))
-    values = [by_token(H * D), by_token(H)] if heads.ve else []
-    shape = lambda *s: jax.ShapeDtypeStruct((heads.rows, *s), dtype)
+def project_call(heads: Heads, dtype, interpret=False):
+    """
+    A function (x [rows, T, C], w [3C, C], gate_w [H, 128], factor1, factor2 [1 or 2, T, D], still [1, D] f32 and, with value embeddings, ve
+    [rows, T, C], ve_gate_w [H, 128]) -> qkv [rows, 3H, T, D] for attention, its gate [rows, H, T] f32 and, if heads.keep, q and k before
+    their norm [rows, 2H, T, D].
+    """
+    return project_pallas_call(project_kernel, heads, dtype, interpret, lambda i: i, "xwgff1" + "xg" * heads.ve,
+                               "3G" + "2" * heads.keep, [])
+
+
+def project_backward_call(heads: Heads, dtype, interpret=False):
+    """
+    A function (x, w, gate_w, factor1, factor2, still as above, q and k before their norm, dq, dk, dv [rows, H, T, D], gate, its gradient
+    times gate [rows, H, T] f32, ve, ve_gate_w) -> dx, dw, dgate_w f32 and with value embeddings dve, dve_gate_w f32.
+    """
+    last, bt, C, f32 = heads.tokens // heads.block - 1, heads.block, heads.heads * heads.dim, jnp.float32
+    return project_pallas_call(project_backward_kernel, heads, dtype, interpret, lambda i: last - i, "xwgff12HHHGG" + "xg" * heads.ve,
+                               "xwd" + "xd" * heads.ve, [((bt, 3 * C), dtype), ((bt, C), f32), ((C, 3 * C), f32)])
+
+
+def project_pallas_call(kernel, heads, dtype, interpret, block, inputs: str, outputs: str, scratch):
+    """
+    inputs, outputs: a letter for each array: x [rows, T, C], w [3C, C], g [H, 128], d the same in float32, f a factor, 1 [1, D] float32,
+    H, 2, 3 [rows, H, 2H, 3H, T, D], G [rows, H, T] float32. block: which one a program has.
+    """
+    R, H, T, D, bt, f32 = heads.rows, heads.heads, heads.tokens, heads.dim, heads.block, jnp.float32
+    C, n, once = H * D, 2 if heads.paired else 1, dict(pipeline_mode=pl.Buffered(1))
+    by_head = lambda n: ((R, n, T, D), dtype, pl.BlockSpec((1, n, bt, D), lambda r, i: (r, 0, block(i), 0)))
+    whole = lambda dtype, *shape: (shape, dtype, pl.BlockSpec(shape, lambda r, i: (0, 0), **once))
+    arrays = {"x": ((R, T, C), dtype, pl.BlockSpec((1, bt, C), lambda r, i: (r, block(i), 0))),
+              "w": whole(dtype, 3 * C, C), "g": whole(dtype, H, LANES), "d": whole(f32, H, LANES), "1": whole(f32, 1, D),
+              "f": ((n, T, D), dtype, pl.BlockSpec((n, bt, D), lambda r, i: (0, block(i), 0))),
+              "H": by_head(H), "2": by_head(2 * H), "3": by_head(3 * H),
+              "G": ((R, H, T), f32, pl.BlockSpec((1, H, bt), lambda r, i: (r, 0, block(i))))}
     return pl.pallas_call(
-        functools.partial(kernel, heads=heads), name=kernel.__name__, interpret=interpret, grid=(heads.rows, T // bt),
-        in_specs=[by_head(inputs[0]), factor, factor, pl.BlockSpec((1, D), lambda r, i: (0, 0)), *map(by_head, inputs[1:]), *values],
-        out_specs=[*map(by_head, outputs), *map(by_token, lanes)],
-        out_shape=[*(shape(n, T, D) for n in outputs), *(shape(T, n) for n in lanes)],
-        scratch_shapes=[pltpu.VMEM((H, 1, D), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT))
+        functools.partial(kernel, heads=heads), name=kernel.__name__, interpret=interpret, grid=(R, T // bt),
+        in_specs=[arrays[x][2] for x in inputs], out_specs=[arrays[x][2] for x in outputs],
+        out_shape=[jax.ShapeDtypeStruct(*arrays[x][:2]) for x in outputs],
+        scratch_shapes=[pltpu.VMEM((H, 1, D), f32), *(pltpu.VMEM(*x) for x in scratch)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=MLP_VMEM_LIMIT))
 
 
 def pallas_call(kernel, band, grid, scratch, interpret, in_specs, out_specs, out_shape):
@@ -787,36 +878,35 @@ def dw_call(head: LmHead, dtype, interpret=False):
 
 class FusedAttention(torch.autograd.Function):
     """
-    Projection to q, k and v, QK norm, rotary embedding, key offset, value embedding, window_attention and its gate, by a matmul and two
-    kernels. x [B, T, C]; w [3C, C]; factor1, factor2 [T, D] or, paired, [2, T, D]; still [D] bool, the dims of the key offset; ve [B, T, C]
-    or None; ve_gate [B, T, H], its weight; gate [B, T, H], the result's; the rest as window_attention. Returns [B, T, C]: tokens before
-    heads, as matmuls want it.
+    Norm, projection to q, k and v, QK norm, rotary embedding, key offset, value embedding, window_attention and its gate, by two kernels.
+    x [B, T, C]; w [3C, C]; gate_w [H, n], the result's gate, which reads n features; factor1, factor2 [T, D] or, paired, [2, T, D]; still [D]
+    bool, the dims of the key offset; ve [B, T, C] or None; ve_gate_w [H, n], its gate, counted twice; the rest as window_attention. keep:
+    there will be a backward pass. Returns [B, T, C]: tokens before heads, as matmuls want it.
     """
     @staticmethod
-    def forward(ctx, x, w, factor1, factor2, still, ve, ve_gate, gate, documents, window, scale, key_offset, paired):
-        (B, T, C), D = x.shape, still.numel()
-        H = C // D
-        ctx.heads = Heads(B, H, T, D, paired, key_offset, ve is not None)
+    def forward(ctx, x, w, gate_w, factor1, factor2, still, ve, ve_gate_w, documents, window, scale, key_offset, paired, keep):
+        (B, T, C), D, H = x.shape, still.numel(), gate_w.size(0)
+        ctx.heads = Heads(B, H, T, D, paired, key_offset, ve is not None, keep)
         ctx.band = dataclasses.replace(get_band(B, H, T, D, window, paired), places=(0, 1, 2))
-        tables = [t.view(-1, T, D) for t in (factor1, factor2)] + [still.view(1, D).float()]
-        values = [] if ve is None else [ve, ve_gate]
-        scale, gate = scale.float().reshape(1), gate.mT.float()
-        qkv = torch.einsum('btc,hdc->bhtd', x, w.view(3 * H, D, C))
-        prepared, = call_kernel(prepare_call, ctx.heads, qkv, *tables, *values)
-        v = prepared if values else qkv
-        y, sums = call_kernel(forward_call, ctx.band, prepared, prepared, v, documents, gate, scale)
-        ctx.save_for_backward(x, w, qkv, prepared, *tables, documents, gate, scale, y, sums, *values)
+        ctx.lanes = gate_w.size(1)
+        wide = lambda w: F.pad(w, (0, LANES - ctx.lanes))
+        inputs = [x, w, wide(gate_w)] + [t.view(-1, T, D) for t in (factor1, factor2)] + [still.view(1, D).float()]
+        values = [] if ve is None else [ve, wide(ve_gate_w)]
+        scale = scale.float().reshape(1)
+        qkv, gate, *raw = call_kernel(project_call, ctx.heads, *inputs, *values)
+        y, sums = call_kernel(forward_call, ctx.band, qkv, qkv, qkv, documents, gate, scale)
+        ctx.save_for_backward(*inputs, documents, scale, qkv, gate, y, sums, *raw, *values)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, w, qkv, prepared, factor1, factor2, still, documents, gate, scale, y, sums, *values = ctx.saved_tensors
-        v = prepared if values else qkv
-        *dqkv, delta = call_kernel(backward_call, ctx.band, prepared, prepared, v, documents, gate, scale, y, sums, dy)
-        dqkv, *dvalues = call_kernel(prepare_backward_call, ctx.heads, qkv, factor1, factor2, still, *dqkv, *values)
-        dve, dve_gate = dvalues or (None, None)
-        dw = dqkv.flatten(0, 1).T @ x.flatten(0, 1)
-        return dqkv @ w, dw, None, None, None, dve, dve_gate, (delta / gate).mT.type_as(x), None, None, None, None, None
+        *inputs, documents, scale, qkv, gate, y, sums, raw = ctx.saved_tensors[:13]
+        values = ctx.saved_tensors[13:]
+        *dqkv, delta = call_kernel(backward_call, ctx.band, qkv, qkv, qkv, documents, gate, scale, y, sums, dy)
+        dx, dw, dgate_w, *dvalues = call_kernel(project_backward_call, ctx.heads, *inputs, raw, *dqkv, gate, delta, *values)
+        narrow = lambda dw: dw[:, :ctx.lanes].type_as(dx)
+        dve, dve_gate_w = (dvalues[0], narrow(dvalues[1])) if values else (None, None)
+        return dx, dw, narrow(dgate_w), None, None, None, dve, dve_gate_w, None, None, None, None, None, None
 
 
 class SoftcappedCrossEntropy(torch.autograd.Function):
@@ -954,18 +1044,6 @@ class MLPShapes:
 def get_mlp(x: Tensor, W1: Tensor, keep: bool) -> MLPShapes:
     B, T, d = x.shape
     return MLPShapes(B * T, d, W1.size(0), keep, block=next((n for n in (512, 256) if B * T % n == 0), 128))
-
-
-def by_strips(when, hidden, do):
-    """do(256 hidden features) for all of them, if `when`: a loop that may be empty, for its program is short."""
-    jax.lax.fori_loop(0, jnp.where(when, hidden // 256, 0), lambda n, _: do(pl.ds(n * 256, 256)), None)
-
-
-def normed(x):
-    """[C, d] -> norm of each row, and what it was multiplied by, float32."""
-    x = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt((x * x).mean(1, keepdims=True) + float(jnp.finfo(jnp.float32).eps))
-    return x * scale, scale
 
 
 def add(x, y):

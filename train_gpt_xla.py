@@ -195,16 +195,16 @@ class CausalSelfAttention(nn.Module):
         ve, sa_lambdas, (factor1, factor2) = attn_args.ve, attn_args.sa_lambdas, attn_args.factors
         # a gate on every head lets it opt out of a token: @classiclarryd. Value embeddings, where a layer has one, have theirs
         attn_gate_w, ve_gate_w = attn_args.attn_gate_w, attn_args.ve_gate_w
-        gate = lambda w: torch.sigmoid(F.linear(x[..., :12], w))  # [B, T, H]
-        ve_gate = None if ve is None else 2 * gate(ve_gate_w)
 
         w = sa_lambdas[0] * self.qkvo_w[:self.dim * 3].type_as(x)
         still = still_dims(self.head_dim, x.device)
         if takes_attention(x, self.num_heads, attn_args.bm_size, self.paired):
-            # D15: on a TPU all that stands below, gate included, is a matmul and two kernels
-            y = FusedAttention.apply(x, w, factor1, factor2, still, ve, ve_gate, gate(attn_gate_w), attn_args.documents,
-                                     attn_args.bm_size, attn_args.attn_scale, attn_args.key_offset, self.paired)
+            # D15: on a TPU all that stands below, norm and gates included, is two kernels
+            y = FusedAttention.apply(x, w, attn_gate_w, factor1, factor2, still, ve, ve_gate_w, attn_args.documents, attn_args.bm_size,
+                                     attn_args.attn_scale, attn_args.key_offset, self.paired, torch.is_grad_enabled())
         else:
+            x = norm(x)
+            gate = lambda w: torch.sigmoid(F.linear(x[..., :12], w))  # [B, T, H]
             # D7: heads before tokens, [B, H, T, D]. A TPU tiles the last two dims, so each head's [T, D] must lie together.
             q, k, v = torch.einsum('btc,hdc->bhtd', x, w.view(3 * self.num_heads, self.head_dim, self.dim)).chunk(3, dim=1)
             q, k = norm(q), norm(k) # @Grad62304977
@@ -218,7 +218,7 @@ class CausalSelfAttention(nn.Module):
                 k = torch.where(still, torch.cat([k[:, :, :1], k[:, :, :-1]], dim=2), k)
             if ve is not None:
                 ve = ve.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
-                v = v + ve_gate.mT.unsqueeze(-1) * ve # @KoszarskyB, @Grad62304977
+                v = v + 2 * gate(ve_gate_w).mT.unsqueeze(-1) * ve # @KoszarskyB, @Grad62304977
             y = window_attention(q, k, v, attn_args.documents, attn_args.bm_size, attn_args.attn_scale, self.paired)
             y = (y * gate(attn_gate_w).mT.unsqueeze(-1)).transpose(1, 2).flatten(2)
         return F.linear(y, sa_lambdas[1] * self.qkvo_w[self.dim * 3:].type_as(y))  # lambda on O's weights, not its output: @shenberg
@@ -280,7 +280,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, attn_args: AttnArgs):
         if self.attn is not None:
-            x = x + self.attn(norm(x), attn_args)
+            x = x + self.attn(x, attn_args)  # upstream norms x here; attention does it itself, for its kernel can (D15)
         if takes_mlp(x, self.mlp.c_fc, self.mlp.c_proj):  # D16: on a TPU all of the line below is one kernel
             return ResidualMLP.apply(x, self.mlp.c_fc, self.mlp.c_proj, torch.is_grad_enabled())
         return x + self.mlp(norm(x))

@@ -6,6 +6,7 @@ and of lm_head with its cross entropy, whose twins are in train_gpt_xla.py.
     python -m pytest -q tests/test_pallas_kernels.py -m "not slow"   about a minute
     python -m pytest -q tests/test_pallas_kernels.py                 the whole grid, some minutes more
 """
+import dataclasses
 import os
 import re
 import subprocess
@@ -131,52 +132,65 @@ def test_kernels_at_record_size(H, window, paired):
 # -----------------------------------------------------------------------------
 # What comes before attention
 
-def prepare_plain(qkv, factor1, factor2, still, ve, gate, key_offset, paired):
-    """As CausalSelfAttention.forward does it without the kernel."""
+def prepare_plain(x, w, gate_w, ve, ve_gate_w, factor1, factor2, still, key_offset, paired):
+    """q, k, v and the gate, [B, H, T], as CausalSelfAttention.forward computes them without kernels."""
+    import torch.nn.functional as F
+
     from train_gpt_xla import Yarn, norm
-    q, k, v = qkv.chunk(3, dim=1)
+    x, H = norm(x), gate_w.size(0)
+    gate = lambda w: torch.sigmoid(F.linear(x[..., :12], w)).mT
+    q, k, v = torch.einsum('btc,hdc->bhtd', x, w.view(3 * H, -1, x.size(2))).chunk(3, dim=1)
     turn = lambda x: (Yarn.rotary(x.unflatten(1, (-1, 2)), factor1, factor2).flatten(1, 2) if paired
                       else Yarn.rotary(x, factor1, factor2))
     q, k = turn(norm(q)), turn(norm(k))
     if key_offset:
         k = torch.where(still, torch.cat([k[:, :, :1], k[:, :, :-1]], dim=2), k)
     if ve is not None:
-        v = v + gate.mT.unsqueeze(-1) * ve.unflatten(2, (-1, v.size(-1))).transpose(1, 2)
-    return q, k, v
+        v = v + 2 * gate(ve_gate_w).unsqueeze(-1) * ve.unflatten(2, (-1, v.size(-1))).transpose(1, 2)
+    return q, k, v, gate(gate_w)
+
+def attention_inputs(rows: int, T: int, H: int, D: int, paired: bool, dtype):
+    """x, w, gate_w, ve, ve_gate_w, then (factor1, factor2), still, documents and dy."""
+    C, generator = D * H, torch.Generator().manual_seed(T)
+    randn = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)
+    angle = torch.randn(2, T, D // 2, generator=generator)
+    factors = [torch.cat([a, b], -1)[slice(None) if paired else 0].to(dtype)
+               for a, b in ((angle.cos(), angle.cos()), (angle.sin(), -angle.sin()))]
+    x = randn(rows, T, C) * torch.logspace(-1, 1, T)[torch.randperm(T, generator=generator), None].to(dtype)
+    return ((x, randn(3 * C, C) * C**-0.5, randn(H, 12), randn(rows, T, C), randn(H, 12)),
+            factors, torch.arange(D) % (D // 2) >= D // 4, documents("off block edges", rows, T), randn(rows, T, C))
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("rows, T, paired, key_offset, values", [
-    (2, 384, False, True, True), (1, 512, True, False, False), (1, 256, False, True, False), (2, 128, True, False, True)])
-def test_prepare(rows, T, paired, key_offset, values, dtype):
+@pytest.mark.parametrize("rows, H, T, paired, key_offset, values", [
+    (2, 4, 384, False, True, True), (1, 4, 1024, True, False, False), (1, 6, 256, False, True, False), (2, 5, 128, False, False, True)])
+def test_project(rows, H, T, paired, key_offset, values, dtype):
+    """Blocks of 128, 256 and 512 tokens, one and several; rows; heads odd in number, so that two of them are a query and a key."""
     jax = pytest.importorskip("jax")
     pk.import_jax()
-    H, D, generator = 4, 32, torch.Generator().manual_seed(T)
-    randn = lambda *shape: torch.randn(*shape, generator=generator)
-    angle = randn(2 if paired else 1, T, D // 2)
-    factor1 = torch.cat([angle.cos(), angle.cos()], -1).to(dtype)
-    factor2 = torch.cat([angle.sin(), -angle.sin()], -1).to(dtype)
-    still = torch.arange(D) % 16 >= 8
-    leaves = [3 * randn(rows, 3 * H, T, D), randn(rows, T, H * D), torch.rand(rows, T, H, generator=generator)][:3 if values else 1]
-    leaves = [x.to(dtype).requires_grad_() for x in leaves]
-    qkv, ve, gate = (*leaves, None, None)[:3]
-    shaped = [x if paired else x[0] for x in (factor1, factor2)]
-    want = prepare_plain(qkv, *shaped, still, ve, gate, key_offset, paired)
-    dy = [randn(rows, H, T, D).to(dtype) for _ in range(3)]
-    dqkv, *dvalues = torch.autograd.grad(want, leaves, dy)
-    want = [torch.cat(want, dim=1), dqkv.transpose(1, 2).flatten(2), *dvalues]
+    D = 32
+    inputs, factors, still, _, _ = attention_inputs(rows, T, H, D, paired, dtype)
+    leaves = [t.requires_grad_() for t in inputs[:5 if values else 3]]
+    *want, gate = prepare_plain(*leaves, *[None] * (5 - len(leaves)), *factors, still, key_offset, paired)
+    generator = torch.Generator().manual_seed(H)
+    d = [torch.randn(t.shape, generator=generator).to(dtype) for t in (*want, gate)]
+    gradients = torch.autograd.grad([*want, gate], leaves, d)
+    want = [torch.cat(want, dim=1), gate, *gradients]
 
-    heads = pk.Heads(rows, H, T, D, paired, key_offset, values)
     array = lambda x: jax.numpy.asarray(x.detach().float().numpy(), dtype=str(x.dtype).removeprefix("torch."))
-    args, more = [*map(array, (qkv, factor1, factor2)), array(still.view(1, D).float())], [array(x) for x in leaves[1:]]
-    out, = jax.jit(pk.prepare_call(heads, dtype=args[0].dtype, interpret=True))(*args, *more)
-    got = [out] + list(jax.jit(pk.prepare_backward_call(heads, dtype=args[0].dtype, interpret=True))(*args, *map(array, dy), *more))
-    if not values:
-        want[0] = want[0][:, :2 * H]  # v is left where it is
-    for name, a, b in zip(("prepared", "dqkv", "dve", "dgate"), got, want, strict=False):
-        b = b.detach().float().numpy()
-        error = np.abs(np.asarray(a, dtype=np.float32) - b).max() / np.abs(b).max()
-        assert error <= (1e-5 if dtype == torch.float32 else 2e-2), f"{name}: error {error:.1e}"
-    assert len(got) == len(want)
+    wide = lambda w: array(torch.nn.functional.pad(w, (0, pk.LANES - 12)))
+    heads = pk.Heads(rows, H, T, D, paired, key_offset, values, True)
+    x, w, gate_w, *values = leaves
+    values = values and [array(values[0]), wide(values[1])]
+    args = [array(x), array(w), wide(gate_w), *(array(f.view(-1, T, D)) for f in factors), array(still.view(1, D).float())]
+    qkv, gate, raw = jax.jit(pk.project_call(heads, args[0].dtype, interpret=True))(*args, *values)
+    delta = gate * array(d[3]).astype(gate.dtype)
+    dx, dw, dgate_w, *dvalues = jax.jit(pk.project_backward_call(heads, args[0].dtype, interpret=True))(
+        *args, raw, *map(array, d[:3]), gate, delta, *values)
+    got = [qkv, gate, dx, dw, dgate_w[:, :12], *dvalues[:1], *(g[:, :12] for g in dvalues[1:])]
+    check(got, [t.detach().float().numpy() for t in want], 1e-5 if dtype == torch.float32 else 2e-2,
+          ("qkv", "gate", "dx", "dw", "dgate_w", "dve", "dve_gate_w")[:len(got)])
+    again = jax.jit(pk.project_call(dataclasses.replace(heads, keep=False), args[0].dtype, interpret=True))(*args, *values)
+    assert len(again) == 2 and all((a == b).all() for a, b in zip(again, (qkv, gate), strict=True))
 
 # -----------------------------------------------------------------------------
 # The MLP's kernels against its twin in train_gpt_xla
@@ -306,47 +320,39 @@ setup_devices()
 n = int(sys.argv[1])
 split, whole = lambda x: enter(to_device(x, "data"), "data"), lambda x: enter(to_device(x))
 from test_pallas_kernels import LEAVES, SCALE, attention_inputs, attention_plain, check
-def fused(x, w, gate, ve, ve_gate, dy, factors, still, where, window, scale, paired, values=True):
-    leaves = [t.detach().requires_grad_() for t in (x, w, gate, ve, ve_gate)]
-    x, w, gate, ve, ve_gate = leaves
-    ve, ve_gate = (ve, ve_gate) if values else (None, None)
-    y = pk.FusedAttention.apply(x, w, *factors, still, ve, ve_gate, gate, where, window, scale, not paired, paired)
+def fused(inputs, factors, still, where, dy, window, scale, paired, values=True):
+    leaves = [t.detach().requires_grad_() for t in inputs[:5 if values else 3]]
+    x, w, gate_w, ve, ve_gate_w = (*leaves, None, None)[:5]
+    y = pk.FusedAttention.apply(x, w, gate_w, *factors, still, ve, ve_gate_w, where, window, scale, not paired, paired, True)
     assert y.shape == x.shape and y.dtype == x.dtype
-    return [y.detach(), *torch.autograd.grad(y, leaves if values else leaves[:3], dy)]
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+def place(inputs, factors, still, where, dy):
+    x, w, gate_w, ve, ve_gate_w = inputs
+    return ((split(x), whole(w), whole(gate_w), split(ve), whole(ve_gate_w)), [whole(t) for t in factors], whole(still), split(where),
+            split(dy))
 """
 
-LEAVES = "y", "dx", "dw", "dgate", "dve", "dve_gate"
+LEAVES = "y", "dx", "dw", "dgate_w", "dve", "dve_gate_w"
 
-def attention_inputs(rows: int, T: int, H: int, paired: bool):
-    """x, w, gate, ve, ve_gate, dy, (factor1, factor2), still and documents."""
-    D, C, generator = 128, 128 * H, torch.Generator().manual_seed(T)
-    randn = lambda *shape: torch.randn(*shape, generator=generator).bfloat16()
-    angle = randn(2, T, D // 2)
-    factors = [torch.cat([a, b], -1)[slice(None) if paired else 0] for a, b in ((angle.cos(), angle.cos()), (angle.sin(), -angle.sin()))]
-    return (randn(rows, T, C), randn(3 * C, C) * C**-0.5, randn(rows, T, H).sigmoid(), randn(rows, T, C), randn(rows, T, H).sigmoid(),
-            randn(rows, T, C), factors, torch.arange(D) % 64 >= 32, documents("off block edges", rows, T))
-
-def attention_plain(x, w, gate, ve, ve_gate, dy, factors, still, where, window, scale, paired):
-    """y and the gradients of x, w, gate, ve, ve_gate, as CausalSelfAttention.forward computes them without kernels."""
-    leaves = [t.detach().requires_grad_() for t in (x, w, gate, ve, ve_gate)]
-    qkv = torch.einsum('btc,hdc->bhtd', leaves[0], leaves[1].view(-1, 128, x.size(2)))
-    y = window_attention(*prepare_plain(qkv, *factors, still, *leaves[3:], not paired, paired), where, window, scale, paired)
-    y = (y * leaves[2].mT.unsqueeze(-1)).transpose(1, 2).flatten(2)
+def attention_plain(inputs, factors, still, where, dy, window, scale, paired):
+    """y and the gradients of x, w, gate_w, ve, ve_gate_w, as CausalSelfAttention.forward computes them without kernels."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    *qkv, gate = prepare_plain(*leaves, *factors, still, not paired, paired)
+    y = window_attention(*qkv, where, window, scale, paired)
+    y = (y * gate.unsqueeze(-1)).transpose(1, 2).flatten(2)
     return [t.detach().float().numpy() for t in (y, *torch.autograd.grad(y, leaves, dy))]
 
 # on n virtual CPU devices: the kernels, interpreted, against the twin, which has the rows on one
 RUN = SPMD + """
 paired, rows = sys.argv[2] == "True", 2 * n
-inputs = attention_inputs(rows, 384, 2, paired)
+inputs = attention_inputs(rows, 384, 2, 128, paired, torch.bfloat16)
 want = attention_plain(*inputs, 200, torch.tensor(SCALE), paired)
 pk.target = "interpret"
-x, w, gate, ve, ve_gate, dy, factors, still, where = inputs
-got = fused(split(x), whole(w), split(gate), split(ve), split(ve_gate), split(dy), [whole(t) for t in factors], whole(still),
-            split(where), 200, whole(torch.tensor(SCALE)), paired)
-y, dx, dw, dgate, dve, dve_gate = map(leave, got)
+y, dx, dw, dgate_w, dve, dve_gate_w = map(leave, fused(*place(*inputs), 200, whole(torch.tensor(SCALE)), paired))
 torch_xla.sync()
 assert pk.lowered.cache_info().misses == 4, "the twin ran"
-got = [y.flatten(0, 1), dx.flatten(0, 1), dw.float().sum(0), *(t.flatten(0, 1) for t in (dgate, dve, dve_gate))]
+total = lambda t: t.float().sum(0)
+got = [y.flatten(0, 1), dx.flatten(0, 1), total(dw), total(dgate_w), dve.flatten(0, 1), total(dve_gate_w)]
 check([x.cpu().float().numpy() for x in got], want, 2e-2, LEAVES)
 """
 
@@ -372,9 +378,7 @@ EXPORT = SPMD + """
 warnings.simplefilter("always")
 pk.target = "TPU"
 def results(paired, values):
-    x, w, gate, ve, ve_gate, dy, factors, still, where = attention_inputs(8, 1024, 6, paired)
-    return fused(split(x), whole(w), split(gate), split(ve), split(ve_gate), split(dy), [whole(t) for t in factors], whole(still),
-                 split(where), 384, whole(torch.tensor(SCALE)), paired, values)
+    return fused(*place(*attention_inputs(8, 1024, 6, 128, paired, torch.bfloat16)), 384, whole(torch.tensor(SCALE)), paired, values)
 outputs = [leave(x) for paired, values in ((False, True), (True, False)) for x in results(paired, values)]
 results(False, True)
 assert pk.lowered.cache_info().misses == 8, "a kernel was lowered twice"
