@@ -874,6 +874,54 @@ def dw_call(head: LmHead, dtype, interpret=False):
 
 
 # -----------------------------------------------------------------------------
+# The gradient of an embedding: each vocabulary entry gets the sum of what came back to its tokens. XLA adds row by row; with the tokens
+# sorted by entry, the rows of a block of entries are neighbours, and a product with ones and zeros adds them up, in float32.
+
+SCATTER_ENTRIES, SCATTER_TOKENS = 384, 256  # of a block
+
+def scatter_kernel(blocks, chunks, ids, dy, dw, dw_acc):
+    """A block of entries against a chunk of sorted tokens in which it may occur. Blocks: ids [1, 1, n], dy [1, n, d], dw [1, m, d]."""
+    r, i = pl.program_id(0), pl.program_id(1)
+    block = blocks[r, i]
+    entry = block * dw.shape[1] + jax.lax.broadcasted_iota(jnp.int32, (dw.shape[1], ids.shape[2]), 0)
+    part = matmul(jnp.where(entry == ids[0], 1.0, 0.0).astype(dy.dtype), dy[0])
+    new = (i == 0) | (block != blocks[r, jnp.maximum(i - 1, 0)])
+    dw_acc[...] = part + jnp.where(new, 0.0, dw_acc[...])
+    dw[0] = dw_acc[...].astype(dw.dtype)
+
+
+def scatter_call(shapes: tuple[int, int, int, int], dtype, interpret=False):
+    """
+    shapes: rows, tokens of each, vocabulary, d. A function (ids [rows, T] int32, dy [rows, T, d]) -> dw [rows, V, d].
+    """
+    R, T, V, d = shapes
+    m, n = SCATTER_ENTRIES, math.gcd(T, SCATTER_TOKENS)
+    steps = pl.cdiv(V, m) + T // n - 1  # in a walk from the first block and chunk to the last ones, one or the other goes on
+    call = pl.pallas_call(
+        scatter_kernel, name=scatter_kernel.__name__, interpret=interpret,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2, grid=(R, steps),
+            in_specs=[pl.BlockSpec((1, 1, n), lambda r, i, blocks, chunks: (r, 0, chunks[r, i])),
+                      pl.BlockSpec((1, n, d), lambda r, i, blocks, chunks: (r, chunks[r, i], 0))],
+            out_specs=pl.BlockSpec((1, m, d), lambda r, i, blocks, chunks: (r, blocks[r, i], 0)),
+            scratch_shapes=[pltpu.VMEM((m, d), jnp.float32)]),
+        out_shape=jax.ShapeDtypeStruct((R, V, d), dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT))
+
+    def walk(ids):
+        """Sorted ids [T] -> the block of entries and the chunk of tokens of each step."""
+        ends = jnp.concatenate([jnp.searchsorted(ids, jnp.arange(m, V, m, dtype=jnp.int32), method="compare_all"), jnp.arange(n, T, n)])
+        of_block = jnp.argsort(ends, stable=True) < pl.cdiv(V, m) - 1
+        return [jnp.cumsum(jnp.pad(x.astype(jnp.int32), (1, 0)), dtype=jnp.int32) for x in (of_block, ~of_block)]
+
+    def run(ids, dy):
+        ids, order = jax.lax.sort((ids, jax.lax.broadcasted_iota(jnp.int32, (R, T), 1)), num_keys=1)  # once for all embeddings, by CSE
+        dy = jax.vmap(lambda dy, order: dy.at[order].get(mode="promise_in_bounds"))(dy, order)
+        return [call(*jax.vmap(walk)(ids), ids[:, None], dy)]
+    return run
+
+
+# -----------------------------------------------------------------------------
 # The kernels in torch_xla's graph
 
 class FusedAttention(torch.autograd.Function):
@@ -907,6 +955,26 @@ class FusedAttention(torch.autograd.Function):
         narrow = lambda dw: dw[:, :ctx.lanes].type_as(dx)
         dve, dve_gate_w = (dvalues[0], narrow(dvalues[1])) if values else (None, None)
         return dx, dw, narrow(dgate_w), None, None, None, dve, dve_gate_w, None, None, None, None, None, None
+
+
+class Embedding(torch.autograd.Function):
+    """F.embedding of ids [B, T] int32 in weight [V, d], whose gradient is a kernel."""
+    @staticmethod
+    def forward(ctx, ids, weight):
+        ctx.save_for_backward(ids)
+        ctx.vocab = weight.size(0)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        ids, = ctx.saved_tensors
+        return None, call_kernel(scatter_call, (*ids.shape, ctx.vocab, dy.size(2)), ids, dy)[0].sum(0)
+
+
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """F.embedding of ids [B, T] in weight [V, d], on a TPU with the kernel's gradient."""
+    fits = weight.dtype == torch.bfloat16 and ids.size(1) % 128 == 0 == weight.size(1) % 128
+    return Embedding.apply(ids, weight) if for_tpu(weight) and fits else F.embedding(ids, weight)
 
 
 class SoftcappedCrossEntropy(torch.autograd.Function):

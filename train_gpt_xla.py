@@ -49,6 +49,7 @@ from pallas_kernels import (
     FusedAttention,
     ResidualMLP,
     SoftcappedCrossEntropy,
+    embedding,
     softcapped_losses,
     takes_attention,
     takes_lm_head,
@@ -511,8 +512,9 @@ class GPT(nn.Module):
         factors = [yarn.factors(T, cfg[:-1], dtype) + (cfg[-1],) for yarn, cfg in
                    ((self.yarn, schedule_cfg.yarn), (self.yarn_paired_head, schedule_cfg.yarn_paired_head))]
 
-        x = F.embedding(input_seq, self.embed.weight if self.split_embed else self.lm_head.weight)
-        ve = [value_embed(input_seq) for value_embed in self.value_embeds]
+        # D18: on a TPU a kernel adds up their gradients
+        x = embedding(input_seq, self.embed.weight if self.split_embed else self.lm_head.weight)
+        ve = [embedding(input_seq, value_embed.weight) for value_embed in self.value_embeds]
         # the tables in the order 1 2 ... 0 1 2: @YouJiacheng, after @leloykun's U-net
         ve = [ve[1], ve[2]] + [None] * (self.num_layers - 5) + [ve[0], ve[1], ve[2]]
         assert len(ve) == self.num_layers

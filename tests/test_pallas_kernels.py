@@ -308,6 +308,29 @@ def test_lm_head_refuses():
     assert head.kept * head.rows == pk.LM_HEAD_KEPT and head.kept % head.forward_block[0] == 0 == head.kept % head.backward_block[0]
 
 # -----------------------------------------------------------------------------
+# The embeddings' gradient against F.embedding's
+
+@pytest.mark.parametrize("rows, T, V, most, dtype", [
+    (2, 512, 1000, 1000, torch.float32),  # the last block of entries is not a whole one; rows
+    (1, 384, 2000, 700, torch.float32),  # chunks of 128 tokens; entries that no token has, at the end whole blocks of them
+    (1, 1024, 640, 20, torch.bfloat16),  # many tokens an entry, more than a chunk
+    (1, 256, 128, 128, torch.bfloat16),  # one block, one chunk
+])
+def test_embedding(rows, T, V, most, dtype):
+    jax = pytest.importorskip("jax")
+    pk.import_jax()
+    generator = torch.Generator().manual_seed(T)
+    ids = torch.randint(0, most, (rows, T), generator=generator, dtype=torch.int32)
+    ids[:, 7:300:3], ids[:, 0], ids[:, -1] = 5, most - 1, 0
+    dy = torch.randn(rows, T, 64, generator=generator).to(dtype)
+    want = torch.zeros(rows, V, 64)
+    for r in range(rows):
+        want[r].index_add_(0, ids[r], dy[r].float())
+    got, = jax.jit(pk.scatter_call((rows, T, V, 64), dtype=str(dtype).removeprefix("torch."), interpret=True))(
+        jax.numpy.asarray(ids.numpy()), jax.numpy.asarray(dy.float().numpy(), dtype=str(dtype).removeprefix("torch.")))
+    check([got], [want.numpy()], 1e-5 if dtype == torch.float32 else 1e-2, ["dw"])
+
+# -----------------------------------------------------------------------------
 # In torch_xla's SPMD graph
 
 SPMD = """
