@@ -130,10 +130,9 @@ class Yarn(nn.Module):
     @staticmethod
     def tables(t: Tensor, freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """factor1, factor2 [T, D] for positions t [T] and frequencies [D/4], in half-split order."""
-        theta = torch.outer(t, freq)
-        cos, sin = theta.cos(), theta.sin()
-        one, zero = torch.ones_like(cos), torch.zeros_like(sin)
-        return torch.cat([cos, one, cos, one], dim=-1).to(dtype), torch.cat([sin, zero, -sin, zero], dim=-1).to(dtype)
+        zero = torch.zeros_like(freq)
+        theta = torch.outer(t, torch.cat([freq, zero, -freq, zero]))
+        return theta.cos().to(dtype), theta.sin().to(dtype)
 
     def factors(self, T: int, freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """[T, D] each, for all heads."""
@@ -512,16 +511,17 @@ class GPT(nn.Module):
         factors = [yarn.factors(T, cfg[:-1], dtype) + (cfg[-1],) for yarn, cfg in
                    ((self.yarn, schedule_cfg.yarn), (self.yarn_paired_head, schedule_cfg.yarn_paired_head))]
 
-        # D18: on a TPU a kernel adds up their gradients
+        # D19: on a TPU a kernel adds up their gradients
         x = embedding(input_seq, self.embed.weight if self.split_embed else self.lm_head.weight)
         ve = [embedding(input_seq, value_embed.weight) for value_embed in self.value_embeds]
         # the tables in the order 1 2 ... 0 1 2: @YouJiacheng, after @leloykun's U-net
         ve = [ve[1], ve[2]] + [None] * (self.num_layers - 5) + [ve[0], ve[1], ve[2]]
         assert len(ve) == self.num_layers
 
-        # each token takes a gated share of the one before it: @classiclarryd
-        smear_gate_out = smear_lambda * torch.sigmoid(self.smear_gate(x[:, 1:, :self.smear_gate.weight.size(-1)]))
-        x = torch.cat([x[:, :1], x[:, 1:] + smear_gate_out * x[:, :-1]], dim=1)
+        # each token takes a gated share of the one before it: @classiclarryd. The first one takes a share of zeros, where upstream leaves it
+        # out: T - 1 tokens would lie askew in a TPU's tiles
+        smear_gate_out = smear_lambda * torch.sigmoid(self.smear_gate(x[..., :self.smear_gate.weight.size(-1)]))
+        x = x + smear_gate_out * F.pad(x, (0, 0, 1, -1))
         x = x0 = norm(x)
 
         ag = self.attn_gate_bank.unbind(0)
