@@ -401,9 +401,9 @@ def backward_call(band: Band, dtype, interpret=False):
 
 
 # -----------------------------------------------------------------------------
-# What comes before attention: norm, projection to q, k and v, gates, QK norm, rotary embedding, key offset and value embedding, in one
-# pass over x. XLA needs two dozen, forward and backward, and copies to exchange the halves of a head; in VMEM that is a rotation of
-# lanes. The vector unit prepares two heads while the matrix unit multiplies for the next two. The rounding is the twin's.
+# What comes before attention: the mix of x with x0, norm, projection to q, k and v, gates, QK norm, rotary embedding, key offset and value
+# embedding, in one pass over x. XLA needs three dozen, forward and backward, and copies to exchange the halves of a head; in VMEM that is a
+# rotation of lanes. The vector unit prepares two heads while the matrix unit multiplies for the next two.
 
 LANES = 128  # of a vector register. Gates read the first 12 features: their weights come padded with zeros to as many
 
@@ -417,6 +417,7 @@ class Heads:
     paired: bool
     key_offset: bool
     ve: bool  # value embeddings
+    mix: bool  # x is mixed with x0 first
     keep: bool  # store what the backward pass reads: q and k before their norm
 
     @property
@@ -427,6 +428,20 @@ class Heads:
     def two(self) -> list[tuple[int, int]]:
         """(first, one behind the last) of all 3H heads of q, k and v, two by two: 256 columns for the matrix unit."""
         return [(h, min(h + 2, 3 * self.heads)) for h in range(0, 3 * self.heads, 2)]
+
+
+    def arguments(self, refs: tuple) -> tuple[list, list, list]:
+        """The last arguments of a kernel: what value embeddings bring, what the mix brings, the rest."""
+        ve, mix = 2 * self.ve, 2 * self.mix
+        return refs[:ve], refs[ve:ve + mix], refs[ve + mix:]
+
+
+def mixed(x, mix):
+    """A block of x [1, bt, C], with its share of x0 if there is one: float32, rounded as x."""
+    if not mix:
+        return x[0].astype(jnp.float32)
+    x0, lambdas = mix
+    return (lambdas[0] * x[0].astype(jnp.float32) + lambdas[1] * x0[0].astype(jnp.float32)).astype(x.dtype).astype(jnp.float32)
 
 
 def rotate(x, factors, h, back=False):
@@ -465,11 +480,16 @@ def normed(x):
 def project_kernel(x, w, gate_w, factor1, factor2, still, *refs, heads):
     """
     Blocks: x [1, bt, C], w [3C, C], gate_w [H, 128], factors [1 or 2, bt, D], still [1, D]; with value embeddings ve [1, bt, C], ve_gate_w
-    [H, 128]; qkv [1, 3H, bt, D], gate [1, H, bt] float32, raw [1, 2H, bt, D] if kept. In VMEM: before [H, 1, D], the keys before the block.
+    [H, 128]; with a mix x0 [1, bt, C] and lambdas [2] float32 in SMEM; qkv [1, 3H, bt, D], gate [1, H, bt] float32, raw [1, 2H, bt, D] if
+    kept, y [1, bt, C], the mix. In VMEM: before [H, 1, D], the keys before the block.
     """
-    values, (qkv, gate, *raw, before) = (refs[:2], refs[2:]) if heads.ve else ((), refs)
+    values, mix, (qkv, gate, *rest, before) = heads.arguments(refs)
+    raw, y = rest[:heads.keep], rest[heads.keep:]
     H, D, bt, dtype, f32 = heads.heads, heads.dim, heads.block, x.dtype, jnp.float32
-    x_normed = normed(x[0])[0].astype(dtype)
+    x_mixed = mixed(x, mix)
+    if mix:
+        y[0][0] = x_mixed.astype(dtype)
+    x_normed = normed(x_mixed)[0].astype(dtype)
     gate[0] = sigmoid(matmul(gate_w[...], x_normed[:, :LANES], transpose_b=True), dtype)
     if values:
         ve, ve_gate = values[0], 2 * sigmoid(matmul(x_normed[:, :LANES], values[1][...], transpose_b=True), dtype)
@@ -501,10 +521,13 @@ def project_kernel(x, w, gate_w, factor1, factor2, still, *refs, heads):
 def project_backward_kernel(x, w, gate_w, factor1, factor2, still, raw, dq, dk, dv, gate, delta, *refs, heads):
     """
     From the row's last block to its first. Blocks as above; dq, dk, dv [1, H, bt, D], delta [1, H, bt], the gate's gradient times the gate;
-    dx [1, bt, C], dw [3C, C], dgate_w, dve_gate_w [H, 128] float32, dve [1, bt, C]. In VMEM: after [H, 1, D], the first dk of the block that
-    comes next in the row; dqkv [bt, 3C], dx_acc [bt, C], dw_acc [C, 3C].
+    dx [1, bt, C], dw [3C, C], dgate_w, dve_gate_w [H, 128] float32, dve [1, bt, C]; with a mix also dy [1, bt, C], what came back to it by
+    other ways, dx0 [1, bt, C] and dlambdas [2, 8, C] float32, for someone to add up. In VMEM: after [H, 1, D], the first dk of the block
+    that comes next in the row; dqkv [bt, 3C], dx_acc [bt, C], dw_acc [C, 3C].
     """
-    values, (dx, dw, dgate_w, *dvalues, after, dqkv, dx_acc, dw_acc) = (refs[:2], refs[2:]) if heads.ve else ((), refs)
+    values, mix, rest = heads.arguments(refs)
+    dy_mix, (dx, dw, dgate_w, *rest) = rest[:heads.mix], rest[heads.mix:]
+    dvalues, dmix, (after, dqkv, dx_acc, dw_acc) = heads.arguments(rest)
     H, D, bt, dtype, f32 = heads.heads, heads.dim, heads.block, x.dtype, jnp.float32
     C, n = H * D, pl.num_programs(1) - 1 - pl.program_id(1)
     begins = (pl.program_id(0) == 0) & (pl.program_id(1) == 0)
@@ -512,13 +535,13 @@ def project_backward_kernel(x, w, gate_w, factor1, factor2, still, raw, dq, dk, 
 
     @pl.when(begins)
     def _():
-        for ref in (dgate_w, *dvalues[1:]):
+        for ref in (dgate_w, *dvalues[1:], *dmix[1:]):
             ref[...] = jnp.zeros_like(ref)
     def begin(strip):
         dw_acc[:, strip] = jnp.zeros((C, D), f32)
     by_strips(begins, 3 * C, begin, D)
 
-    x_normed, scale = normed(x[0])
+    x_normed, scale = normed(mixed(x, mix))
     rounded = x_normed.astype(dtype)
     x_T, first = rounded.T, rounded[:, :LANES]
     factors = [(factor1[i].astype(f32), factor2[i].astype(f32)) for i in range(factor1.shape[0])]
@@ -564,7 +587,15 @@ def project_backward_kernel(x, w, gate_w, factor1, factor2, still, raw, dq, dk, 
     if values:
         back_through(values[1], dvalues[1], (jnp.concatenate(dve_gate, axis=1) * ve_gate * (1 - ve_gate / 2)).T)
     d = dx_acc[...].astype(dtype).astype(f32)
-    dx[0] = (scale * (d - x_normed * (d * x_normed).mean(1, keepdims=True))).astype(dtype)
+    d = scale * (d - x_normed * (d * x_normed).mean(1, keepdims=True))
+    if mix:
+        (x0, lambdas), (dx0, dlambdas) = mix, dmix
+        d = d.astype(dtype).astype(f32) + dy_mix[0][0].astype(f32)
+        for i, each in enumerate((x, x0)):
+            dlambdas[i] += (d * each[0].astype(f32)).reshape(bt // 8, 8, C).sum(0)
+        dx0[0] = (lambdas[1] * d).astype(dtype)
+        d = lambdas[0] * d
+    dx[0] = d.astype(dtype)
     def end(strip):
         dw[strip] = dw_acc[:, strip].astype(dtype).T
     by_strips(ends, 3 * C, end, D)
@@ -572,36 +603,39 @@ def project_backward_kernel(x, w, gate_w, factor1, factor2, still, raw, dq, dk, 
 
 def project_call(heads: Heads, dtype, interpret=False):
     """
-    A function (x [rows, T, C], w [3C, C], gate_w [H, 128], factor1, factor2 [1 or 2, T, D], still [1, D] f32 and, with value embeddings, ve
-    [rows, T, C], ve_gate_w [H, 128]) -> qkv [rows, 3H, T, D] for attention, its gate [rows, H, T] f32 and, if heads.keep, q and k before
-    their norm [rows, 2H, T, D].
+    A function (x [rows, T, C], w [3C, C], gate_w [H, 128], factor1, factor2 [1 or 2, T, D], still [1, D] f32, with value embeddings ve
+    [rows, T, C], ve_gate_w [H, 128], with a mix x0 [rows, T, C], lambdas [2] f32) -> qkv [rows, 3H, T, D] for attention, its gate [rows, H, T]
+    f32, if heads.keep q and k before their norm [rows, 2H, T, D], with a mix lambdas[0] * x + lambdas[1] * x0.
     """
-    return project_pallas_call(project_kernel, heads, dtype, interpret, lambda i: i, "xwgff1" + "xg" * heads.ve,
-                               "3G" + "2" * heads.keep, [])
+    return project_pallas_call(project_kernel, heads, dtype, interpret, lambda i: i, "xwgff1" + "xg" * heads.ve + "xl" * heads.mix,
+                               "3G" + "2" * heads.keep + "x" * heads.mix, [])
 
 
 def project_backward_call(heads: Heads, dtype, interpret=False):
     """
     A function (x, w, gate_w, factor1, factor2, still as above, q and k before their norm, dq, dk, dv [rows, H, T, D], gate, its gradient
-    times gate [rows, H, T] f32, ve, ve_gate_w) -> dx, dw, dgate_w f32 and with value embeddings dve, dve_gate_w f32.
+    times gate [rows, H, T] f32, ve, ve_gate_w, x0, lambdas and the gradient of the mix) -> dx, dw, dgate_w f32, with value embeddings dve,
+    dve_gate_w f32, with a mix dx0, dlambdas [2, 8, C] f32.
     """
     last, bt, C, f32 = heads.tokens // heads.block - 1, heads.block, heads.heads * heads.dim, jnp.float32
-    return project_pallas_call(project_backward_kernel, heads, dtype, interpret, lambda i: last - i, "xwgff12HHHGG" + "xg" * heads.ve,
-                               "xwd" + "xd" * heads.ve, [((bt, 3 * C), dtype), ((bt, C), f32), ((C, 3 * C), f32)])
+    return project_pallas_call(project_backward_kernel, heads, dtype, interpret, lambda i: last - i,
+                               "xwgff12HHHGG" + "xg" * heads.ve + "xlx" * heads.mix, "xwd" + "xd" * heads.ve + "xL" * heads.mix, [((bt, 3 * C), dtype), ((bt, C), f32), ((C, 3 * C), f32)])
 
 
 def project_pallas_call(kernel, heads, dtype, interpret, block, inputs: str, outputs: str, scratch):
     """
     inputs, outputs: a letter for each array: x [rows, T, C], w [3C, C], g [H, 128], d the same in float32, f a factor, 1 [1, D] float32,
-    H, 2, 3 [rows, H, 2H, 3H, T, D], G [rows, H, T] float32. block: which one a program has.
+    H, 2, 3 [rows, H, 2H, 3H, T, D], G [rows, H, T] float32, l the lambdas, L their gradient. block: which one a program has.
     """
     R, H, T, D, bt, f32 = heads.rows, heads.heads, heads.tokens, heads.dim, heads.block, jnp.float32
     C, n, once = H * D, 2 if heads.paired else 1, dict(pipeline_mode=pl.Buffered(1))
     by_head = lambda n: ((R, n, T, D), dtype, pl.BlockSpec((1, n, bt, D), lambda r, i: (r, 0, block(i), 0)))
-    whole = lambda dtype, *shape: (shape, dtype, pl.BlockSpec(shape, lambda r, i: (0, 0), **once))
+    whole = lambda dtype, *shape: (shape, dtype, pl.BlockSpec(shape, lambda r, i: (0,) * len(shape), **once))
     arrays = {"x": ((R, T, C), dtype, pl.BlockSpec((1, bt, C), lambda r, i: (r, block(i), 0))),
               "w": whole(dtype, 3 * C, C), "g": whole(dtype, H, LANES), "d": whole(f32, H, LANES), "1": whole(f32, 1, D),
               "f": ((n, T, D), dtype, pl.BlockSpec((n, bt, D), lambda r, i: (0, block(i), 0))),
+              "l": ((2,), f32, pl.BlockSpec(memory_space=pltpu.SMEM)), "L": whole(f32, 2, 8, C),
+              "l": ((2,), f32, pl.BlockSpec(memory_space=pltpu.SMEM)), "L": whole(f32, 2, 8, C),
               "H": by_head(H), "2": by_head(2 * H), "3": by_head(3 * H),
               "G": ((R, H, T), f32, pl.BlockSpec((1, H, bt), lambda r, i: (r, 0, block(i))))}
     return pl.pallas_call(
@@ -926,35 +960,37 @@ def scatter_call(shapes: tuple[int, int, int, int], dtype, interpret=False):
 
 class FusedAttention(torch.autograd.Function):
     """
-    Norm, projection to q, k and v, QK norm, rotary embedding, key offset, value embedding, window_attention and its gate, by two kernels.
-    x [B, T, C]; w [3C, C]; gate_w [H, n], the result's gate, which reads n features; factor1, factor2 [T, D] or, paired, [2, T, D]; still [D]
-    bool, the dims of the key offset; ve [B, T, C] or None; ve_gate_w [H, n], its gate, counted twice; the rest as window_attention. keep:
-    there will be a backward pass. Returns [B, T, C]: tokens before heads, as matmuls want it.
+    All that comes before attention, window_attention and its gate, by two kernels. x [B, T, C]; lambdas [2] float32 and x0 [B, T, C], or
+    None twice; w [3C, C]; gate_w [H, n], the result's gate, which reads n features; factor1, factor2 [T, D] or, paired, [2, T, D]; still [D]
+    bool, the dims of the key offset; ve [B, T, C] and its gate, ve_gate_w [H, n], or None twice; the rest as window_attention. keep: there
+    will be a backward pass. Returns y [B, T, C], tokens before heads, as matmuls want it, and lambdas[0] * x + lambdas[1] * x0, or x.
     """
     @staticmethod
-    def forward(ctx, x, w, gate_w, factor1, factor2, still, ve, ve_gate_w, documents, window, scale, key_offset, paired, keep):
+    def forward(ctx, x, lambdas, x0, w, gate_w, factor1, factor2, still, ve, ve_gate_w, documents, window, scale, key_offset, paired, keep):
         (B, T, C), D, H = x.shape, still.numel(), gate_w.size(0)
-        ctx.heads = Heads(B, H, T, D, paired, key_offset, ve is not None, keep)
+        ctx.heads = Heads(B, H, T, D, paired, key_offset, ve is not None, x0 is not None, keep)
         ctx.band = dataclasses.replace(get_band(B, H, T, D, window, paired), places=(0, 1, 2))
         ctx.lanes = gate_w.size(1)
         wide = lambda w: F.pad(w, (0, LANES - ctx.lanes))
         inputs = [x, w, wide(gate_w)] + [t.view(-1, T, D) for t in (factor1, factor2)] + [still.view(1, D).float()]
-        values = [] if ve is None else [ve, wide(ve_gate_w)]
+        more = ([] if ve is None else [ve, wide(ve_gate_w)]) + ([] if x0 is None else [x0, lambdas])
         scale = scale.float().reshape(1)
-        qkv, gate, *raw = call_kernel(project_call, ctx.heads, *inputs, *values)
+        qkv, gate, *rest = call_kernel(project_call, ctx.heads, *inputs, *more)
         y, sums = call_kernel(forward_call, ctx.band, qkv, qkv, qkv, documents, gate, scale)
-        ctx.save_for_backward(*inputs, documents, scale, qkv, gate, y, sums, *raw, *values)
-        return y
+        ctx.save_for_backward(*inputs, documents, scale, qkv, gate, y, sums, *rest[:keep], *more)
+        return y, rest[keep] if ctx.heads.mix else x
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy, dx_mixed):
         *inputs, documents, scale, qkv, gate, y, sums, raw = ctx.saved_tensors[:13]
-        values = ctx.saved_tensors[13:]
+        more, mix = ctx.saved_tensors[13:], [dx_mixed] if ctx.heads.mix else []
         *dqkv, delta = call_kernel(backward_call, ctx.band, qkv, qkv, qkv, documents, gate, scale, y, sums, dy)
-        dx, dw, dgate_w, *dvalues = call_kernel(project_backward_call, ctx.heads, *inputs, raw, *dqkv, gate, delta, *values)
+        dx, dw, dgate_w, *dmore = call_kernel(project_backward_call, ctx.heads, *inputs, raw, *dqkv, gate, delta, *more, *mix)
         narrow = lambda dw: dw[:, :ctx.lanes].type_as(dx)
-        dve, dve_gate_w = (dvalues[0], narrow(dvalues[1])) if values else (None, None)
-        return dx, dw, narrow(dgate_w), None, None, None, dve, dve_gate_w, None, None, None, None, None, None
+        dve, dve_gate_w = (dmore[0], narrow(dmore[1])) if ctx.heads.ve else (None, None)
+        dx0, dlambdas = (dmore[-2], dmore[-1].sum((1, 2))) if mix else (None, None)
+        return (dx if mix else dx + dx_mixed, dlambdas, dx0, dw, narrow(dgate_w), None, None, None, dve, dve_gate_w,
+                None, None, None, None, None, None)
 
 
 class Embedding(torch.autograd.Function):

@@ -68,6 +68,10 @@ def norm(x: Tensor):
     y = x.float()
     return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps)).type_as(x)
 
+def mixed(x: Tensor, lambdas: Tensor | None, x0: Tensor | None):
+    """The residual stream as a block finds it: lambdas[0] * x + lambdas[1] * x0, or x."""
+    return x if x0 is None else lambdas[0] * x + lambdas[1] * x0
+
 class CastedLinear(nn.Linear):
     # D1: no FP8. The v6e's matrix unit has no FP8 mode, so lm_head multiplies in bfloat16 like everything else.
     def __init__(self, in_features: int, out_features: int):
@@ -147,6 +151,7 @@ class YarnPairedHead(Yarn):
 
 @dataclass
 class AttnArgs:
+    mix: tuple[Tensor, Tensor] | tuple[None, None]
     ve: Tensor
     sa_lambdas: tuple[Tensor, Tensor]
     documents: Tensor
@@ -190,6 +195,7 @@ class CausalSelfAttention(nn.Module):
         return torch.cat([qk, qkvo_w[self.dim * 2:]])
 
     def forward(self, x: Tensor, attn_args: AttnArgs):
+        """The sum of x, mixed with x0, and attention's output. D20: upstream mixes, norms and adds outside; here kernels do."""
         B, T = x.size(0), x.size(1) # rows, tokens a row
         assert T % 16 == 0
         ve, sa_lambdas, (factor1, factor2) = attn_args.ve, attn_args.sa_lambdas, attn_args.factors
@@ -199,14 +205,16 @@ class CausalSelfAttention(nn.Module):
         w = sa_lambdas[0] * self.qkvo_w[:self.dim * 3].type_as(x)
         still = still_dims(self.head_dim, x.device)
         if takes_attention(x, self.num_heads, attn_args.bm_size, self.paired):
-            # D15: on a TPU all that stands below, norm and gates included, is two kernels
-            y = FusedAttention.apply(x, w, attn_gate_w, factor1, factor2, still, ve, ve_gate_w, attn_args.documents, attn_args.bm_size,
+            # D15: on a TPU all that stands below is two kernels
+            y, x = FusedAttention.apply(x, *attn_args.mix, w, attn_gate_w, factor1, factor2, still, ve, ve_gate_w, attn_args.documents, attn_args.bm_size,
                                      attn_args.attn_scale, attn_args.key_offset, self.paired, torch.is_grad_enabled())
         else:
-            x = norm(x)
-            gate = lambda w: torch.sigmoid(F.linear(x[..., :12], w))  # [B, T, H]
+            x = mixed(x, *attn_args.mix)
+            x_normed = norm(x)
+            gate = lambda w: torch.sigmoid(F.linear(x_normed[..., :12], w))  # [B, T, H]
             # D7: heads before tokens, [B, H, T, D]. A TPU tiles the last two dims, so each head's [T, D] must lie together.
-            q, k, v = torch.einsum('btc,hdc->bhtd', x, w.view(3 * self.num_heads, self.head_dim, self.dim)).chunk(3, dim=1)
+            w = w.view(3 * self.num_heads, self.head_dim, self.dim)
+            q, k, v = torch.einsum('btc,hdc->bhtd', x_normed, w).chunk(3, dim=1)
             q, k = norm(q), norm(k) # @Grad62304977
             if self.paired:
                 pairs = lambda x: x.unflatten(1, (-1, 2))  # [B, H/2, 2, T, D]: heads of even and odd number
@@ -221,7 +229,7 @@ class CausalSelfAttention(nn.Module):
                 v = v + 2 * gate(ve_gate_w).mT.unsqueeze(-1) * ve # @KoszarskyB, @Grad62304977
             y = window_attention(q, k, v, attn_args.documents, attn_args.bm_size, attn_args.attn_scale, self.paired)
             y = (y * gate(attn_gate_w).mT.unsqueeze(-1)).transpose(1, 2).flatten(2)
-        return F.linear(y, sa_lambdas[1] * self.qkvo_w[self.dim * 3:].type_as(y))  # lambda on O's weights, not its output: @shenberg
+        return x + F.linear(y, sa_lambdas[1] * self.qkvo_w[self.dim * 3:].type_as(y))  # lambda on O's weights, not its output: @shenberg
 
 class PairedHeadCausalSelfAttention(CausalSelfAttention):
     """
@@ -279,8 +287,7 @@ class Block(nn.Module):
         self.mlp = MLP(dim)
 
     def forward(self, x: Tensor, attn_args: AttnArgs):
-        if self.attn is not None:
-            x = x + self.attn(x, attn_args)  # upstream norms x here; attention does it itself, for its kernel can (D15)
+        x = self.attn(x, attn_args) if self.attn is not None else mixed(x, *attn_args.mix)
         if takes_mlp(x, self.mlp.c_fc, self.mlp.c_proj):  # D16: on a TPU all of the line below is one kernel
             return ResidualMLP.apply(x, self.mlp.c_fc, self.mlp.c_proj, torch.is_grad_enabled())
         return x + self.mlp(norm(x))
@@ -534,6 +541,7 @@ class GPT(nn.Module):
         for i in range(self.num_layers):
             *yarn, attn_scale = factors[i in self.paired_head_layers]
             attn_args = AttnArgs(
+                mix=(torch.stack([resid_lambdas[i], x0_lambdas[i]]), x0) if i > 0 else (None, None),
                 ve=ve[i],
                 sa_lambdas=sa_lambdas[i],
                 documents=documents,
@@ -549,8 +557,6 @@ class GPT(nn.Module):
                 x = x + skip_gate_out * skip_connections.pop()
             if i == 0:
                 x = (resid_lambdas[0] + x0_lambdas[0]) * x
-            else:
-                x = resid_lambdas[i] * x + x0_lambdas[i] * x0
             x = self.blocks[i](x, attn_args)
             if i in skip_in:
                 skip_connections.append(x)

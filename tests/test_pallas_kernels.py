@@ -132,12 +132,13 @@ def test_kernels_at_record_size(H, window, paired):
 # -----------------------------------------------------------------------------
 # What comes before attention
 
-def prepare_plain(x, w, gate_w, ve, ve_gate_w, factor1, factor2, still, key_offset, paired):
-    """q, k, v and the gate, [B, H, T], as CausalSelfAttention.forward computes them without kernels."""
+def prepare_plain(x, w, gate_w, lambdas, x0, ve, ve_gate_w, factor1, factor2, still, key_offset, paired):
+    """q, k, v, the gate, [B, H, T], and the mix, as CausalSelfAttention.forward computes them without kernels."""
     import torch.nn.functional as F
 
-    from train_gpt_xla import Yarn, norm
-    x, H = norm(x), gate_w.size(0)
+    from train_gpt_xla import Yarn, mixed, norm
+    x_mixed, H = mixed(x, lambdas, x0), gate_w.size(0)
+    x = norm(x_mixed)
     gate = lambda w: torch.sigmoid(F.linear(x[..., :12], w)).mT
     q, k, v = torch.einsum('btc,hdc->bhtd', x, w.view(3 * H, -1, x.size(2))).chunk(3, dim=1)
     turn = lambda x: (Yarn.rotary(x.unflatten(1, (-1, 2)), factor1, factor2).flatten(1, 2) if paired
@@ -147,50 +148,58 @@ def prepare_plain(x, w, gate_w, ve, ve_gate_w, factor1, factor2, still, key_offs
         k = torch.where(still, torch.cat([k[:, :, :1], k[:, :, :-1]], dim=2), k)
     if ve is not None:
         v = v + 2 * gate(ve_gate_w).unsqueeze(-1) * ve.unflatten(2, (-1, v.size(-1))).transpose(1, 2)
-    return q, k, v, gate(gate_w)
+    return q, k, v, gate(gate_w), x_mixed
 
 def attention_inputs(rows: int, T: int, H: int, D: int, paired: bool, dtype):
-    """x, w, gate_w, ve, ve_gate_w, then (factor1, factor2), still, documents and dy."""
+    """(x, w, gate_w, lambdas, x0, ve, ve_gate_w), (factor1, factor2), still, documents, dy, dx_mixed."""
     C, generator = D * H, torch.Generator().manual_seed(T)
     randn = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)
     angle = torch.randn(2, T, D // 2, generator=generator)
     factors = [torch.cat([a, b], -1)[slice(None) if paired else 0].to(dtype)
                for a, b in ((angle.cos(), angle.cos()), (angle.sin(), -angle.sin()))]
     x = randn(rows, T, C) * torch.logspace(-1, 1, T)[torch.randperm(T, generator=generator), None].to(dtype)
-    return ((x, randn(3 * C, C) * C**-0.5, randn(H, 12), randn(rows, T, C), randn(H, 12)),
-            factors, torch.arange(D) % (D // 2) >= D // 4, documents("off block edges", rows, T), randn(rows, T, C))
+    return ((x, randn(3 * C, C) * C**-0.5, randn(H, 12), torch.tensor([0.75, -1.5]), randn(rows, T, C), randn(rows, T, C), randn(H, 12)),
+            factors, torch.arange(D) % (D // 2) >= D // 4, documents("off block edges", rows, T), randn(rows, T, C), randn(rows, T, C))
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("rows, H, T, paired, key_offset, values", [
-    (2, 4, 384, False, True, True), (1, 4, 1024, True, False, False), (1, 6, 256, False, True, False), (2, 5, 128, False, False, True)])
-def test_project(rows, H, T, paired, key_offset, values, dtype):
+@pytest.mark.parametrize("rows, H, T, paired, key_offset, values, mix", [
+    (2, 4, 384, False, True, True, False), (1, 4, 1024, True, False, False, True), (1, 6, 256, False, True, False, False),
+    (2, 5, 128, False, False, True, True)])
+def test_project(rows, H, T, paired, key_offset, values, mix, dtype):
     """Blocks of 128, 256 and 512 tokens, one and several; rows; heads odd in number, so that two of them are a query and a key."""
     jax = pytest.importorskip("jax")
     pk.import_jax()
     D = 32
-    inputs, factors, still, _, _ = attention_inputs(rows, T, H, D, paired, dtype)
-    leaves = [t.requires_grad_() for t in inputs[:5 if values else 3]]
-    *want, gate = prepare_plain(*leaves, *[None] * (5 - len(leaves)), *factors, still, key_offset, paired)
+    inputs, factors, still, *_ = attention_inputs(rows, T, H, D, paired, dtype)
+    inputs = [*inputs[:3], *(inputs[3:5] if mix else (None, None)), *(inputs[5:] if values else (None, None))]
+    leaves = [t.requires_grad_() for t in inputs if t is not None]
+    *want, gate, x_mixed = prepare_plain(*inputs, *factors, still, key_offset, paired)
     generator = torch.Generator().manual_seed(H)
-    d = [torch.randn(t.shape, generator=generator).to(dtype) for t in (*want, gate)]
-    gradients = torch.autograd.grad([*want, gate], leaves, d)
-    want = [torch.cat(want, dim=1), gate, *gradients]
+    d = [torch.randn(t.shape, generator=generator).to(dtype) for t in (*want, gate, x_mixed)]
+    gradients = torch.autograd.grad([*want, gate, x_mixed], leaves, d)
+    want = [torch.cat(want, dim=1), gate, *([x_mixed] if mix else []), *gradients]
 
     array = lambda x: jax.numpy.asarray(x.detach().float().numpy(), dtype=str(x.dtype).removeprefix("torch."))
     wide = lambda w: array(torch.nn.functional.pad(w, (0, pk.LANES - 12)))
-    heads = pk.Heads(rows, H, T, D, paired, key_offset, values, True)
-    x, w, gate_w, *values = leaves
-    values = values and [array(values[0]), wide(values[1])]
+    heads = pk.Heads(rows, H, T, D, paired, key_offset, values, mix, True)
+    x, w, gate_w, lambdas, x0, ve, ve_gate_w = inputs
     args = [array(x), array(w), wide(gate_w), *(array(f.view(-1, T, D)) for f in factors), array(still.view(1, D).float())]
-    qkv, gate, raw = jax.jit(pk.project_call(heads, args[0].dtype, interpret=True))(*args, *values)
+    more = ([array(ve), wide(ve_gate_w)] if values else []) + ([array(x0), array(lambdas)] if mix else [])
+    qkv, gate, raw, *mixed = jax.jit(pk.project_call(heads, args[0].dtype, interpret=True))(*args, *more)
     delta = gate * array(d[3]).astype(gate.dtype)
-    dx, dw, dgate_w, *dvalues = jax.jit(pk.project_backward_call(heads, args[0].dtype, interpret=True))(
-        *args, raw, *map(array, d[:3]), gate, delta, *values)
-    got = [qkv, gate, dx, dw, dgate_w[:, :12], *dvalues[:1], *(g[:, :12] for g in dvalues[1:])]
-    check(got, [t.detach().float().numpy() for t in want], 1e-5 if dtype == torch.float32 else 2e-2,
-          ("qkv", "gate", "dx", "dw", "dgate_w", "dve", "dve_gate_w")[:len(got)])
-    again = jax.jit(pk.project_call(dataclasses.replace(heads, keep=False), args[0].dtype, interpret=True))(*args, *values)
-    assert len(again) == 2 and all((a == b).all() for a, b in zip(again, (qkv, gate), strict=True))
+    others = [array(d[4])] if mix else []
+    dx, dw, dgate_w, *dmore = jax.jit(pk.project_backward_call(heads, args[0].dtype, interpret=True))(
+        *args, raw, *map(array, d[:3]), gate, delta, *more, *others)
+    got, names = [qkv, gate, *mixed, dx, dw, dgate_w[:, :12]], ["qkv", "gate", *["mix"] * mix, "dx", "dw", "dgate_w"]
+    if mix:
+        got, names = got + [dmore[-1].sum((1, 2)), dmore[-2]], names + ["dlambdas", "dx0"]
+    else:
+        got[2] += array(d[4])  # with no mix, the sum with what came back to x by other ways is left to XLA
+    if values:
+        got, names = got + [dmore[0], dmore[1][:, :12]], names + ["dve", "dve_gate_w"]
+    check(got, [t.detach().float().numpy() for t in want], 1e-5 if dtype == torch.float32 else 2e-2, names)
+    again = jax.jit(pk.project_call(dataclasses.replace(heads, keep=False), args[0].dtype, interpret=True))(*args, *more)
+    assert len(again) == 2 + mix and all((a == b).all() for a, b in zip(again, (qkv, gate, *mixed), strict=True))
 
 # -----------------------------------------------------------------------------
 # The MLP's kernels against its twin in train_gpt_xla
@@ -343,27 +352,28 @@ setup_devices()
 n = int(sys.argv[1])
 split, whole = lambda x: enter(to_device(x, "data"), "data"), lambda x: enter(to_device(x))
 from test_pallas_kernels import LEAVES, SCALE, attention_inputs, attention_plain, check
-def fused(inputs, factors, still, where, dy, window, scale, paired, values=True):
-    leaves = [t.detach().requires_grad_() for t in inputs[:5 if values else 3]]
-    x, w, gate_w, ve, ve_gate_w = (*leaves, None, None)[:5]
-    y = pk.FusedAttention.apply(x, w, gate_w, *factors, still, ve, ve_gate_w, where, window, scale, not paired, paired, True)
-    assert y.shape == x.shape and y.dtype == x.dtype
-    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
-def place(inputs, factors, still, where, dy):
-    x, w, gate_w, ve, ve_gate_w = inputs
-    return ((split(x), whole(w), whole(gate_w), split(ve), whole(ve_gate_w)), [whole(t) for t in factors], whole(still), split(where),
-            split(dy))
+def fused(inputs, factors, still, where, dy, dx_mixed, window, scale, paired, more=True):
+    leaves = [t.detach().requires_grad_() for t in inputs[:7 if more else 3]]
+    x, w, gate_w, lambdas, x0, ve, ve_gate_w = (*leaves, *[None] * 4)[:7]
+    y, x_mixed = pk.FusedAttention.apply(x, lambdas, x0, w, gate_w, *factors, still, ve, ve_gate_w, where, window, scale, not paired, paired,
+                                         True)
+    assert y.shape == x_mixed.shape == x.shape and y.dtype == x_mixed.dtype == x.dtype
+    return [y.detach(), x_mixed.detach(), *torch.autograd.grad([y, x_mixed], leaves, [dy, dx_mixed])]
+def place(inputs, factors, still, where, dy, dx_mixed):
+    x, w, gate_w, lambdas, x0, ve, ve_gate_w = inputs
+    return ((split(x), whole(w), whole(gate_w), whole(lambdas), split(x0), split(ve), whole(ve_gate_w)), [whole(t) for t in factors],
+            whole(still), split(where), split(dy), split(dx_mixed))
 """
 
-LEAVES = "y", "dx", "dw", "dgate_w", "dve", "dve_gate_w"
+LEAVES = "y", "x_mixed", "dx", "dw", "dgate_w", "dlambdas", "dx0", "dve", "dve_gate_w"
 
-def attention_plain(inputs, factors, still, where, dy, window, scale, paired):
-    """y and the gradients of x, w, gate_w, ve, ve_gate_w, as CausalSelfAttention.forward computes them without kernels."""
+def attention_plain(inputs, factors, still, where, dy, dx_mixed, window, scale, paired):
+    """y, the mix and the gradients of the inputs, as CausalSelfAttention.forward computes them without kernels."""
     leaves = [t.detach().requires_grad_() for t in inputs]
-    *qkv, gate = prepare_plain(*leaves, *factors, still, not paired, paired)
+    *qkv, gate, x_mixed = prepare_plain(*leaves, *factors, still, not paired, paired)
     y = window_attention(*qkv, where, window, scale, paired)
     y = (y * gate.unsqueeze(-1)).transpose(1, 2).flatten(2)
-    return [t.detach().float().numpy() for t in (y, *torch.autograd.grad(y, leaves, dy))]
+    return [t.detach().float().numpy() for t in (y, x_mixed, *torch.autograd.grad([y, x_mixed], leaves, [dy, dx_mixed]))]
 
 # on n virtual CPU devices: the kernels, interpreted, against the twin, which has the rows on one
 RUN = SPMD + """
@@ -371,11 +381,11 @@ paired, rows = sys.argv[2] == "True", 2 * n
 inputs = attention_inputs(rows, 384, 2, 128, paired, torch.bfloat16)
 want = attention_plain(*inputs, 200, torch.tensor(SCALE), paired)
 pk.target = "interpret"
-y, dx, dw, dgate_w, dve, dve_gate_w = map(leave, fused(*place(*inputs), 200, whole(torch.tensor(SCALE)), paired))
+y, x_mixed, dx, dw, dgate_w, dlambdas, dx0, dve, dve_gate_w = map(leave, fused(*place(*inputs), 200, whole(torch.tensor(SCALE)), paired))
 torch_xla.sync()
 assert pk.lowered.cache_info().misses == 4, "the twin ran"
-total = lambda t: t.float().sum(0)
-got = [y.flatten(0, 1), dx.flatten(0, 1), total(dw), total(dgate_w), dve.flatten(0, 1), total(dve_gate_w)]
+flat, total = lambda t: t.flatten(0, 1), lambda t: t.float().sum(0)
+got = [flat(y), flat(x_mixed), flat(dx), total(dw), total(dgate_w), total(dlambdas), flat(dx0), flat(dve), total(dve_gate_w)]
 check([x.cpu().float().numpy() for x in got], want, 2e-2, LEAVES)
 """
 
@@ -400,9 +410,9 @@ check([t.cpu().float().numpy() for t in got], [losses, dx, dw.sum(0), alone], 2e
 EXPORT = SPMD + """
 warnings.simplefilter("always")
 pk.target = "TPU"
-def results(paired, values):
-    return fused(*place(*attention_inputs(8, 1024, 6, 128, paired, torch.bfloat16)), 384, whole(torch.tensor(SCALE)), paired, values)
-outputs = [leave(x) for paired, values in ((False, True), (True, False)) for x in results(paired, values)]
+def results(paired, more):
+    return fused(*place(*attention_inputs(8, 1024, 6, 128, paired, torch.bfloat16)), 384, whole(torch.tensor(SCALE)), paired, more)
+outputs = [leave(x) for paired, more in ((False, True), (True, False)) for x in results(paired, more)]
 results(False, True)
 assert pk.lowered.cache_info().misses == 8, "a kernel was lowered twice"
 x = split(torch.zeros(8, 1024, 6 * 64, dtype=torch.bfloat16))
