@@ -65,6 +65,8 @@ def attention_refuses(x: Tensor, heads: int, window: int, paired: bool) -> str |
     band = get_band(B, heads, T, D, window, paired)
     if (band.reach + 2) * heads * band.block * D * 8 > VMEM_LIMIT // 2:
         return f"a window of {window} does not fit in VMEM"
+    if 24 * C * C + 58 * math.gcd(T, 512) * C > PROJECT_VMEM_LIMIT:  # weights, their gradient, bf16 and f32; blocks
+        return f"a dimension of {C} does not fit in VMEM"
     return None
 
 
@@ -405,6 +407,7 @@ def backward_call(band: Band, dtype, interpret=False):
 # embedding, in one pass over x. XLA needs three dozen, forward and backward, and copies to exchange the halves of a head; in VMEM that is a
 # rotation of lanes. The vector unit prepares two heads while the matrix unit multiplies for the next two.
 
+PROJECT_VMEM_LIMIT = 96 * 2**20  # bytes, of a v6e's 128 MiB
 LANES = 128  # of a vector register. Gates read the first 12 features: their weights come padded with zeros to as many
 
 @dataclasses.dataclass(frozen=True)
@@ -423,11 +426,6 @@ class Heads:
     @property
     def block(self) -> int:
         return math.gcd(self.tokens, 512)
-
-    @property
-    def two(self) -> list[tuple[int, int]]:
-        """(first, one behind the last) of all 3H heads of q, k and v, two by two: 256 columns for the matrix unit."""
-        return [(h, min(h + 2, 3 * self.heads)) for h in range(0, 3 * self.heads, 2)]
 
 
     def arguments(self, refs: tuple) -> tuple[list, list, list]:
@@ -515,7 +513,8 @@ def project_kernel(x, w, gate_w, factor1, factor2, still, *refs, heads):
                 g = h - 2 * H
                 y = y.astype(f32) + ve_gate[:, g:g + 1] * ve[0, :, g * D:(g + 1) * D].astype(f32)
             qkv[0, h] = y.astype(dtype)
-    stream(heads.two, start, turn, lambda two, _: None)
+    two_by_two = [(h, min(h + 2, 3 * H)) for h in range(0, 3 * H, 2)]  # 256 columns for the matrix unit
+    stream(two_by_two, start, turn, lambda two, _: None)
 
 
 def project_backward_kernel(x, w, gate_w, factor1, factor2, still, raw, dq, dk, dv, gate, delta, *refs, heads):
@@ -548,36 +547,33 @@ def project_backward_kernel(x, w, gate_w, factor1, factor2, still, raw, dq, dk, 
     if values:
         ve, ve_gate, dve_gate = values[0], 2 * sigmoid(matmul(first, values[1][...], transpose_b=True), dtype), []
 
-    def turn(two, _):
-        for h in range(*two):
-            at, g = slice(h * D, (h + 1) * D), h - 2 * H
-            if g >= 0:
-                dqkv[:, at] = dv[0, g]
+    def turn(third, _):  # q, k, v
+        for h in range(H):
+            at, dy = slice((third * H + h) * D, (third * H + h + 1) * D), (dq, dk, dv)[third][0, h]
+            if third == 2:
+                dqkv[:, at] = dy
                 if values:
-                    lanes, dy = slice(g * D, (g + 1) * D), dv[0, g].astype(f32)
-                    dvalues[0][0, :, lanes] = (ve_gate[:, g:g + 1] * dy).astype(dtype)
+                    dy, lanes = dy.astype(f32), slice(h * D, (h + 1) * D)
+                    dvalues[0][0, :, lanes] = (ve_gate[:, h:h + 1] * dy).astype(dtype)
                     dve_gate.append((dy * ve[0, :, lanes].astype(f32)).sum(1, keepdims=True))
                 continue
-            dy = (dq if h < H else dk)[0, h % H].astype(f32)
-            if heads.key_offset and h >= H:
+            dy = dy.astype(f32)
+            if heads.key_offset and third == 1:
                 t = jax.lax.broadcasted_iota(jnp.int32, (bt, D), 0)
-                following = jnp.where(pl.program_id(1) == 0, 0.0, after[h - H])  # the row's last key has no successor
+                following = jnp.where(pl.program_id(1) == 0, 0.0, after[h])  # the row's last key has no successor
                 moved = jnp.where(t == bt - 1, following, pltpu.roll(dy, bt - 1, 0))
-                after[h - H] = dy[:1]
+                after[h] = dy[:1]
                 dy = jnp.where(still[...] > 0, jnp.where(n * bt + t == 0, moved + dy, moved), dy)  # the first one kept its own
-            dy, y = rotate(dy, factors, h % H, back=True), raw[0, h].astype(f32)
+            dy, y = rotate(dy, factors, h, back=True), raw[0, third * H + h].astype(f32)
             both = means(jnp.concatenate([y * y, dy * y], axis=1), D, dtype)
             r = jax.lax.rsqrt(both[:, :D] + EPS)
             dqkv[:, at] = (r * (dy - y * (r * r * both[:, D:]))).astype(dtype)
-    def finish(two, _):
-        at = slice(two[0] * D, two[1] * D)
+    def finish(third, _):
+        at = slice(third * C, (third + 1) * C)
+        part = matmul(dqkv[:, at], w[at])
+        dx_acc[...] = dx_acc[...] + part if third else part
         dw_acc[:, at] += matmul(x_T, dqkv[:, at])
-        for end in (H, 2 * H, 3 * H):  # a third is there
-            if two[0] < end <= two[1]:
-                at = slice((end - H) * D, end * D)
-                part = matmul(dqkv[:, at], w[at])
-                dx_acc[...] = part if end == H else dx_acc[...] + part
-    stream(heads.two, lambda two: None, turn, finish)
+    stream(range(3), lambda third: None, turn, finish)
 
     def back_through(gate_w, dgate_w, dlogits):  # [H, bt]
         dlogits = dlogits.astype(dtype)
@@ -604,8 +600,8 @@ def project_backward_kernel(x, w, gate_w, factor1, factor2, still, raw, dq, dk, 
 def project_call(heads: Heads, dtype, interpret=False):
     """
     A function (x [rows, T, C], w [3C, C], gate_w [H, 128], factor1, factor2 [1 or 2, T, D], still [1, D] f32, with value embeddings ve
-    [rows, T, C], ve_gate_w [H, 128], with a mix x0 [rows, T, C], lambdas [2] f32) -> qkv [rows, 3H, T, D] for attention, its gate [rows, H, T]
-    f32, if heads.keep q and k before their norm [rows, 2H, T, D], with a mix lambdas[0] * x + lambdas[1] * x0.
+    [rows, T, C], ve_gate_w [H, 128], with a mix x0 [rows, T, C], lambdas [2] f32) -> qkv [rows, 3H, T, D] for attention, its gate
+    [rows, H, T] f32, if heads.keep q and k before their norm [rows, 2H, T, D], with a mix lambdas[0] * x + lambdas[1] * x0.
     """
     return project_pallas_call(project_kernel, heads, dtype, interpret, lambda i: i, "xwgff1" + "xg" * heads.ve + "xl" * heads.mix,
                                "3G" + "2" * heads.keep + "x" * heads.mix, [])
@@ -619,7 +615,8 @@ def project_backward_call(heads: Heads, dtype, interpret=False):
     """
     last, bt, C, f32 = heads.tokens // heads.block - 1, heads.block, heads.heads * heads.dim, jnp.float32
     return project_pallas_call(project_backward_kernel, heads, dtype, interpret, lambda i: last - i,
-                               "xwgff12HHHGG" + "xg" * heads.ve + "xlx" * heads.mix, "xwd" + "xd" * heads.ve + "xL" * heads.mix, [((bt, 3 * C), dtype), ((bt, C), f32), ((C, 3 * C), f32)])
+                               "xwgff12HHHGG" + "xg" * heads.ve + "xlx" * heads.mix, "xwd" + "xd" * heads.ve + "xL" * heads.mix,
+                               [((bt, 3 * C), dtype), ((bt, C), f32), ((C, 3 * C), f32)])
 
 
 def project_pallas_call(kernel, heads, dtype, interpret, block, inputs: str, outputs: str, scratch):
@@ -635,7 +632,6 @@ def project_pallas_call(kernel, heads, dtype, interpret, block, inputs: str, out
               "w": whole(dtype, 3 * C, C), "g": whole(dtype, H, LANES), "d": whole(f32, H, LANES), "1": whole(f32, 1, D),
               "f": ((n, T, D), dtype, pl.BlockSpec((n, bt, D), lambda r, i: (0, block(i), 0))),
               "l": ((2,), f32, pl.BlockSpec(memory_space=pltpu.SMEM)), "L": whole(f32, 2, 8, C),
-              "l": ((2,), f32, pl.BlockSpec(memory_space=pltpu.SMEM)), "L": whole(f32, 2, 8, C),
               "H": by_head(H), "2": by_head(2 * H), "3": by_head(3 * H),
               "G": ((R, H, T), f32, pl.BlockSpec((1, H, bt), lambda r, i: (r, 0, block(i))))}
     return pl.pallas_call(
@@ -643,7 +639,7 @@ def project_pallas_call(kernel, heads, dtype, interpret, block, inputs: str, out
         in_specs=[arrays[x][2] for x in inputs], out_specs=[arrays[x][2] for x in outputs],
         out_shape=[jax.ShapeDtypeStruct(*arrays[x][:2]) for x in outputs],
         scratch_shapes=[pltpu.VMEM((H, 1, D), f32), *(pltpu.VMEM(*x) for x in scratch)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=MLP_VMEM_LIMIT))
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=PROJECT_VMEM_LIMIT))
 
 
 def pallas_call(kernel, band, grid, scratch, interpret, in_specs, out_specs, out_shape):
@@ -960,14 +956,16 @@ def scatter_call(shapes: tuple[int, int, int, int], dtype, interpret=False):
 
 class FusedAttention(torch.autograd.Function):
     """
-    All that comes before attention, window_attention and its gate, by two kernels. x [B, T, C]; lambdas [2] float32 and x0 [B, T, C], or
-    None twice; w [3C, C]; gate_w [H, n], the result's gate, which reads n features; factor1, factor2 [T, D] or, paired, [2, T, D]; still [D]
-    bool, the dims of the key offset; ve [B, T, C] and its gate, ve_gate_w [H, n], or None twice; the rest as window_attention. keep: there
-    will be a backward pass. Returns y [B, T, C], tokens before heads, as matmuls want it, and lambdas[0] * x + lambdas[1] * x0, or x.
+    All that comes before attention, window_attention and its gate, by two kernels. x [B, T, C]; lambdas [2] float32 and x0 [B, T, C],
+    or None twice; w [3C, C]; gate_w [H, n], the result's gate, which reads n features; factor1, factor2 [T, D] or, paired, [2, T, D];
+    still [D] bool, the dims of the key offset; ve [B, T, C] and its gate, ve_gate_w [H, n], or None twice; the rest as
+    window_attention. keep: there will be a backward pass. Returns y [B, T, C], tokens before heads, as matmuls want it, and
+    lambdas[0] * x + lambdas[1] * x0, or x.
     """
     @staticmethod
-    def forward(ctx, x, lambdas, x0, w, gate_w, factor1, factor2, still, ve, ve_gate_w, documents, window, scale, key_offset, paired, keep):
-        (B, T, C), D, H = x.shape, still.numel(), gate_w.size(0)
+    def forward(ctx, x, lambdas, x0, w, gate_w, factor1, factor2, still, ve, ve_gate_w, documents, window, scale, key_offset, paired,
+                keep):
+        (B, T, _), D, H = x.shape, still.numel(), gate_w.size(0)
         ctx.heads = Heads(B, H, T, D, paired, key_offset, ve is not None, x0 is not None, keep)
         ctx.band = dataclasses.replace(get_band(B, H, T, D, window, paired), places=(0, 1, 2))
         ctx.lanes = gate_w.size(1)

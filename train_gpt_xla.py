@@ -206,8 +206,9 @@ class CausalSelfAttention(nn.Module):
         still = still_dims(self.head_dim, x.device)
         if takes_attention(x, self.num_heads, attn_args.bm_size, self.paired):
             # D15: on a TPU all that stands below is two kernels
-            y, x = FusedAttention.apply(x, *attn_args.mix, w, attn_gate_w, factor1, factor2, still, ve, ve_gate_w, attn_args.documents, attn_args.bm_size,
-                                     attn_args.attn_scale, attn_args.key_offset, self.paired, torch.is_grad_enabled())
+            y, x = FusedAttention.apply(
+                x, *attn_args.mix, w, attn_gate_w, factor1, factor2, still, ve, ve_gate_w, attn_args.documents, attn_args.bm_size,
+                attn_args.attn_scale, attn_args.key_offset, self.paired, torch.is_grad_enabled())
         else:
             x = mixed(x, *attn_args.mix)
             x_normed = norm(x)
@@ -525,8 +526,8 @@ class GPT(nn.Module):
         ve = [ve[1], ve[2]] + [None] * (self.num_layers - 5) + [ve[0], ve[1], ve[2]]
         assert len(ve) == self.num_layers
 
-        # each token takes a gated share of the one before it: @classiclarryd. The first one takes a share of zeros, where upstream leaves it
-        # out: T - 1 tokens would lie askew in a TPU's tiles
+        # each token takes a gated share of the one before it: @classiclarryd. The first one takes a share of zeros, where upstream
+        # leaves it out: T - 1 tokens would lie askew in a TPU's tiles
         smear_gate_out = smear_lambda * torch.sigmoid(self.smear_gate(x[..., :self.smear_gate.weight.size(-1)]))
         x = x + smear_gate_out * F.pad(x, (0, 0, 1, -1))
         x = x0 = norm(x)

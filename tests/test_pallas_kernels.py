@@ -355,8 +355,8 @@ from test_pallas_kernels import LEAVES, SCALE, attention_inputs, attention_plain
 def fused(inputs, factors, still, where, dy, dx_mixed, window, scale, paired, more=True):
     leaves = [t.detach().requires_grad_() for t in inputs[:7 if more else 3]]
     x, w, gate_w, lambdas, x0, ve, ve_gate_w = (*leaves, *[None] * 4)[:7]
-    y, x_mixed = pk.FusedAttention.apply(x, lambdas, x0, w, gate_w, *factors, still, ve, ve_gate_w, where, window, scale, not paired, paired,
-                                         True)
+    y, x_mixed = pk.FusedAttention.apply(x, lambdas, x0, w, gate_w, *factors, still, ve, ve_gate_w, where, window, scale, not paired,
+                                         paired, True)
     assert y.shape == x_mixed.shape == x.shape and y.dtype == x_mixed.dtype == x.dtype
     return [y.detach(), x_mixed.detach(), *torch.autograd.grad([y, x_mixed], leaves, [dy, dx_mixed])]
 def place(inputs, factors, still, where, dy, dx_mixed):
@@ -381,7 +381,8 @@ paired, rows = sys.argv[2] == "True", 2 * n
 inputs = attention_inputs(rows, 384, 2, 128, paired, torch.bfloat16)
 want = attention_plain(*inputs, 200, torch.tensor(SCALE), paired)
 pk.target = "interpret"
-y, x_mixed, dx, dw, dgate_w, dlambdas, dx0, dve, dve_gate_w = map(leave, fused(*place(*inputs), 200, whole(torch.tensor(SCALE)), paired))
+got = fused(*place(*inputs), 200, whole(torch.tensor(SCALE)), paired)
+y, x_mixed, dx, dw, dgate_w, dlambdas, dx0, dve, dve_gate_w = map(leave, got)
 torch_xla.sync()
 assert pk.lowered.cache_info().misses == 4, "the twin ran"
 flat, total = lambda t: t.flatten(0, 1), lambda t: t.float().sum(0)
@@ -389,7 +390,7 @@ got = [flat(y), flat(x_mixed), flat(dx), total(dw), total(dgate_w), total(dlambd
 check([x.cpu().float().numpy() for x in got], want, 2e-2, LEAVES)
 """
 
-# lm_head: two rows a device and one weight for all
+# lm_head and the embedding: two rows a device and one weight for all
 RUN_LM_HEAD = SPMD + """
 from test_pallas_kernels import lm_head_inputs, lm_head_twin
 x, weight, targets, mtp_weights, grad = lm_head_inputs(2 * n, 256, 128, 384, 2, torch.bfloat16)
@@ -404,6 +405,16 @@ got_losses, got_dx, got_dw, got_alone = (leave(t.detach()) for t in got)
 got = [got_losses.flatten(0, 1), got_dx.flatten(0, 1), got_dw.float().sum(0), got_alone.flatten(0, 1)]
 torch_xla.sync()
 check([t.cpu().float().numpy() for t in got], [losses, dx, dw.sum(0), alone], 2e-2, ("losses", "dx", "dw", "losses alone"))
+
+ids, want = torch.randint(0, 384, (2 * n, 256), dtype=torch.int32), torch.zeros(384, 128)
+want.index_add_(0, ids.flatten(), x.flatten(0, 1).float())
+before, leaf = pk.lowered.cache_info().misses, whole(weight[0]).requires_grad_()
+y = pk.embedding(split(ids), leaf)
+y, dw = leave(y.detach()).flatten(0, 1), leave(torch.autograd.grad(y, leaf, split(x))[0]).float().sum(0)
+torch_xla.sync()
+assert pk.lowered.cache_info().misses == before + 1, "the twin ran"
+assert torch.equal(y.cpu(), torch.nn.functional.embedding(ids, weight[0]))
+check([dw.cpu().numpy()], [want.numpy()], 2e-2, ["dw"])
 """
 
 # for the TPU: written down, not run
@@ -480,7 +491,7 @@ def test_on_devices(n, paired):
         pytest.importorskip(package)
     python(RUN, n, paired, PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(n))
 
-def test_lm_head_on_devices():
+def test_lm_head_and_embedding_on_devices():
     for package in ("torch_xla", "jax"):
         pytest.importorskip(package)
     python(RUN_LM_HEAD, 2, PJRT_DEVICE="CPU", CPU_NUM_DEVICES="2")
