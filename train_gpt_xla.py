@@ -526,8 +526,8 @@ class GPT(nn.Module):
         ve = [ve[1], ve[2]] + [None] * (self.num_layers - 5) + [ve[0], ve[1], ve[2]]
         assert len(ve) == self.num_layers
 
-        # each token takes a gated share of the one before it: @classiclarryd. The first one takes a share of zeros, where upstream
-        # leaves it out: T - 1 tokens would lie askew in a TPU's tiles
+        # each token takes a gated share of the one before it: @classiclarryd. D21: the first one takes a share of zeros, where upstream
+        # leaves it out, for T - 1 tokens lie askew in a TPU's tiles
         smear_gate_out = smear_lambda * torch.sigmoid(self.smear_gate(x[..., :self.smear_gate.weight.size(-1)]))
         x = x + smear_gate_out * F.pad(x, (0, 0, 1, -1))
         x = x0 = norm(x)
@@ -556,7 +556,7 @@ class GPT(nn.Module):
             if i in skip_out:
                 skip_gate_out = torch.sigmoid(skip_lambda) * 2 * torch.sigmoid(self.skip_gate(x0[..., :self.skip_gate.weight.size(-1)]))
                 x = x + skip_gate_out * skip_connections.pop()
-            if i == 0:
+            if i == 0:  # the other blocks mix x with x0 themselves (D20)
                 x = (resid_lambdas[0] + x0_lambdas[0]) * x
             x = self.blocks[i](x, attn_args)
             if i in skip_in:
