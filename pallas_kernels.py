@@ -427,8 +427,7 @@ class Heads:
     def block(self) -> int:
         return math.gcd(self.tokens, 512)
 
-
-    def arguments(self, refs: tuple) -> tuple[list, list, list]:
+    def arguments(self, refs: tuple) -> tuple[tuple, tuple, tuple]:
         """The last arguments of a kernel: what value embeddings bring, what the mix brings, the rest."""
         ve, mix = 2 * self.ve, 2 * self.mix
         return refs[:ve], refs[ve:ve + mix], refs[ve + mix:]
@@ -921,9 +920,7 @@ def scatter_kernel(blocks, chunks, ids, dy, dw, dw_acc):
 
 
 def scatter_call(shapes: tuple[int, int, int, int], dtype, interpret=False):
-    """
-    shapes: rows, tokens of each, vocabulary, d. A function (ids [rows, T] int32, dy [rows, T, d]) -> dw [rows, V, d].
-    """
+    """shapes: rows, tokens of each, vocabulary, d. A function (ids [rows, T] int32, dy [rows, T, d]) -> dw [rows, V, d]."""
     R, T, V, d = shapes
     m, n = SCATTER_ENTRIES, math.gcd(T, SCATTER_TOKENS)
     steps = pl.cdiv(V, m) + T // n - 1  # in a walk from the first block and chunk to the last ones, one or the other goes on

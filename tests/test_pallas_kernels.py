@@ -115,6 +115,15 @@ def check_kernels(rows, H, T, D, window, paired, layout, dtype, block):
 def test_kernels(rows, H, T, window, paired, layout, dtype):
     check_kernels(rows, H, T, 16, window, paired, layout, dtype, block=128)
 
+def test_attention_refuses():
+    def why_not(heads=6, T=1024, D=128, window=384, paired=False, dtype=torch.bfloat16):
+        return pk.attention_refuses(torch.empty(1, T, heads * D, dtype=dtype, device="meta"), heads, window, paired)
+    assert why_not() is None and why_not(T=262144, window=2560) is None and why_not(paired=True) is None
+    for word, bad in {"bfloat16": dict(dtype=torch.float32), "128 tokens": dict(T=1000), "heads of 128": dict(D=64),
+                      "two heads": dict(heads=1), "even in number": dict(heads=5, paired=True),
+                      "a window of 20000": dict(T=262144, window=20000), "a dimension of 2048": dict(heads=16)}.items():
+        assert word in why_not(**bad)
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("window", [1, 128, 384, 420, 900])
