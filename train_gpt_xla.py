@@ -68,9 +68,16 @@ def norm(x: Tensor):
     y = x.float()
     return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps)).type_as(x)
 
+def scaled(factor: Tensor, x: Tensor):
+    """
+    factor (float32, a lambda or a gate) * x, in x's dtype. D22: the product is in float32, so the sum over x in the factor's gradient is,
+    too. XLA adds up bfloat16 in bfloat16, where 65,536 ones make 2,048; CUDA adds them up in float32.
+    """
+    return (factor * x.float()).type_as(x)
+
 def mixed(x: Tensor, lambdas: Tensor | None, x0: Tensor | None):
     """The residual stream as a block finds it: lambdas[0] * x + lambdas[1] * x0, or x."""
-    return x if x0 is None else lambdas[0] * x + lambdas[1] * x0
+    return x if x0 is None else (lambdas[0] * x.float() + lambdas[1] * x0.float()).type_as(x)
 
 class CastedLinear(nn.Linear):
     # D1: no FP8. The v6e's matrix unit has no FP8 mode, so lm_head multiplies in bfloat16 like everything else.
@@ -202,7 +209,7 @@ class CausalSelfAttention(nn.Module):
         # a gate on every head lets it opt out of a token: @classiclarryd. Value embeddings, where a layer has one, have theirs
         attn_gate_w, ve_gate_w = attn_args.attn_gate_w, attn_args.ve_gate_w
 
-        w = sa_lambdas[0] * self.qkvo_w[:self.dim * 3].type_as(x)
+        w = scaled(sa_lambdas[0], self.qkvo_w[:self.dim * 3].type_as(x))
         still = still_dims(self.head_dim, x.device)
         if takes_attention(x, self.num_heads, attn_args.bm_size, self.paired):
             # D15: on a TPU all that stands below is two kernels
@@ -212,7 +219,7 @@ class CausalSelfAttention(nn.Module):
         else:
             x = mixed(x, *attn_args.mix)
             x_normed = norm(x)
-            gate = lambda w: torch.sigmoid(F.linear(x_normed[..., :12], w))  # [B, T, H]
+            gate = lambda w: torch.sigmoid(F.linear(x_normed[..., :12], w).float())  # [B, T, H]
             # D7: heads before tokens, [B, H, T, D]. A TPU tiles the last two dims, so each head's [T, D] must lie together.
             w = w.view(3 * self.num_heads, self.head_dim, self.dim)
             q, k, v = torch.einsum('btc,hdc->bhtd', x_normed, w).chunk(3, dim=1)
@@ -227,10 +234,10 @@ class CausalSelfAttention(nn.Module):
                 k = torch.where(still, torch.cat([k[:, :, :1], k[:, :, :-1]], dim=2), k)
             if ve is not None:
                 ve = ve.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
-                v = v + 2 * gate(ve_gate_w).mT.unsqueeze(-1) * ve # @KoszarskyB, @Grad62304977
+                v = v + scaled(2 * gate(ve_gate_w).mT.unsqueeze(-1), ve) # @KoszarskyB, @Grad62304977
             y = window_attention(q, k, v, attn_args.documents, attn_args.bm_size, attn_args.attn_scale, self.paired)
-            y = (y * gate(attn_gate_w).mT.unsqueeze(-1)).transpose(1, 2).flatten(2)
-        return x + F.linear(y, sa_lambdas[1] * self.qkvo_w[self.dim * 3:].type_as(y))  # lambda on O's weights, not its output: @shenberg
+            y = scaled(gate(attn_gate_w).mT.unsqueeze(-1), y).transpose(1, 2).flatten(2)
+        return x + F.linear(y, scaled(sa_lambdas[1], self.qkvo_w[self.dim * 3:].type_as(y)))  # lambda on O's weights, not its output: @shenberg
 
 class PairedHeadCausalSelfAttention(CausalSelfAttention):
     """
@@ -528,8 +535,8 @@ class GPT(nn.Module):
 
         # each token takes a gated share of the one before it: @classiclarryd. D21: the first one takes a share of zeros, where upstream
         # leaves it out, for T - 1 tokens lie askew in a TPU's tiles
-        smear_gate_out = smear_lambda * torch.sigmoid(self.smear_gate(x[..., :self.smear_gate.weight.size(-1)]))
-        x = x + smear_gate_out * F.pad(x, (0, 0, 1, -1))
+        smear_gate_out = smear_lambda * torch.sigmoid(self.smear_gate(x[..., :self.smear_gate.weight.size(-1)].float()))
+        x = x + scaled(smear_gate_out, F.pad(x, (0, 0, 1, -1)))
         x = x0 = norm(x)
 
         ag = self.attn_gate_bank.unbind(0)
@@ -554,10 +561,10 @@ class GPT(nn.Module):
                 ve_gate_w=ve_gates[i]
             )
             if i in skip_out:
-                skip_gate_out = torch.sigmoid(skip_lambda) * 2 * torch.sigmoid(self.skip_gate(x0[..., :self.skip_gate.weight.size(-1)]))
-                x = x + skip_gate_out * skip_connections.pop()
+                skip_gate_out = torch.sigmoid(skip_lambda) * 2 * torch.sigmoid(self.skip_gate(x0[..., :self.skip_gate.weight.size(-1)].float()))
+                x = x + scaled(skip_gate_out, skip_connections.pop())
             if i == 0:  # the other blocks mix x with x0 themselves (D20)
-                x = (resid_lambdas[0] + x0_lambdas[0]) * x
+                x = scaled(resid_lambdas[0] + x0_lambdas[0], x)
             x = self.blocks[i](x, attn_args)
             if i in skip_in:
                 skip_connections.append(x)
@@ -565,7 +572,7 @@ class GPT(nn.Module):
                 x_backout = x
 
         # what the first blocks wrote for later blocks to read, not for the prediction, is taken out again
-        x = x - backout_lambda * x_backout
+        x = x - scaled(backout_lambda, x_backout)
         return norm(x)
 
     def forward(self, input_seq: Tensor, target_seq: Tensor, documents: Tensor, schedule_cfg: ForwardScheduleConfig):

@@ -109,7 +109,7 @@ class Op:
         """The computations whose instructions are this one's work: not the scalar function of a reduction or collective."""
         one = re.findall(r"\b(?:calls|body|condition|true_computation|false_computation)=%?([\w.\-]+)", self.attrs)
         many = [n.strip(" %") for g in re.findall(r"\bbranch_computations=\{([^}]*)\}", self.attrs) for n in g.split(",")]
-        return one + many + (re.findall(r"to_apply=%?([\w.\-]+)", self.attrs) if self.opcode == "call" else [])
+        return one + many + (re.findall(r"to_apply=%?([\w.\-]+)", self.attrs) if self.opcode in ("call", "call-start") else [])
 
 
 def parse_op(line: str) -> Op | None:
