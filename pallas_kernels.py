@@ -1082,8 +1082,8 @@ def lowered(call, key, arguments: tuple, interpret: bool):
     return xb.computation_from_module_proto(call.__name__, hlo.as_serialized_hlo_module_proto())
 
 # -----------------------------------------------------------------------------
-# A block's MLP with its norm and its sum: x + relu(norm(x) @ W1.T)^2 @ W2. The plain-torch twin is Block's last line in train_gpt_xla.py
-# (upstream: norm and FusedLinearReLUSquareFunction).
+# A block's second half: x + relu(norm(x) @ W1.T)^2 @ W2, where x, in blocks with attention, first gets y @ W_o.T, attention's last
+# projection. The plain-torch twin is the end of Block.forward in train_gpt_xla.py (upstream: norm and FusedLinearReLUSquareFunction).
 #
 # A program has one block of C tokens. The weights stay in VMEM, and in the backward pass so do the sums of their gradients,
 # in f32. What has 4d features lies as [4d, C]: then every matmul streams a weight or such an array as it lies, and only [d, C] blocks
@@ -1095,19 +1095,23 @@ class ResidualMLP(torch.autograd.Function):
     """
     x + relu(norm(x) @ W1.T)^2 @ W2 by the TPU kernels. x: [B, T, d]; W1, W2: [4d, d].
     keep: store relu(norm(x) @ W1.T), [4d, B * T], for the backward pass, which otherwise computes it again; without one, say False.
+    y [B, T, d] and W_o [d, d], if given: x + y @ W_o.T takes the place of x.
     """
     @staticmethod
-    def forward(ctx, x, W1, W2, keep):
-        ctx.shapes = get_mlp(x, W1, keep)
-        y, *kept = call_kernel(mlp_forward_call, ctx.shapes, x.flatten(0, 1), W1, W2)
-        ctx.save_for_backward(x, W1, W2, *kept)
-        return y.view_as(x)
+    def forward(ctx, x, W1, W2, keep, y=None, W_o=None):
+        ctx.shapes, shape = get_mlp(x, W1, keep, y is not None), x.shape
+        attention = [y.flatten(0, 1), W_o] if ctx.shapes.attention else []
+        out, *rest = call_kernel(mlp_forward_call, ctx.shapes, x.flatten(0, 1), W1, W2, *attention)
+        x, *kept = rest if attention else (x.flatten(0, 1), *rest)
+        ctx.save_for_backward(x, W1, W2, *kept, *attention)
+        return out.view(shape)
 
     @staticmethod
     def backward(ctx, dy):
-        x, W1, W2, *kept = ctx.saved_tensors
-        dx, dW1, dW2 = call_kernel(mlp_backward_call, ctx.shapes, x.flatten(0, 1), W1, W2, dy.flatten(0, 1), *kept)
-        return dx.view_as(x), dW1, dW2, None
+        x, W1, W2, *rest = ctx.saved_tensors
+        dx, dW1, dW2, *dattention = call_kernel(mlp_backward_call, ctx.shapes, x, W1, W2, dy.flatten(0, 1), *rest)
+        dattention = [dattention[0].view_as(dy), dattention[1]] if dattention else [None, None]
+        return dx.view_as(dy), dW1, dW2, None, *dattention
 
 
 def takes_mlp(x: Tensor, W1: Tensor, W2: Tensor) -> bool:
@@ -1124,8 +1128,8 @@ def mlp_refuses(x: Tensor, W1: Tensor, W2: Tensor) -> str | None:
         return f"they take two weights [4d, {d}], not {tuple(W1.shape)} and {tuple(W2.shape)}"
     if T % 128 or d % 128 or h % 256:
         return "they take multiples of 128 tokens and features, and of 256 hidden ones"
-    block = get_mlp(x, W1, True).block
-    if 18 * h * d + 2 * block * (6 * d + 14 * h) > MLP_VMEM_LIMIT:  # weights, their gradients, bf16 and f32; blocks
+    block = get_mlp(x, W1, True, True).block
+    if 18 * h * d + 8 * d * d + 2 * block * (10 * d + 14 * h) > MLP_VMEM_LIMIT:  # weights, their gradients, bf16 and f32; blocks
         return f"weights of {h} x {d} do not fit in VMEM"
     return None
 
@@ -1137,12 +1141,21 @@ class MLPShapes:
     dim: int  # d
     hidden: int  # 4d
     keep: bool  # the forward pass stores relu(norm(x) @ W1.T) and the backward pass reads it
-    block: int  # C
+    attention: bool  # its last projection comes first
+
+    @property
+    def block(self) -> int:
+        return math.gcd(self.tokens, 512)
+
+    def arguments(self, refs: tuple) -> tuple[tuple, tuple, tuple]:
+        """The last arguments of a kernel: what is kept, what attention brings, the rest."""
+        attention = self.keep + 2 * self.attention
+        return refs[:self.keep], refs[self.keep:attention], refs[attention:]
 
 
-def get_mlp(x: Tensor, W1: Tensor, keep: bool) -> MLPShapes:
+def get_mlp(x: Tensor, W1: Tensor, keep: bool, attention: bool) -> MLPShapes:
     B, T, d = x.shape
-    return MLPShapes(B * T, d, W1.size(0), keep, block=next((n for n in (512, 256) if B * T % n == 0), 128))
+    return MLPShapes(B * T, d, W1.size(0), keep, attention)
 
 
 def add(x, y):
@@ -1155,59 +1168,86 @@ def to_hidden(W, x, dtype):
     return matmul(W, x, transpose_b=True).astype(dtype)
 
 
-def mlp_forward_kernel(x, W1, W2, y, *refs):
-    """Blocks: x, y [C, d], W1, W2 [4d, d], kept [4d, C]; in VMEM W2_T [d, 4d]."""
-    *kept, W2_T = refs
+def mlp_forward_kernel(x, W1, W2, *refs, shapes):
+    """
+    Blocks: x, y [C, d], W1, W2 [4d, d], out [C, d], kept [4d, C]; with attention y [C, d], W_o [d, d] and their sum with x, [C, d].
+    In VMEM W2_T [d, 4d].
+    """
+    attention, (out, *rest, W2_T) = refs[:2 * shapes.attention], refs[2 * shapes.attention:]
     def begin(strip):
         W2_T[:, strip] = W2[strip].T
     by_strips(pl.program_id(0) == 0, W2.shape[0], begin)
-    act = jnp.maximum(to_hidden(W1[...], normed(x[...])[0].astype(x.dtype), x.dtype), 0)
-    if kept:
-        kept[0][...] = act
-    y[...] = add(x[...], matmul(W2_T[...], act * act).astype(y.dtype).T)
+    x_sum = x[...]
+    if attention:
+        y, W_o = attention
+        x_sum = add(x_sum, matmul(y[...], W_o[...], transpose_b=True))
+        rest[0][...] = x_sum
+    act = jnp.maximum(to_hidden(W1[...], normed(x_sum)[0].astype(x.dtype), x.dtype), 0)
+    if shapes.keep:
+        rest[-1][...] = act
+    out[...] = add(x_sum, matmul(W2_T[...], act * act).astype(out.dtype).T)
 
 
-def mlp_backward_kernel(x, W1, W2, dy, *refs):
-    """Blocks: x, dy, dx [C, d], W1, W2, dW1, dW2 [4d, d], kept [4d, C]; in VMEM W1_T [d, 4d], dW1_acc, dW2_acc [4d, d]."""
-    *kept, dx, dW1, dW2, W1_T, dW1_acc, dW2_acc = refs
+def mlp_backward_kernel(x, W1, W2, dout, *refs, shapes):
+    """
+    Blocks: x, the sum, dout, dx [C, d], W1, W2, dW1, dW2 [4d, d], kept [4d, C]; with attention y, dy [C, d], W_o, dW_o [d, d].
+    In VMEM: W1_T [d, 4d], dW1_acc, dW2_acc [4d, d], with attention dW_o_acc [d, d].
+    """
+    kept, attention, (dx, dW1, dW2, *rest) = shapes.arguments(refs)
+    dattention, (W1_T, dW1_acc, dW2_acc, *dW_o_acc) = rest[:2 * shapes.attention], rest[2 * shapes.attention:]
+    first, last = pl.program_id(0) == 0, pl.program_id(0) == pl.num_programs(0) - 1
+    sums = [(dW1, dW1_acc), (dW2, dW2_acc), *zip(dattention[1:], dW_o_acc, strict=True)]
     def begin(strip):
         W1_T[:, strip] = W1[strip].T
-        dW1_acc[strip] = dW2_acc[strip] = jnp.zeros((256, x.shape[1]), jnp.float32)
-    by_strips(pl.program_id(0) == 0, W1.shape[0], begin)
+    by_strips(first, W1.shape[0], begin)
+    for _, acc in sums:
+        def begin(strip, acc=acc):
+            acc[strip] = jnp.zeros((128, x.shape[1]), jnp.float32)
+        by_strips(first, acc.shape[0], begin, 128)
     x_normed, scale = normed(x[...])
     rounded = x_normed.astype(x.dtype)
     act = kept[0][...] if kept else jnp.maximum(to_hidden(W1[...], rounded, x.dtype), 0)
-    dpre = 2 * to_hidden(W2[...], dy[...], x.dtype) * act
-    dW2_acc[...] += matmul(act * act, dy[...])
+    dpre = 2 * to_hidden(W2[...], dout[...], x.dtype) * act
+    dW2_acc[...] += matmul(act * act, dout[...])
     dW1_acc[...] += matmul(dpre, rounded)
     d = matmul(W1_T[...], dpre).astype(dx.dtype).T.astype(jnp.float32)
-    dx[...] = add(dy[...], scale * (d - x_normed * (d * x_normed).mean(1, keepdims=True)))
-    def end(strip):
-        dW1[strip], dW2[strip] = dW1_acc[strip].astype(dW1.dtype), dW2_acc[strip].astype(dW2.dtype)
-    by_strips(pl.program_id(0) == pl.num_programs(0) - 1, W1.shape[0], end)
+    d = add(dout[...], scale * (d - x_normed * (d * x_normed).mean(1, keepdims=True)))
+    dx[...] = d
+    if attention:
+        (y, W_o), dy = attention, dattention[0]
+        dy[...] = matmul(d, W_o[...]).astype(dy.dtype)
+        dW_o_acc[0][...] += matmul(d.T, y[...])
+    for dW, acc in sums:
+        def end(strip, dW=dW, acc=acc):
+            dW[strip] = acc[strip].astype(dW.dtype)
+        by_strips(last, acc.shape[0], end, 128)
 
 
 def mlp_forward_call(shapes: MLPShapes, dtype, interpret=False):
-    """A function (x [tokens, d], W1, W2 [4d, d]) -> y as x and, if shapes.keep, relu(norm(x) @ W1.T) transposed, [4d, tokens]."""
-    return mlp_pallas_call(mlp_forward_kernel, shapes, dtype, interpret, "xww", "xh" if shapes.keep else "x",
-                           [((shapes.dim, shapes.hidden), dtype)])
+    """
+    A function (x [tokens, d], W1, W2 [4d, d] and, if shapes.attention, y as x and W_o [d, d]) -> out as x; if shapes.attention the sum that
+    stands for x from then on; if shapes.keep relu(norm(x) @ W1.T) transposed, [4d, tokens].
+    """
+    return mlp_pallas_call(mlp_forward_kernel, shapes, dtype, interpret, "xww" + "xo" * shapes.attention,
+                           "x" + "x" * shapes.attention + "h" * shapes.keep, [((shapes.dim, shapes.hidden), dtype)])
 
 
 def mlp_backward_call(shapes: MLPShapes, dtype, interpret=False):
-    """A function (x, W1, W2, dy as x and, if shapes.keep, what the forward pass kept) -> dx, dW1, dW2."""
-    acc = (shapes.hidden, shapes.dim), jnp.float32
-    return mlp_pallas_call(mlp_backward_kernel, shapes, dtype, interpret, "xwwxh" if shapes.keep else "xwwx", "xww",
-                           [((shapes.dim, shapes.hidden), dtype), acc, acc])
+    """A function (x, or the sum, W1, W2, dout as x, what the forward pass kept; y, W_o) -> dx, dW1, dW2; dy, dW_o."""
+    acc, acc_o = ((n, shapes.dim) for n in (shapes.hidden, shapes.dim))
+    return mlp_pallas_call(mlp_backward_kernel, shapes, dtype, interpret, "xwwx" + "h" * shapes.keep + "xo" * shapes.attention,
+                           "xww" + "xo" * shapes.attention, [((shapes.dim, shapes.hidden), dtype),
+                           *((acc, jnp.float32) for acc in (acc, acc, acc_o)[:2 + shapes.attention])])
 
 
 def mlp_pallas_call(kernel, shapes, dtype, interpret, inputs: str, outputs: str, scratch):
-    """inputs, outputs: a letter for each array: x [tokens, d], w [4d, d] (in VMEM once, not twice) or h [4d, tokens]."""
+    """inputs, outputs: a letter for each array: x [tokens, d], w [4d, d] or o [d, d] (in VMEM once, not twice), h [4d, tokens]."""
     T, d, h, C = shapes.tokens, shapes.dim, shapes.hidden, shapes.block
-    shape = {"x": (T, d), "w": (h, d), "h": (h, T)}
-    spec = {"x": pl.BlockSpec((C, d), lambda i: (i, 0)), "h": pl.BlockSpec((h, C), lambda i: (0, i)),
-            "w": pl.BlockSpec((h, d), lambda i: (0, 0), pipeline_mode=pl.Buffered(1))}
+    shape = {"x": (T, d), "w": (h, d), "o": (d, d), "h": (h, T)}
+    weight = {x: pl.BlockSpec(shape[x], lambda i: (0, 0), pipeline_mode=pl.Buffered(1)) for x in "wo"}
+    spec = weight | {"x": pl.BlockSpec((C, d), lambda i: (i, 0)), "h": pl.BlockSpec((h, C), lambda i: (0, i))}
     return pl.pallas_call(
-        kernel, name=kernel.__name__, interpret=interpret, grid=(T // C,),
+        functools.partial(kernel, shapes=shapes), name=kernel.__name__, interpret=interpret, grid=(T // C,),
         in_specs=[spec[x] for x in inputs], out_specs=[spec[x] for x in outputs],
         out_shape=[jax.ShapeDtypeStruct(shape[x], dtype) for x in outputs], scratch_shapes=[pltpu.VMEM(*x) for x in scratch],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=MLP_VMEM_LIMIT))

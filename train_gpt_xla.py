@@ -202,7 +202,10 @@ class CausalSelfAttention(nn.Module):
         return torch.cat([qk, qkvo_w[self.dim * 2:]])
 
     def forward(self, x: Tensor, attn_args: AttnArgs):
-        """The sum of x, mixed with x0, and attention's output. D20: upstream mixes, norms and adds outside; here kernels do."""
+        """
+        x, mixed with x0; what the heads say, [B, T, hdim]; and O's weights, by which Block adds one to the other. D20: upstream mixes and
+        norms outside and projects here; on a TPU, attention's kernel has the one and the MLP's the other.
+        """
         B, T = x.size(0), x.size(1) # rows, tokens a row
         assert T % 16 == 0
         ve, sa_lambdas, (factor1, factor2) = attn_args.ve, attn_args.sa_lambdas, attn_args.factors
@@ -237,7 +240,7 @@ class CausalSelfAttention(nn.Module):
                 v = v + scaled(2 * gate(ve_gate_w).mT.unsqueeze(-1), ve) # @KoszarskyB, @Grad62304977
             y = window_attention(q, k, v, attn_args.documents, attn_args.bm_size, attn_args.attn_scale, self.paired)
             y = scaled(gate(attn_gate_w).mT.unsqueeze(-1), y).transpose(1, 2).flatten(2)
-        return x + F.linear(y, scaled(sa_lambdas[1], self.qkvo_w[self.dim * 3:].type_as(y)))  # lambda on O's weights, not its output: @shenberg
+        return x, y, scaled(sa_lambdas[1], self.qkvo_w[self.dim * 3:].type_as(y))  # lambda on O's weights, not its output: @shenberg
 
 class PairedHeadCausalSelfAttention(CausalSelfAttention):
     """
@@ -295,9 +298,11 @@ class Block(nn.Module):
         self.mlp = MLP(dim)
 
     def forward(self, x: Tensor, attn_args: AttnArgs):
-        x = self.attn(x, attn_args) if self.attn is not None else mixed(x, *attn_args.mix)
-        if takes_mlp(x, self.mlp.c_fc, self.mlp.c_proj):  # D16: on a TPU all of the line below is one kernel
-            return ResidualMLP.apply(x, self.mlp.c_fc, self.mlp.c_proj, torch.is_grad_enabled())
+        x, *heads = self.attn(x, attn_args) if self.attn is not None else (mixed(x, *attn_args.mix),)
+        if takes_mlp(x, self.mlp.c_fc, self.mlp.c_proj):  # D16: on a TPU all that stands below is one kernel
+            return ResidualMLP.apply(x, self.mlp.c_fc, self.mlp.c_proj, torch.is_grad_enabled(), *heads)
+        if heads:
+            x = x + F.linear(*heads)
         return x + self.mlp(norm(x))
 
 # -----------------------------------------------------------------------------

@@ -213,41 +213,51 @@ def test_project(rows, H, T, paired, key_offset, values, mix, dtype):
 # -----------------------------------------------------------------------------
 # The MLP's kernels against its twin in train_gpt_xla
 
-MLP_RESULTS = "y", "dx", "dW1", "dW2"
+MLP_RESULTS = "out", "dx", "dW1", "dW2", "dy", "dW_o"  # the last two with attention
 
-def mlp_inputs(rows: int, T: int, d: int, h: int, dtype=torch.float32):
-    """x, W1, W2, dy. Tokens from small to large; a quarter of them is 0, and so are their pre-activations and what goes back to them."""
+def mlp_inputs(rows: int, T: int, d: int, h: int, dtype=torch.float32, attention=False):
+    """
+    x, W1, W2, dout; y, W_o with attention. Tokens from small to large; a quarter of them is 0, and so are their pre-activations and what goes
+    back to them.
+    """
     generator = torch.Generator().manual_seed(T + rows)
     randn = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)
-    x, W1, W2, dy = randn(rows, T, d), randn(h, d) * d**-0.5, randn(h, d) * h**-0.5, randn(rows, T, d)
-    x *= torch.logspace(-1, 1, T)[torch.randperm(T, generator=generator), None].to(dtype)
-    x[:, ::4] = dy[:, ::4] = 0
-    return x, W1, W2, dy
+    x, W1, W2, dout = randn(rows, T, d), randn(h, d) * d**-0.5, randn(h, d) * h**-0.5, randn(rows, T, d)
+    scale = torch.logspace(-1, 1, T)[torch.randperm(T, generator=generator), None].to(dtype)
+    x *= scale
+    y, W_o = randn(rows, T, d) * scale, randn(d, d) * d**-0.5
+    x[:, ::4] = dout[:, ::4] = y[:, ::4] = 0
+    return x, W1, W2, dout, *[y, W_o] * attention
 
-def mlp_twin(x, W1, W2, dy) -> list[np.ndarray]:
-    """y, dx, dW1, dW2."""
+def mlp_twin(x, W1, W2, dout, *attention) -> list[np.ndarray]:
+    """MLP_RESULTS."""
     from train_gpt_xla import FusedLinearReLUSquareFunction, norm
-    leaves = [t.detach().requires_grad_() for t in (x, W1, W2)]
-    y = leaves[0] + FusedLinearReLUSquareFunction.apply(norm(leaves[0]), *leaves[1:])
-    return [t.detach().float().numpy() for t in (y, *torch.autograd.grad(y, leaves, dy))]
+    x, W1, W2, *attention = leaves = [t.detach().requires_grad_() for t in (x, W1, W2, *attention)]
+    if attention:
+        x = x + torch.nn.functional.linear(*attention)
+    out = x + FusedLinearReLUSquareFunction.apply(norm(x), W1, W2)
+    return [t.detach().float().numpy() for t in (out, *torch.autograd.grad(out, leaves, dout))]
 
-@pytest.mark.parametrize("rows, T, h, keep, dtype, tolerance", [
-    (2, 384, 512, True, torch.float32, 1e-5),  # three blocks of 128; rows
-    (2, 512, 256, False, torch.float32, 1e-5),  # one block
-    (1, 768, 512, False, torch.bfloat16, 2e-2),  # three blocks of 256
-    (1, 1024, 256, True, torch.bfloat16, 2e-2),
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("rows, T, d, h, keep, dtype, tolerance", [
+    (2, 384, 128, 512, True, torch.float32, 1e-5),  # three blocks of 256; rows
+    (2, 512, 384, 256, False, torch.float32, 1e-5),  # two blocks of 512
+    (1, 768, 256, 512, False, torch.bfloat16, 2e-2),  # three blocks of 256
+    (1, 1024, 128, 256, True, torch.bfloat16, 2e-2),
 ])
-def test_mlp(rows, T, h, keep, dtype, tolerance):
+def test_mlp(rows, T, d, h, keep, dtype, tolerance, attention):
     jax = pytest.importorskip("jax")
     pk.import_jax()
-    tensors = mlp_inputs(rows, T, 128, h, dtype)
-    x, W1, W2, dy = (jax.numpy.asarray(t.flatten(0, -2).float().numpy(), dtype=str(dtype).removeprefix("torch.")) for t in tensors)
-    shapes = pk.get_mlp(*tensors[:2], keep)
-    y, *kept = jax.jit(pk.mlp_forward_call(shapes, x.dtype, interpret=True))(x, W1, W2)
-    assert len(kept) == keep
-    got = [y, *jax.jit(pk.mlp_backward_call(shapes, x.dtype, interpret=True))(x, W1, W2, dy, *kept)]
+    tensors = mlp_inputs(rows, T, d, h, dtype, attention)
+    x, W1, W2, dout, *more = (jax.numpy.asarray(t.flatten(0, -2).float().numpy(), dtype=str(dtype).removeprefix("torch.")) for t in tensors)
+    shapes = pk.get_mlp(*tensors[:2], keep, attention)
+    out, *kept = jax.jit(pk.mlp_forward_call(shapes, x.dtype, interpret=True))(x, W1, W2, *more)
+    assert len(kept) == keep + attention
+    if attention:
+        x = kept.pop(0)
+    got = [out, *jax.jit(pk.mlp_backward_call(shapes, x.dtype, interpret=True))(x, W1, W2, dout, *kept, *more)]
     want = mlp_twin(*tensors)
-    check(got, [t.reshape(g.shape) for t, g in zip(want, got, strict=True)], tolerance, MLP_RESULTS)
+    check(got, [t.reshape(g.shape) for t, g in zip(want, got, strict=True)], tolerance, MLP_RESULTS[:len(want)])
 
 def test_mlp_refuses():
     def why_not(rows=1, T=512, d=768, h=3072, dtype=torch.bfloat16, W_dim=None):
@@ -444,17 +454,17 @@ open(sys.argv[2], "wb").write(torch_xla._XLAC._get_xla_tensors_hlo_proto(outputs
 # the MLP, on n devices with a row each: written down for the TPU, run on a CPU
 MLP = SPMD + """
 from test_pallas_kernels import MLP_RESULTS, mlp_inputs, mlp_twin
-tensors = mlp_inputs(n, 384, 128, 256, torch.bfloat16)
+tensors = mlp_inputs(n, 384, 128, 256, torch.bfloat16, attention=True)
 pk.target = sys.argv[2]
-def graph(x, W1, W2, dy):
-    x, dy, W1, W2 = split(x), split(dy), enter(to_device(W1)), enter(to_device(W2))
-    leaves = [t.detach().requires_grad_() for t in (x, W1, W2)]
-    assert pk.mlp_refuses(*leaves) is None
+def graph(x, W1, W2, dout, y, W_o):
+    place = lambda t: split(t) if t.ndim == 3 else enter(to_device(t))
+    dout, leaves = place(dout), [place(t).detach().requires_grad_() for t in (x, W1, W2, y, W_o)]
+    assert pk.mlp_refuses(*leaves[:3]) is None
     results = []
-    for keep in (True, False):
-        y = pk.ResidualMLP.apply(*leaves, keep)
-        y, dx, *dW = leave(y.detach()), *map(leave, torch.autograd.grad(y, leaves, dy))
-        results += [y.flatten(0, 1), dx.flatten(0, 1), *(t.float().sum(0) for t in dW)]
+    for keep, n in ((True, 5), (False, 3)):
+        out = pk.ResidualMLP.apply(*leaves[:3], keep, *leaves[3:n])
+        for t in (out.detach(), *torch.autograd.grad(out, leaves[:n], dout)):
+            results.append(leave(t).flatten(0, 1) if t.ndim == 3 else leave(t).float().sum(0))
     return results
 results = graph(*tensors)
 assert pk.lowered.cache_info().misses == 4
@@ -462,7 +472,7 @@ if pk.target == "TPU":
     open(sys.argv[3], "wb").write(torch_xla._XLAC._get_xla_tensors_hlo_proto(results))
 else:
     torch_xla.sync()
-    check([t.cpu().float().numpy() for t in results], 2 * mlp_twin(*tensors), 2e-2, 2 * MLP_RESULTS)
+    check([t.cpu().float().numpy() for t in results], mlp_twin(*tensors) + mlp_twin(*tensors[:4]), 2e-2, MLP_RESULTS + MLP_RESULTS[:4])
 """
 
 COMPILE = """
