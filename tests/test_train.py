@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BOS, ROOT, make_tokens, run_train, toy_options, write_shard
+import torch_xla
+from conftest import BOS, ROOT, TOY, make_tokens, run_train, toy_options, write_shard
 
 import train_gpt_xla as t
 
@@ -213,3 +214,16 @@ def test_non_finite_loss(tmp_path, corpus):
                         val_loss_every=0, train_loss_every=2, patch=NAN + NO_WARMUP)
     assert process.returncode == 1 and "Traceback" not in process.stderr
     one_line(process.stderr.strip().splitlines()[-1], "loss of step 1 is nan", "logs/toy.txt")
+
+def test_no_long_sum_is_in_bfloat16():
+    """XLA adds up bfloat16 in bfloat16: 65,536 ones make 2,048. Only sums over the devices may (upstream's collectives do the same)."""
+    fields = TOY | dict(dtype="bfloat16", head_dim=32, num_heads=2, model_dim=64)
+    manager = t.build(t.parse_args([x for name, value in fields.items() for x in (f"--{name}", str(value))])[0])
+    manager.advance_schedule(1)
+    batch = t.to_device(torch.zeros(8, 3, 64, dtype=torch.int32), "data")
+    results = [manager.training_step(batch, t.to_device(manager.get_numbers())), *manager.tensors()]
+    hlo = torch_xla._XLAC._get_xla_tensors_hlo(results)
+    sums = re.findall(r"= bf16\[[\d,]*\]\S* reduce\(bf16\[([\d,]*)\].*?dimensions=\{([\d,]*)\}", hlo)
+    assert sums and re.search(r" = f32\[\]\S* reduce\(f32\[", hlo), "the pattern finds none"
+    for shape, dims in sums:
+        assert np.prod([int(shape.split(",")[int(d)]) for d in dims.split(",")]) <= t.ROWS, f"a sum over dims {dims} of bf16[{shape}]"
