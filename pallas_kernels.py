@@ -662,7 +662,7 @@ def pallas_call(kernel, band, grid, scratch, interpret, in_specs, out_specs, out
 
 SOFTCAP_A, SOFTCAP_B, SOFTCAP_C = 23.0, 5.0, 7.5  # A * sigmoid((logits + B) / C)
 LM_HEAD_VMEM_LIMIT = 100 * 2**20  # bytes, of a v6e's 128 MiB
-LM_HEAD_KEPT = 32768  # tokens of a device whose P is kept: 3.1 GiB at the record's vocabulary
+LM_HEAD_KEPT = 49152  # tokens of a device whose P is kept: 4.6 GiB at the record's vocabulary
 
 @dataclasses.dataclass(frozen=True)
 class LmHead:
