@@ -188,11 +188,14 @@ class NorMuon(torch.optim.Optimizer):
         for i, group in enumerate(self.param_groups):
             params, dtype = group["params"], group["params"][0].dtype
             momentum_buffer, master = group["momentum_buffer"], group["master"]
-            grads = [p.local_grad for p in params]
-            xm.optimization_barrier_(grads)  # without it libtpu 0.0.21 fuses the stack with what made the gradients into a cycle, and dies
-            grads += [torch.zeros_like(grads[0])] * (master.size(0) // group["square"] - len(grads))
-            grads = torch.stack(grads).view(master.shape)
-            grads = reduce_scatter(grads, channel=1 + i).float()
+            grads = group["stack"].tensor  # where kernels have made it
+            if grads is None:
+                grads = [p.local_grad for p in params]
+                # without it libtpu 0.0.21 fuses the stack with what made the gradients into a cycle, and dies
+                xm.optimization_barrier_(grads)
+                grads += [torch.zeros_like(grads[0])] * (master.size(0) // group["square"] - len(grads))
+                grads = torch.stack(grads)
+            grads = reduce_scatter(grads.view(master.shape), channel=1 + i).float()
 
             momentum_buffer.copy_(momentum_buffer + (1 - group["momentum"]) * (grads - momentum_buffer))
             updated_grads = grads + group["momentum"] * (momentum_buffer - grads)

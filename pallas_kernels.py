@@ -1091,15 +1091,30 @@ def lowered(call, key, arguments: tuple, interpret: bool):
 
 MLP_VMEM_LIMIT = 96 * 2**20  # bytes, of a v6e's 128 MiB
 
+class GradientStack:
+    """
+    Where the gradients of `used` weights come to lie as one tensor [n, ...], zeros at its end: each kernel writes its own into the memory
+    that holds the others already, where a stack made of them afterwards would be a copy. tensor: None before the first.
+    """
+    def __init__(self, n: int, used: int):
+        self.n, self.used, self.tensor = n, used, None
+
+    def begin(self, weight: Tensor) -> Tensor:
+        if self.tensor is None:
+            self.tensor, = call_kernel(stack_call, (self.n, self.used, *weight.shape), weight)
+        return self.tensor
+
+
 class ResidualMLP(torch.autograd.Function):
     """
     x + relu(norm(x) @ W1.T)^2 @ W2 by the TPU kernels. x: [B, T, d]; W1, W2: [4d, d].
     keep: store relu(norm(x) @ W1.T), [4d, B * T], for the backward pass, which otherwise computes it again; without one, say False.
     y [B, T, d] and W_o [d, d], if given: x + y @ W_o.T takes the place of x.
+    If W1 has a place, (a GradientStack, an even number), its gradient goes there and that of W2 behind it, instead of to autograd.
     """
     @staticmethod
     def forward(ctx, x, W1, W2, keep, y=None, W_o=None):
-        ctx.shapes, shape = get_mlp(x, W1, keep, y is not None), x.shape
+        ctx.shapes, ctx.place, shape = get_mlp(x, W1, keep, y is not None), getattr(W1, "place", None), x.shape
         attention = [y.flatten(0, 1), W_o] if ctx.shapes.attention else []
         out, *rest = call_kernel(mlp_forward_call, ctx.shapes, x.flatten(0, 1), W1, W2, *attention)
         x, *kept = rest if attention else (x.flatten(0, 1), *rest)
@@ -1109,7 +1124,11 @@ class ResidualMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, W1, W2, *rest = ctx.saved_tensors
-        dx, dW1, dW2, *dattention = call_kernel(mlp_backward_call, ctx.shapes, x, W1, W2, dy.flatten(0, 1), *rest)
+        stack, slot = ctx.place or (GradientStack(2, 2), 0)
+        pair = torch.full((1,), slot // 2, dtype=torch.int32, device=x.device)
+        arguments = pair, stack.begin(W1), x, W1, W2, dy.flatten(0, 1), *rest
+        dx, stack.tensor, *dattention = call_kernel(mlp_backward_call, ctx.shapes, *arguments)
+        dW1, dW2 = (None, None) if ctx.place else stack.tensor
         dattention = [dattention[0].view_as(dy), dattention[1]] if dattention else [None, None]
         return dx.view_as(dy), dW1, dW2, None, *dattention
 
@@ -1188,15 +1207,15 @@ def mlp_forward_kernel(x, W1, W2, *refs, shapes):
     out[...] = add(x_sum, matmul(W2_T[...], act * act).astype(out.dtype).T)
 
 
-def mlp_backward_kernel(x, W1, W2, dout, *refs, shapes):
+def mlp_backward_kernel(pair, stack, x, W1, W2, dout, *refs, shapes):
     """
-    Blocks: x, the sum, dout, dx [C, d], W1, W2, dW1, dW2 [4d, d], kept [4d, C]; with attention y, dy [C, d], W_o, dW_o [d, d].
-    In VMEM: W1_T [d, 4d], dW1_acc, dW2_acc [4d, d], with attention dW_o_acc [d, d].
+    Blocks: x, the sum, dout, dx [C, d], W1, W2 [4d, d], kept [4d, C], dW [2, 4d, d], a pair of the stack, which stays where it is; with
+    attention y, dy [C, d], W_o, dW_o [d, d]. In VMEM: W1_T [d, 4d], dW1_acc, dW2_acc [4d, d], with attention dW_o_acc [d, d].
     """
-    kept, attention, (dx, dW1, dW2, *rest) = shapes.arguments(refs)
+    kept, attention, (dx, dW, *rest) = shapes.arguments(refs)
     dattention, (W1_T, dW1_acc, dW2_acc, *dW_o_acc) = rest[:2 * shapes.attention], rest[2 * shapes.attention:]
     first, last = pl.program_id(0) == 0, pl.program_id(0) == pl.num_programs(0) - 1
-    sums = [(dW1, dW1_acc), (dW2, dW2_acc), *zip(dattention[1:], dW_o_acc, strict=True)]
+    sums = [(dW.at[0], dW1_acc), (dW.at[1], dW2_acc), *zip(dattention[1:], dW_o_acc, strict=True)]
     def begin(strip):
         W1_T[:, strip] = W1[strip].T
     by_strips(first, W1.shape[0], begin)
@@ -1233,21 +1252,50 @@ def mlp_forward_call(shapes: MLPShapes, dtype, interpret=False):
 
 
 def mlp_backward_call(shapes: MLPShapes, dtype, interpret=False):
-    """A function (x, or the sum, W1, W2, dout as x, what the forward pass kept; y, W_o) -> dx, dW1, dW2; dy, dW_o."""
+    """
+    A function (pair [1] int32, stack [n, 4d, d], x, or the sum, W1, W2, dout as x, what the forward pass kept; y, W_o) -> dx, the stack
+    with dW1 and dW2 as that pair; dy, dW_o.
+    """
     acc, acc_o = ((n, shapes.dim) for n in (shapes.hidden, shapes.dim))
-    return mlp_pallas_call(mlp_backward_kernel, shapes, dtype, interpret, "xwwx" + "h" * shapes.keep + "xo" * shapes.attention,
-                           "xww" + "xo" * shapes.attention, [((shapes.dim, shapes.hidden), dtype),
-                           *((acc, jnp.float32) for acc in (acc, acc, acc_o)[:2 + shapes.attention])])
+    scratch = [((shapes.dim, shapes.hidden), dtype), *((acc, jnp.float32) for acc in (acc, acc, acc_o)[:2 + shapes.attention])]
+    return lambda pair, stack, *more: mlp_pallas_call(
+        mlp_backward_kernel, shapes, dtype, interpret, "sxwwx" + "h" * shapes.keep + "xo" * shapes.attention,
+        "xs" + "xo" * shapes.attention, scratch, stack.shape[0])(pair, stack, *more)
 
 
-def mlp_pallas_call(kernel, shapes, dtype, interpret, inputs: str, outputs: str, scratch):
-    """inputs, outputs: a letter for each array: x [tokens, d], w [4d, d] or o [d, d] (in VMEM once, not twice), h [4d, tokens]."""
+def mlp_pallas_call(kernel, shapes, dtype, interpret, inputs: str, outputs: str, scratch, stacked=0):
+    """
+    inputs, outputs: a letter for each array: x [tokens, d], w [4d, d] or o [d, d] (in VMEM once, not twice), h [4d, tokens]; s, a stack
+    [stacked, 4d, d] in HBM: a pair of it is written, whose number comes before all else.
+    """
     T, d, h, C = shapes.tokens, shapes.dim, shapes.hidden, shapes.block
-    shape = {"x": (T, d), "w": (h, d), "o": (d, d), "h": (h, T)}
-    weight = {x: pl.BlockSpec(shape[x], lambda i: (0, 0), pipeline_mode=pl.Buffered(1)) for x in "wo"}
-    spec = weight | {"x": pl.BlockSpec((C, d), lambda i: (i, 0)), "h": pl.BlockSpec((h, C), lambda i: (0, i))}
+    shape = {"x": (T, d), "w": (h, d), "o": (d, d), "h": (h, T), "s": (stacked, h, d)}
+    once = dict(pipeline_mode=pl.Buffered(1))
+    spec = {"x": pl.BlockSpec((C, d), lambda i, *_: (i, 0)), "h": pl.BlockSpec((h, C), lambda i, *_: (0, i)),
+            "s": pl.BlockSpec((2, h, d), lambda i, pair: (pair[0], 0, 0), **once)}
+    spec |= {x: pl.BlockSpec(shape[x], lambda i, *_: (0, 0), **once) for x in "wo"}
     return pl.pallas_call(
-        functools.partial(kernel, shapes=shapes), name=kernel.__name__, interpret=interpret, grid=(T // C,),
-        in_specs=[spec[x] for x in inputs], out_specs=[spec[x] for x in outputs],
-        out_shape=[jax.ShapeDtypeStruct(shape[x], dtype) for x in outputs], scratch_shapes=[pltpu.VMEM(*x) for x in scratch],
+        functools.partial(kernel, shapes=shapes), name=kernel.__name__, interpret=interpret,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=int(stacked > 0), grid=(T // C,),
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY) if x == "s" else spec[x] for x in inputs],
+            out_specs=[spec[x] for x in outputs], scratch_shapes=[pltpu.VMEM(*x) for x in scratch]),
+        out_shape=[jax.ShapeDtypeStruct(shape[x], dtype) for x in outputs], input_output_aliases={1: 1} if stacked else {},
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=MLP_VMEM_LIMIT))
+
+
+def stack_kernel(weight, out):
+    out[...] = jnp.zeros_like(out)
+
+
+def stack_call(shape: tuple[int, int, int, int], dtype, interpret=False):
+    """
+    shape: n, used, rows, columns. A function of a weight, to be on its device, -> [n, rows, columns]: zeros behind the first `used`, which
+    are not written at all.
+    """
+    n, used, *matrix = shape
+    first = min(used, n - 1)
+    return pl.pallas_call(
+        stack_kernel, name=stack_kernel.__name__, interpret=interpret, grid=(n - first,), in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+        out_specs=[pl.BlockSpec((1, *matrix), lambda i: (first + i, 0, 0))], out_shape=[jax.ShapeDtypeStruct((n, *matrix), dtype)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=MLP_VMEM_LIMIT))

@@ -47,6 +47,7 @@ from checkpoint import Checkpoints
 from muon_xla import ROWS, DistAdam, NorMuon, assign, enter, leave, shard, to_device, to_host
 from pallas_kernels import (
     FusedAttention,
+    GradientStack,
     ResidualMLP,
     SoftcappedCrossEntropy,
     embedding,
@@ -566,7 +567,8 @@ class GPT(nn.Module):
                 ve_gate_w=ve_gates[i]
             )
             if i in skip_out:
-                skip_gate_out = torch.sigmoid(skip_lambda) * 2 * torch.sigmoid(self.skip_gate(x0[..., :self.skip_gate.weight.size(-1)].float()))
+                skip_gate_out = self.skip_gate(x0[..., :self.skip_gate.weight.size(-1)].float())
+                skip_gate_out = torch.sigmoid(skip_lambda) * 2 * torch.sigmoid(skip_gate_out)
                 x = x + scaled(skip_gate_out, skip_connections.pop())
             if i == 0:  # the other blocks mix x with x0 themselves (D20)
                 x = scaled(resid_lambdas[0] + x0_lambdas[0], x)
@@ -1068,6 +1070,11 @@ class TrainingManager():
         # D18: what enters is one device's own, and XLA splits and moves nothing until it leaves
         weights = {name: enter(p.detach()).requires_grad_() for name, p in self.model.named_parameters()}
         buffers = {name: enter(b) for name, b in self.model.named_buffers()}
+        names = {p: name for name, p in self.model.named_parameters()}
+        for group in self.muon_opt.param_groups:  # the MLP's kernels put their gradients where Muon would stack them (D16)
+            group["stack"] = GradientStack(group["master"].size(0) // group["square"], len(group["params"]))
+            for slot, p in enumerate(group["params"]):
+                weights[names[p]].place = group["stack"], slot
         args = (*enter(batch, "data").unbind(1), self.get_forward_args())
         return torch.func.functional_call(self.model, weights | buffers, args), weights
 
@@ -1080,6 +1087,8 @@ class TrainingManager():
         self.step_optimizers()
         for p in self.model.parameters():  # or mark_step looks after them at every step
             p.local_grad = p.step_size = p.eff_wd = None
+        for group in self.muon_opt.param_groups:
+            group["stack"] = None
         return shard(leave(losses.detach()).flatten())
 
     @torch.no_grad()

@@ -217,8 +217,8 @@ MLP_RESULTS = "out", "dx", "dW1", "dW2", "dy", "dW_o"  # the last two with atten
 
 def mlp_inputs(rows: int, T: int, d: int, h: int, dtype=torch.float32, attention=False):
     """
-    x, W1, W2, dout; y, W_o with attention. Tokens from small to large; a quarter of them is 0, and so are their pre-activations and what goes
-    back to them.
+    x, W1, W2, dout; y, W_o with attention. Tokens from small to large; a quarter of them is 0, and so are their pre-activations and what
+    goes back to them.
     """
     generator = torch.Generator().manual_seed(T + rows)
     randn = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)
@@ -255,8 +255,13 @@ def test_mlp(rows, T, d, h, keep, dtype, tolerance, attention):
     assert len(kept) == keep + attention
     if attention:
         x = kept.pop(0)
-    got = [out, *jax.jit(pk.mlp_backward_call(shapes, x.dtype, interpret=True))(x, W1, W2, dout, *kept, *more)]
-    want = mlp_twin(*tensors)
+    stack, = jax.jit(pk.stack_call((6, 4, h, d), x.dtype, interpret=True))(W1)
+    assert (stack[4:] == 0).all()
+    stack = stack.at[:4].set(7)  # what others wrote there before
+    dx, stack, *dmore = jax.jit(pk.mlp_backward_call(shapes, x.dtype, interpret=True))(
+        jax.numpy.ones(1, dtype="int32"), stack, x, W1, W2, dout, *kept, *more)
+    assert (stack[:2] == 7).all() and (stack[4:] == 0).all(), "a gradient went where it does not belong"
+    got, want = [out, dx, *stack[2:4], *dmore], mlp_twin(*tensors)
     check(got, [t.reshape(g.shape) for t, g in zip(want, got, strict=True)], tolerance, MLP_RESULTS[:len(want)])
 
 def test_mlp_refuses():
@@ -462,16 +467,25 @@ def graph(x, W1, W2, dout, y, W_o):
     assert pk.mlp_refuses(*leaves[:3]) is None
     results = []
     for keep, n in ((True, 5), (False, 3)):
-        out = pk.ResidualMLP.apply(*leaves[:3], keep, *leaves[3:n])
-        for t in (out.detach(), *torch.autograd.grad(out, leaves[:n], dout)):
+        W1, stack = leaves[1], pk.GradientStack(8, 6)
+        if keep:
+            W1.place = stack, 4
+        out = pk.ResidualMLP.apply(leaves[0], W1, leaves[2], keep, *leaves[3:n])
+        dx, dW1, dW2, *more = torch.autograd.grad(out, leaves[:n], dout, allow_unused=True)
+        if keep:
+            assert dW1 is dW2 is None, "a gradient in two places"
+            (dW1, dW2), W1.place = stack.tensor[4:6], None
+            padding = stack.tensor[6:]
+        for t in (out.detach(), dx, dW1, dW2, *more):
             results.append(leave(t).flatten(0, 1) if t.ndim == 3 else leave(t).float().sum(0))
-    return results
-results = graph(*tensors)
-assert pk.lowered.cache_info().misses == 4
+    return [*results, leave(padding)]
+*results, padding = graph(*tensors)
+assert pk.lowered.cache_info().misses == 6
 if pk.target == "TPU":
-    open(sys.argv[3], "wb").write(torch_xla._XLAC._get_xla_tensors_hlo_proto(results))
+    open(sys.argv[3], "wb").write(torch_xla._XLAC._get_xla_tensors_hlo_proto(results + [padding]))
 else:
     torch_xla.sync()
+    assert not padding.cpu().any()
     check([t.cpu().float().numpy() for t in results], mlp_twin(*tensors) + mlp_twin(*tensors[:4]), 2e-2, MLP_RESULTS + MLP_RESULTS[:4])
 """
 
@@ -546,7 +560,7 @@ def test_mlp_compiles_for_v6e(tmp_path):
         pytest.importorskip(package)
     python(MLP, 8, "TPU", tmp_path / "graph.hlo.pb", PJRT_DEVICE="CPU", CPU_NUM_DEVICES="8")
     hlo = python(COMPILE, 8, tmp_path / "graph.hlo.pb", **TPU).stdout
-    assert hlo.count('custom_call_target="tpu_custom_call"') == 4
+    assert hlo.count('custom_call_target="tpu_custom_call"') == 6  # forward, backward and the stack they write to, twice
     copies = [line.strip()[:200] for line in hlo.splitlines() if any(f" {op}(" in line for op in ("copy", "pad", "transpose"))]
     assert not copies, copies
 
@@ -557,6 +571,9 @@ import pallas_kernels as pk, train_gpt_xla as train
 from muon_xla import ROWS, leave, to_device
 train.setup_devices()
 T = 256
+def gradient(w):
+    stack, slot = getattr(w, "place", (None, 0))
+    return w.grad if stack is None or stack.tensor is None else stack.tensor[slot]
 def gradients(dtype):
     torch.manual_seed(0)
     manager = train.build(train.presets["rehearsal"](train_bs_schedule=(8 * T,) * 3, train_bs_extension=8 * T, block_size=32, num_heads=2,
@@ -575,7 +592,7 @@ def gradients(dtype):
         manager.advance_schedule(step)
         losses, weights = manager.forward(to_device(batch, "data"), to_device(manager.get_numbers()))
         losses.sum().backward()
-        found = {"losses": leave(losses.detach())} | {name: leave(w.grad) for name, w in weights.items() if w.grad is not None}
+        found = {"losses": leave(losses.detach())} | {name: leave(gradient(w)) for name, w in weights.items() if gradient(w) is not None}
         torch_xla.sync()
         yield {name: x.cpu().float() for name, x in found.items()}
 wanted = list(gradients("float32"))

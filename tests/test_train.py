@@ -227,3 +227,26 @@ def test_no_long_sum_is_in_bfloat16():
     assert sums and re.search(r" = f32\[\]\S* reduce\(f32\[", hlo), "the pattern finds none"
     for shape, dims in sums:
         assert np.prod([int(shape.split(",")[int(d)]) for d in dims.split(",")]) <= t.ROWS, f"a sum over dims {dims} of bf16[{shape}]"
+
+def test_muon_takes_the_stack_that_kernels_make():
+    """Gradients one by one, or in a stack as on a TPU: the same step."""
+    from muon_xla import enter
+    manager = t.build(t.parse_args([x for name, value in TOY.items() for x in (f"--{name}", str(value))])[0])
+    manager.advance_schedule(0)
+    generator, results = torch.Generator().manual_seed(0), []
+    grads = {p: torch.randn(p.shape, generator=generator) for group in manager.muon_opt.param_groups for p in group["params"]}
+    for stacked in (False, True):
+        manager.reset()
+        manager.bind(t.to_device(manager.get_numbers()))
+        for group in manager.muon_opt.param_groups:
+            n, params = group["master"].size(0) // group["square"], group["params"]
+            group["stack"] = t.GradientStack(n, len(params))
+            for p in params:
+                p.local_grad = None if stacked else enter(t.to_device(grads[p].to(p.dtype)))
+            if stacked:
+                stack = torch.stack([grads[p] for p in params] + [torch.zeros_like(grads[params[0]])] * (n - len(params)))
+                group["stack"].tensor = enter(t.to_device(stack.to(params[0].dtype)))
+        manager.muon_opt.step()
+        results.append([t.to_host(group["momentum_buffer"]) for group in manager.muon_opt.param_groups])
+    for one_by_one, stacked in zip(*results, strict=True):
+        assert one_by_one.abs().max() > 0 and torch.equal(one_by_one, stacked)
