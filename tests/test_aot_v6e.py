@@ -157,6 +157,17 @@ def test_collectives_share_the_links():
     estimate = Estimate(hlo(["%x = f32[25000000]{0} parameter(0)", START, second[0], WORK, DONE, second[1]], BODY))
     assert estimate.total_ms == pytest.approx(7)
 
+def test_a_collective_on_the_sparse_cores_is_one():
+    """libtpu wraps it in a call of another thread."""
+    gather = "ROOT %a = f32[200000000]{0} all-gather(%p), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}"
+    call = '%g = ((f32[25000000]{0}), f32[200000000]{0}) call-start(%x), async_execution_thread="sparsecore", to_apply=%gather'
+    done = DONE.replace("all-gather-done", "call-done")
+    estimate = Estimate(hlo(["%x = f32[25000000]{0} parameter(0)", call, WORK, done], BODY,
+                            ["%gather", "%p = f32[25000000]{0} parameter(0)", gather]))
+    summary = estimate.summary()
+    assert list(summary["collectives"]["kinds"]) == ["all-gather"] and not summary["not_estimated"]
+    assert summary["est_ms"]["collectives"] == pytest.approx(2.5) and estimate.total_ms == pytest.approx(3.5)
+
 def test_a_collective_nobody_waits_for_is_counted_in_full():
     assert Estimate(hlo(["%x = f32[25000000]{0} parameter(0)", START, WORK], BODY)).total_ms == pytest.approx(4.5)
 
