@@ -1166,11 +1166,6 @@ class MLPShapes:
     def block(self) -> int:
         return math.gcd(self.tokens, 512)
 
-    def arguments(self, refs: tuple) -> tuple[tuple, tuple, tuple]:
-        """The last arguments of a kernel: what is kept, what attention brings, the rest."""
-        attention = self.keep + 2 * self.attention
-        return refs[:self.keep], refs[self.keep:attention], refs[attention:]
-
 
 def get_mlp(x: Tensor, W1: Tensor, keep: bool, attention: bool) -> MLPShapes:
     B, T, d = x.shape
@@ -1212,7 +1207,8 @@ def mlp_backward_kernel(pair, stack, x, W1, W2, dout, *refs, shapes):
     Blocks: x, the sum, dout, dx [C, d], W1, W2 [4d, d], kept [4d, C], dW [2, 4d, d], a pair of the stack, which stays where it is; with
     attention y, dy [C, d], W_o, dW_o [d, d]. In VMEM: W1_T [d, 4d], dW1_acc, dW2_acc [4d, d], with attention dW_o_acc [d, d].
     """
-    kept, attention, (dx, dW, *rest) = shapes.arguments(refs)
+    n = shapes.keep + 2 * shapes.attention
+    kept, attention, (dx, dW, *rest) = refs[:shapes.keep], refs[shapes.keep:n], refs[n:]
     dattention, (W1_T, dW1_acc, dW2_acc, *dW_o_acc) = rest[:2 * shapes.attention], rest[2 * shapes.attention:]
     first, last = pl.program_id(0) == 0, pl.program_id(0) == pl.num_programs(0) - 1
     sums = [(dW.at[0], dW1_acc), (dW.at[1], dW2_acc), *zip(dattention[1:], dW_o_acc, strict=True)]
