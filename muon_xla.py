@@ -16,6 +16,8 @@ import torch_xla.core.xla_op_registry as xor
 import torch_xla.distributed.spmd as xs
 from torch import Tensor
 
+from pallas_kernels import GradientStack
+
 ROWS = 8  # the record's 8 ranks; also the most devices, so stacks are padded to a multiple of it
 
 def to_device(x: Tensor, *spec) -> Tensor:
@@ -182,13 +184,20 @@ class NorMuon(torch.optim.Optimizer):
             pad = torch.zeros(group["master"].size(0) - stack.size(0), *stack.shape[1:])
             group["master"].data = to_device(torch.cat([stack, pad]), "data")
 
+    def begin(self):
+        """Before the forward pass: a place for each gradient. The MLP's kernels put theirs there, and need no stacking (D16)."""
+        for group in self.param_groups:
+            group["stack"] = GradientStack(group["master"].size(0) // group["square"], len(group["params"]))
+            for slot, p in enumerate(group["params"]):
+                p.place = group["stack"], slot
+
     @torch.no_grad()
     def step(self):
         """One update of every group. group["lr"] and group["momentum"] are 0-D tensors."""
         for i, group in enumerate(self.param_groups):
             params, dtype = group["params"], group["params"][0].dtype
             momentum_buffer, master = group["momentum_buffer"], group["master"]
-            grads = group["stack"].tensor  # where kernels have made it
+            grads = group.pop("stack").tensor  # as kernels have left it
             if grads is None:
                 grads = [p.local_grad for p in params]
                 # without it libtpu 0.0.21 fuses the stack with what made the gradients into a cycle, and dies

@@ -47,7 +47,6 @@ from checkpoint import Checkpoints
 from muon_xla import ROWS, DistAdam, NorMuon, assign, enter, leave, shard, to_device, to_host
 from pallas_kernels import (
     FusedAttention,
-    GradientStack,
     ResidualMLP,
     SoftcappedCrossEntropy,
     embedding,
@@ -1070,25 +1069,21 @@ class TrainingManager():
         # D18: what enters is one device's own, and XLA splits and moves nothing until it leaves
         weights = {name: enter(p.detach()).requires_grad_() for name, p in self.model.named_parameters()}
         buffers = {name: enter(b) for name, b in self.model.named_buffers()}
-        names = {p: name for name, p in self.model.named_parameters()}
-        for group in self.muon_opt.param_groups:  # the MLP's kernels put their gradients where Muon would stack them (D16)
-            group["stack"] = GradientStack(group["master"].size(0) // group["square"], len(group["params"]))
-            for slot, p in enumerate(group["params"]):
-                weights[names[p]].place = group["stack"], slot
+        for name, p in self.model.named_parameters():
+            weights[name].place = getattr(p, "place", None)
         args = (*enter(batch, "data").unbind(1), self.get_forward_args())
         return torch.func.functional_call(self.model, weights | buffers, args), weights
 
     def training_step(self, batch: Tensor, numbers: Tensor) -> Tensor:
         """One whole step on batch [8, 3, T]. Returns the loss of each row, [8]."""
+        self.muon_opt.begin()
         losses, weights = self.forward(batch, numbers)
         (losses.sum() / ROWS).backward()  # the mean over ranks that upstream's reduce_scatter takes
         for name, p in self.model.named_parameters():
             p.local_grad = weights[name].grad
         self.step_optimizers()
         for p in self.model.parameters():  # or mark_step looks after them at every step
-            p.local_grad = p.step_size = p.eff_wd = None
-        for group in self.muon_opt.param_groups:
-            group["stack"] = None
+            p.local_grad = p.step_size = p.eff_wd = p.place = None
         return shard(leave(losses.detach()).flatten())
 
     @torch.no_grad()

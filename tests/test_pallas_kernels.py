@@ -590,6 +590,7 @@ def gradients(dtype):
             batch[r, 2, start:] = start
     for step in (0, 90):
         manager.advance_schedule(step)
+        manager.muon_opt.begin()
         losses, weights = manager.forward(to_device(batch, "data"), to_device(manager.get_numbers()))
         losses.sum().backward()
         found = {"losses": leave(losses.detach())} | {name: leave(gradient(w)) for name, w in weights.items() if gradient(w) is not None}

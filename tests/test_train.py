@@ -238,9 +238,9 @@ def test_muon_takes_the_stack_that_kernels_make():
     for stacked in (False, True):
         manager.reset()
         manager.bind(t.to_device(manager.get_numbers()))
+        manager.muon_opt.begin()
         for group in manager.muon_opt.param_groups:
-            n, params = group["master"].size(0) // group["square"], group["params"]
-            group["stack"] = t.GradientStack(n, len(params))
+            n, params = group["stack"].n, group["params"]
             for p in params:
                 p.local_grad = None if stacked else enter(t.to_device(grads[p].to(p.dtype)))
             if stacked:
