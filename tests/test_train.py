@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch_xla
-from conftest import BOS, ROOT, TOY, make_tokens, run_train, toy_options, write_shard
+from conftest import BOS, ROOT, make_tokens, run_train, toy_options, write_shard
 
 import train_gpt_xla as t
 
@@ -217,8 +217,7 @@ def test_non_finite_loss(tmp_path, corpus):
 
 def test_no_long_sum_is_in_bfloat16():
     """XLA adds up bfloat16 in bfloat16: 65,536 ones make 2,048. Only sums over the devices may (upstream's collectives do the same)."""
-    fields = TOY | dict(dtype="bfloat16", head_dim=32, num_heads=2, model_dim=64)
-    manager = t.build(t.parse_args([x for name, value in fields.items() for x in (f"--{name}", str(value))])[0])
+    manager = t.build(t.parse_args(toy_options(Path(), dtype="bfloat16", head_dim=32, num_heads=2, model_dim=64))[0])
     manager.advance_schedule(1)
     batch = t.to_device(torch.zeros(8, 3, 64, dtype=torch.int32), "data")
     results = [manager.training_step(batch, t.to_device(manager.get_numbers())), *manager.tensors()]
@@ -231,7 +230,7 @@ def test_no_long_sum_is_in_bfloat16():
 def test_muon_takes_the_stack_that_kernels_make():
     """Gradients one by one, or in a stack as on a TPU: the same step."""
     from muon_xla import enter
-    manager = t.build(t.parse_args([x for name, value in TOY.items() for x in (f"--{name}", str(value))])[0])
+    manager = t.build(t.parse_args(toy_options(Path()))[0])
     manager.advance_schedule(0)
     generator, results = torch.Generator().manual_seed(0), []
     grads = {p: torch.randn(p.shape, generator=generator) for group in manager.muon_opt.param_groups for p in group["params"]}
