@@ -111,14 +111,14 @@ def polar_express(G: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     D2: upstream's XXT and ba_plus_cAA kernels skip half of each symmetric product; the MXU has no such saving.
     """
     X = G.to(dtype)
-    if G.size(-2) > G.size(-1):
+    if G.size(-2) >= G.size(-1):
         X = X.mT
     X = X / (X.float().square().sum((-2, -1), keepdim=True).sqrt().to(dtype) * (1 + 2e-2) + 1e-6)
     for a, b, c in polar_express_coeffs:
         A = X @ X.mT
         B = b * A + c * (A @ A)
         X = a * X + B @ X
-    return X.mT if G.size(-2) > G.size(-1) else X
+    return X.mT if G.size(-2) >= G.size(-1) else X
 
 # -----------------------------------------------------------------------------
 # Helpers for NorMuon by @chrisjmccormick
