@@ -111,14 +111,15 @@ def polar_express(G: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     D2: upstream's XXT and ba_plus_cAA kernels skip half of each symmetric product; the MXU has no such saving.
     """
     X = G.to(dtype)
-    if G.size(-2) >= G.size(-1):
+    # square ones, too: libtpu lays X out that way for X @ X.mT, and would copy their state from and to its own layout
+    if transposed := G.size(-2) >= G.size(-1):
         X = X.mT
     X = X / (X.float().square().sum((-2, -1), keepdim=True).sqrt().to(dtype) * (1 + 2e-2) + 1e-6)
     for a, b, c in polar_express_coeffs:
         A = X @ X.mT
         B = b * A + c * (A @ A)
         X = a * X + B @ X
-    return X.mT if G.size(-2) >= G.size(-1) else X
+    return X.mT if transposed else X
 
 # -----------------------------------------------------------------------------
 # Helpers for NorMuon by @chrisjmccormick
@@ -185,7 +186,7 @@ class NorMuon(torch.optim.Optimizer):
             group["master"].data = to_device(torch.cat([stack, pad]), "data")
 
     def begin(self):
-        """Before the forward pass: a place for each gradient. The MLP's kernels put theirs there, and need no stacking (D16)."""
+        """Before the forward pass: a place for each gradient. A block's kernels put theirs there, and need no stacking (D16)."""
         for group in self.param_groups:
             group["stack"] = GradientStack(group["master"].size(0) // group["square"], len(group["params"]))
             for slot, p in enumerate(group["params"]):
@@ -198,7 +199,11 @@ class NorMuon(torch.optim.Optimizer):
             params, dtype = group["params"], group["params"][0].dtype
             momentum_buffer, master = group["momentum_buffer"], group["master"]
             grads = group.pop("stack").tensor  # as kernels have left it
-            if grads is None:
+            if grads is not None:
+                for slot, p in enumerate(params):
+                    if p.local_grad is not None:  # of a block that they refuse
+                        grads = torch.select_scatter(grads, p.local_grad, 0, slot)
+            else:
                 grads = [p.local_grad for p in params]
                 # without it libtpu 0.0.21 fuses the stack with what made the gradients into a cycle, and dies
                 xm.optimization_barrier_(grads)

@@ -42,12 +42,17 @@ def for_tpu(x: Tensor) -> bool:
     return target is not None or xr.device_type() == "TPU"
 
 
-def takes_attention(x: Tensor, heads: int, window: int, paired: bool) -> bool:
-    """Whether FusedAttention runs here; a warning says why not where one would expect it to."""
-    why_not = attention_refuses(x, heads, window, paired)
-    if why_not and for_tpu(x):
-        warn_once(f"attention: no TPU kernel for {tuple(x.shape)}, {why_not}: plain torch instead, several times slower")
-    return for_tpu(x) and not why_not
+def takes_block(x: Tensor, W1: Tensor, W2: Tensor, attention: tuple[int, int, bool] | None) -> bool:
+    """
+    Whether a block's kernels, FusedAttention and ResidualMLP, run here; a warning says why not where one would expect it to.
+    attention: heads, window, paired.
+    """
+    if not for_tpu(x):
+        return False
+    why_not = mlp_refuses(x, W1, W2) or (attention and attention_refuses(x, *attention))
+    if why_not:
+        warn_once(f"no TPU kernels for a block of {tuple(x.shape)}, {why_not}: plain torch instead, several times slower")
+    return not why_not
 
 
 def attention_refuses(x: Tensor, heads: int, window: int, paired: bool) -> str | None:
@@ -408,7 +413,7 @@ def backward_call(band: Band, dtype, interpret=False):
 # rotation of lanes. The vector unit prepares two heads while the matrix unit multiplies for the next two.
 
 PROJECT_VMEM_LIMIT = 96 * 2**20  # bytes, of a v6e's 128 MiB
-LANES = 128  # of a vector register. Gates read the first 12 features: their weights come padded with zeros to as many
+LANES = 128  # of a vector register. Gates read the first 12 features: their weights are padded with zeros to as many, in VMEM
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
@@ -422,6 +427,7 @@ class Heads:
     ve: bool  # value embeddings
     mix: bool  # x is mixed with x0 first
     keep: bool  # store what the backward pass reads: q and k before their norm
+    gate: int = 12  # features that gates read
 
     @property
     def block(self) -> int:
@@ -429,16 +435,20 @@ class Heads:
 
     def arguments(self, refs: tuple) -> tuple[tuple, tuple, tuple]:
         """The last arguments of a kernel: what value embeddings bring, what the mix brings, the rest."""
-        ve, mix = 2 * self.ve, 2 * self.mix
+        ve, mix = 2 * self.ve, int(self.mix)
         return refs[:ve], refs[ve:ve + mix], refs[ve + mix:]
 
 
-def mixed(x, mix):
-    """A block of x [1, bt, C], with its share of x0 if there is one: float32, rounded as x."""
-    if not mix:
+def scaled(factor, x):
+    """factor * x, rounded as x."""
+    return (factor * x.astype(jnp.float32)).astype(x.dtype)
+
+
+def mixed(x, lambdas, x0):
+    """A block of x [1, bt, C], with its share of x0, if x0 is (x0,) and not (): float32, rounded as x."""
+    if not x0:
         return x[0].astype(jnp.float32)
-    x0, lambdas = mix
-    return (lambdas[0] * x[0].astype(jnp.float32) + lambdas[1] * x0[0].astype(jnp.float32)).astype(x.dtype).astype(jnp.float32)
+    return (lambdas[1] * x[0].astype(jnp.float32) + lambdas[2] * x0[0][0].astype(jnp.float32)).astype(x.dtype).astype(jnp.float32)
 
 
 def rotate(x, factors, h, back=False):
@@ -474,22 +484,35 @@ def normed(x):
     return x * scale, scale
 
 
-def project_kernel(x, w, gate_w, factor1, factor2, still, *refs, heads):
+def widen(wide, *narrow):
+    """Puts weights [H, n] into [., H, 128], behind them zeros."""
+    for i, w in enumerate(narrow):
+        wide[i] = jnp.zeros(wide.shape[1:], wide.dtype)
+        wide[i, :, :w.shape[1]] = w[...]
+
+
+def project_kernel(x, W, lambdas, gate_w, factor1, factor2, still, *refs, heads):
     """
-    Blocks: x [1, bt, C], w [3C, C], gate_w [H, 128], factors [1 or 2, bt, D], still [1, D]; with value embeddings ve [1, bt, C], ve_gate_w
-    [H, 128]; with a mix x0 [1, bt, C] and lambdas [2] float32 in SMEM; qkv [1, 3H, bt, D], gate [1, H, bt] float32, raw [1, 2H, bt, D] if
-    kept, y [1, bt, C], the mix. In VMEM: before [H, 1, D], the keys before the block.
+    Blocks: x [1, bt, C], W [3C, C], gate_w [H, n], factors [1 or 2, bt, D], still [1, D]; with value embeddings ve [1, bt, C], ve_gate_w
+    [H, n]; with a mix x0 [1, bt, C]; lambdas float32 in SMEM: W's, and with a mix those of x and x0; qkv [1, 3H, bt, D], gate [1, H, bt]
+    float32, raw [1, 2H, bt, D] if kept, y [1, bt, C], the mix. In VMEM: before [H, 1, D], the keys before the block; w [3C, C], its
+    lambda times W; gates [2, H, 128], the weights of the gates.
     """
-    values, mix, (qkv, gate, *rest, before) = heads.arguments(refs)
+    values, x0, (qkv, gate, *rest, before, w, gates) = heads.arguments(refs)
     raw, y = rest[:heads.keep], rest[heads.keep:]
     H, D, bt, dtype, f32 = heads.heads, heads.dim, heads.block, x.dtype, jnp.float32
-    x_mixed = mixed(x, mix)
-    if mix:
+    begins = (pl.program_id(0) == 0) & (pl.program_id(1) == 0)
+    def begin(strip):
+        w[strip] = scaled(lambdas[0], W[strip])
+    by_strips(begins, W.shape[0], begin, 32)
+    pl.when(begins)(lambda: widen(gates, gate_w, *values[1:]))
+    x_mixed = mixed(x, lambdas, x0)
+    if x0:
         y[0][0] = x_mixed.astype(dtype)
     x_normed = normed(x_mixed)[0].astype(dtype)
-    gate[0] = sigmoid(matmul(gate_w[...], x_normed[:, :LANES], transpose_b=True), dtype)
+    gate[0] = sigmoid(matmul(gates[0], x_normed[:, :LANES], transpose_b=True), dtype)
     if values:
-        ve, ve_gate = values[0], 2 * sigmoid(matmul(x_normed[:, :LANES], values[1][...], transpose_b=True), dtype)
+        ve, ve_gate = values[0], 2 * sigmoid(matmul(x_normed[:, :LANES], gates[1], transpose_b=True), dtype)
     factors = [(factor1[i].astype(f32), factor2[i].astype(f32)) for i in range(factor1.shape[0])]
 
     def start(two):
@@ -516,16 +539,17 @@ def project_kernel(x, w, gate_w, factor1, factor2, still, *refs, heads):
     stream(two_by_two, start, turn, lambda two, _: None)
 
 
-def project_backward_kernel(x, w, gate_w, factor1, factor2, still, raw, dq, dk, dv, gate, delta, *refs, heads):
+def project_backward_kernel(slot, stack, x, W, lambdas, gate_w, factor1, factor2, still, raw, dq, dk, dv, gate, delta, *refs, heads):
     """
     From the row's last block to its first. Blocks as above; dq, dk, dv [1, H, bt, D], delta [1, H, bt], the gate's gradient times the gate;
-    dx [1, bt, C], dw [3C, C], dgate_w, dve_gate_w [H, 128] float32, dve [1, bt, C]; with a mix also dy [1, bt, C], what came back to it by
-    other ways, dx0 [1, bt, C] and dlambdas [2, 8, C] float32, for someone to add up. In VMEM: after [H, 1, D], the first dk of the block
-    that comes next in the row; dqkv [bt, 3C], dx_acc [bt, C], dw_acc [C, 3C].
+    dx [1, bt, C], dW [1, 3C, C], a place in the stack, which stays where it is, dlambdas, dgate_w, dve_gate_w [H, n], dve [1, bt, C]; with
+    a mix also dy [1, bt, C], what came back to it by other ways, and dx0 [1, bt, C]. In VMEM: after [H, 1, D], the first dk of the block
+    that comes next in the row; w and gates as above; dqkv [bt, 3C], dx_acc [bt, C], dw_acc [C, 3C], dgates_acc [2, H, 128], dlambdas_acc
+    [lambdas, 8, C].
     """
-    values, mix, rest = heads.arguments(refs)
-    dy_mix, (dx, dw, dgate_w, *rest) = rest[:heads.mix], rest[heads.mix:]
-    dvalues, dmix, (after, dqkv, dx_acc, dw_acc) = heads.arguments(rest)
+    values, x0, rest = heads.arguments(refs)
+    dy_mix, (dx, dW, dlambdas, dgate_w, *rest) = rest[:heads.mix], rest[heads.mix:]
+    dvalues, dx0, (after, w, gates, dqkv, dx_acc, dw_acc, dgates_acc, dlambdas_acc) = heads.arguments(rest)
     H, D, bt, dtype, f32 = heads.heads, heads.dim, heads.block, x.dtype, jnp.float32
     C, n = H * D, pl.num_programs(1) - 1 - pl.program_id(1)
     begins = (pl.program_id(0) == 0) & (pl.program_id(1) == 0)
@@ -533,18 +557,24 @@ def project_backward_kernel(x, w, gate_w, factor1, factor2, still, raw, dq, dk, 
 
     @pl.when(begins)
     def _():
-        for ref in (dgate_w, *dvalues[1:], *dmix[1:]):
+        widen(gates, gate_w, *values[1:])
+        for ref in (dgates_acc, dlambdas_acc):
             ref[...] = jnp.zeros_like(ref)
     def begin(strip):
         dw_acc[:, strip] = jnp.zeros((C, D), f32)
     by_strips(begins, 3 * C, begin, D)
+    def begin(strip):
+        w[strip] = scaled(lambdas[0], W[strip])
+    by_strips(begins, 3 * C, begin, 32)
+    def to_lambda(i, d, x):
+        dlambdas_acc[i] += (d.astype(f32) * x.astype(f32)).reshape(-1, 8, C).sum(0)
 
-    x_normed, scale = normed(mixed(x, mix))
+    x_normed, scale = normed(mixed(x, lambdas, x0))
     rounded = x_normed.astype(dtype)
     x_T, first = rounded.T, rounded[:, :LANES]
     factors = [(factor1[i].astype(f32), factor2[i].astype(f32)) for i in range(factor1.shape[0])]
     if values:
-        ve, ve_gate, dve_gate = values[0], 2 * sigmoid(matmul(first, values[1][...], transpose_b=True), dtype), []
+        ve, ve_gate, dve_gate = values[0], 2 * sigmoid(matmul(first, gates[1], transpose_b=True), dtype), []
 
     def turn(third, _):  # q, k, v
         for h in range(H):
@@ -574,70 +604,89 @@ def project_backward_kernel(x, w, gate_w, factor1, factor2, still, raw, dq, dk, 
         dw_acc[:, at] += matmul(x_T, dqkv[:, at])
     stream(range(3), lambda third: None, turn, finish)
 
-    def back_through(gate_w, dgate_w, dlogits):  # [H, bt]
+    def back_through(i, dlogits):  # [H, bt]
         dlogits = dlogits.astype(dtype)
-        dgate_w[...] += matmul(dlogits, first)
-        dx_acc[:, :LANES] += matmul(dlogits.T, gate_w[...])
-    back_through(gate_w, dgate_w, delta[0] * (1 - gate[0]))
+        dgates_acc[i] += matmul(dlogits, first)
+        dx_acc[:, :LANES] += matmul(dlogits.T, gates[i])
+    back_through(0, delta[0] * (1 - gate[0]))
     if values:
-        back_through(values[1], dvalues[1], (jnp.concatenate(dve_gate, axis=1) * ve_gate * (1 - ve_gate / 2)).T)
+        back_through(1, (jnp.concatenate(dve_gate, axis=1) * ve_gate * (1 - ve_gate / 2)).T)
     d = dx_acc[...].astype(dtype).astype(f32)
     d = scale * (d - x_normed * (d * x_normed).mean(1, keepdims=True))
-    if mix:
-        (x0, lambdas), (dx0, dlambdas) = mix, dmix
+    if x0:
         d = d.astype(dtype).astype(f32) + dy_mix[0][0].astype(f32)
-        for i, each in enumerate((x, x0)):
-            dlambdas[i] += (d * each[0].astype(f32)).reshape(bt // 8, 8, C).sum(0)
-        dx0[0] = (lambdas[1] * d).astype(dtype)
-        d = lambdas[0] * d
+        to_lambda(1, d, x[0])
+        to_lambda(2, d, x0[0][0])
+        dx0[0][0] = (lambdas[2] * d).astype(dtype)
+        d = lambdas[1] * d
     dx[0] = d.astype(dtype)
     def end(strip):
-        dw[strip] = dw_acc[:, strip].astype(dtype).T
+        dW[0, strip] = dw_acc[:, strip].astype(dtype).T
     by_strips(ends, 3 * C, end, D)
+    def end(strip):
+        dw = dW[0, strip]
+        to_lambda(0, dw, W[strip])
+        dW[0, strip] = scaled(lambdas[0], dw)
+    by_strips(ends, 3 * C, end, 32)
+    @pl.when(ends)
+    def _():
+        for i, dgate in enumerate((dgate_w, *dvalues[1:])):
+            dgate[...] = dgates_acc[i, :, :dgate.shape[1]].astype(dtype)
+        for i in range(dlambdas.shape[0]):
+            dlambdas[i] = dlambdas_acc[i].sum()
 
 
 def project_call(heads: Heads, dtype, interpret=False):
     """
-    A function (x [rows, T, C], w [3C, C], gate_w [H, 128], factor1, factor2 [1 or 2, T, D], still [1, D] f32, with value embeddings ve
-    [rows, T, C], ve_gate_w [H, 128], with a mix x0 [rows, T, C], lambdas [2] f32) -> qkv [rows, 3H, T, D] for attention, its gate
-    [rows, H, T] f32, if heads.keep q and k before their norm [rows, 2H, T, D], with a mix lambdas[0] * x + lambdas[1] * x0.
+    A function (x [rows, T, C], W [4C, C], of which it takes 3C, lambdas [1 or, with a mix, 3] f32, gate_w [H, n], factor1, factor2
+    [1 or 2, T, D], still [1, D] f32, with value embeddings ve [rows, T, C], ve_gate_w [H, n], with a mix x0 [rows, T, C]) -> qkv
+    [rows, 3H, T, D] for attention, its gate [rows, H, T] f32, if heads.keep q and k before their norm [rows, 2H, T, D], with a mix
+    lambdas[1] * x + lambdas[2] * x0.
     """
-    return project_pallas_call(project_kernel, heads, dtype, interpret, lambda i: i, "xwgff1" + "xg" * heads.ve + "xl" * heads.mix,
+    return project_pallas_call(project_kernel, heads, dtype, interpret, lambda i: i, "xWlgff1" + "xg" * heads.ve + "x" * heads.mix,
                                "3G" + "2" * heads.keep + "x" * heads.mix, [])
 
 
 def project_backward_call(heads: Heads, dtype, interpret=False):
     """
-    A function (x, w, gate_w, factor1, factor2, still as above, q and k before their norm, dq, dk, dv [rows, H, T, D], gate, its gradient
-    times gate [rows, H, T] f32, ve, ve_gate_w, x0, lambdas and the gradient of the mix) -> dx, dw, dgate_w f32, with value embeddings dve,
-    dve_gate_w f32, with a mix dx0, dlambdas [2, 8, C] f32.
+    A function (slot [1] int32, stack [n, 4C, C], x, W, lambdas, gate_w, factor1, factor2, still as above, q and k before their norm, dq,
+    dk, dv [rows, H, T, D], gate, its gradient times gate [rows, H, T] f32, ve, ve_gate_w, x0 and the gradient of the mix) -> dx, the stack
+    with dW's 3C rows in that slot, dlambdas, dgate_w, with value embeddings dve, dve_gate_w, with a mix dx0.
     """
     last, bt, C, f32 = heads.tokens // heads.block - 1, heads.block, heads.heads * heads.dim, jnp.float32
-    return project_pallas_call(project_backward_kernel, heads, dtype, interpret, lambda i: last - i,
-                               "xwgff12HHHGG" + "xg" * heads.ve + "xlx" * heads.mix, "xwd" + "xd" * heads.ve + "xL" * heads.mix,
-                               [((bt, 3 * C), dtype), ((bt, C), f32), ((C, 3 * C), f32)])
+    scratch = [((bt, 3 * C), dtype), ((bt, C), f32), ((C, 3 * C), f32), ((2, heads.heads, LANES), f32), ((1 + 2 * heads.mix, 8, C), f32)]
+    return lambda slot, stack, *more: project_pallas_call(
+        project_backward_kernel, heads, dtype, interpret, lambda i: last - i, "sxWlgff12HHHGG" + "xg" * heads.ve + "xx" * heads.mix,
+        "xslg" + "xg" * heads.ve + "x" * heads.mix, scratch, stack.shape[0])(slot, stack, *more)
 
 
-def project_pallas_call(kernel, heads, dtype, interpret, block, inputs: str, outputs: str, scratch):
+def project_pallas_call(kernel, heads, dtype, interpret, block, inputs: str, outputs: str, scratch, stacked=0):
     """
-    inputs, outputs: a letter for each array: x [rows, T, C], w [3C, C], g [H, 128], d the same in float32, f a factor, 1 [1, D] float32,
-    H, 2, 3 [rows, H, 2H, 3H, T, D], G [rows, H, T] float32, l the lambdas, L their gradient. block: which one a program has.
+    inputs, outputs: a letter for each array: x [rows, T, C], W the first [3C, C] of [4C, C], g [H, n], f a factor, 1 [1, D] float32,
+    H, 2, 3 [rows, H, 2H, 3H, T, D], G [rows, H, T] float32, l the lambdas; s, a stack [stacked, 4C, C] in HBM: of one place, whose number
+    comes before all else, the first 3C rows are written. block: which one a program has.
     """
     R, H, T, D, bt, f32 = heads.rows, heads.heads, heads.tokens, heads.dim, heads.block, jnp.float32
     C, n, once = H * D, 2 if heads.paired else 1, dict(pipeline_mode=pl.Buffered(1))
-    by_head = lambda n: ((R, n, T, D), dtype, pl.BlockSpec((1, n, bt, D), lambda r, i: (r, 0, block(i), 0)))
-    whole = lambda dtype, *shape: (shape, dtype, pl.BlockSpec(shape, lambda r, i: (0,) * len(shape), **once))
-    arrays = {"x": ((R, T, C), dtype, pl.BlockSpec((1, bt, C), lambda r, i: (r, block(i), 0))),
-              "w": whole(dtype, 3 * C, C), "g": whole(dtype, H, LANES), "d": whole(f32, H, LANES), "1": whole(f32, 1, D),
-              "f": ((n, T, D), dtype, pl.BlockSpec((n, bt, D), lambda r, i: (0, block(i), 0))),
-              "l": ((2,), f32, pl.BlockSpec(memory_space=pltpu.SMEM)), "L": whole(f32, 2, 8, C),
+    by_head = lambda n: ((R, n, T, D), dtype, pl.BlockSpec((1, n, bt, D), lambda r, i, *_: (r, 0, block(i), 0)))
+    whole = lambda dtype, *shape: (shape, dtype, pl.BlockSpec(shape, lambda r, i, *_: (0,) * len(shape), **once))
+    arrays = {"x": ((R, T, C), dtype, pl.BlockSpec((1, bt, C), lambda r, i, *_: (r, block(i), 0))),
+              "W": ((4 * C, C), dtype, pl.BlockSpec((3 * C, C), lambda r, i, *_: (0, 0), **once)),
+              "s": ((stacked, 4 * C, C), dtype, pl.BlockSpec((1, 3 * C, C), lambda r, i, slot: (slot[0], 0, 0), **once)),
+              "g": whole(dtype, H, heads.gate), "1": whole(f32, 1, D),
+              "f": ((n, T, D), dtype, pl.BlockSpec((n, bt, D), lambda r, i, *_: (0, block(i), 0))),
+              "l": ((1 + 2 * heads.mix,), f32, pl.BlockSpec(memory_space=pltpu.SMEM)),
               "H": by_head(H), "2": by_head(2 * H), "3": by_head(3 * H),
-              "G": ((R, H, T), f32, pl.BlockSpec((1, H, bt), lambda r, i: (r, 0, block(i))))}
+              "G": ((R, H, T), f32, pl.BlockSpec((1, H, bt), lambda r, i, *_: (r, 0, block(i))))}
     return pl.pallas_call(
-        functools.partial(kernel, heads=heads), name=kernel.__name__, interpret=interpret, grid=(R, T // bt),
-        in_specs=[arrays[x][2] for x in inputs], out_specs=[arrays[x][2] for x in outputs],
-        out_shape=[jax.ShapeDtypeStruct(*arrays[x][:2]) for x in outputs],
-        scratch_shapes=[pltpu.VMEM((H, 1, D), f32), *(pltpu.VMEM(*x) for x in scratch)],
+        functools.partial(kernel, heads=heads), name=kernel.__name__, interpret=interpret,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=int(stacked > 0), grid=(R, T // bt),
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY) if x == "s" else arrays[x][2] for x in inputs],
+            out_specs=[arrays[x][2] for x in outputs],
+            scratch_shapes=[pltpu.VMEM((H, 1, D), f32), pltpu.VMEM((3 * C, C), dtype), pltpu.VMEM((2, H, LANES), dtype),
+                            *(pltpu.VMEM(*x) for x in scratch)]),
+        out_shape=[jax.ShapeDtypeStruct(*arrays[x][:2]) for x in outputs], input_output_aliases={1: 1} if stacked else {},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=PROJECT_VMEM_LIMIT))
 
 
@@ -951,24 +1000,80 @@ def scatter_call(shapes: tuple[int, int, int, int], dtype, interpret=False):
 # -----------------------------------------------------------------------------
 # The kernels in torch_xla's graph
 
+def call_kernel(call, key, *tensors: Tensor) -> list[Tensor]:
+    """
+    call(key, bfloat16, interpret)(*tensors) as one node in torch_xla's graph. XLA cannot split a kernel over devices, so this
+    belongs in the program of a single device (muon_xla.enter).
+    """
+    import torch_xla.core.xla_builder as xb
+    arguments = tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in tensors)
+    return xb.xla_computation_as_func(lowered(call, key, arguments, target == "interpret"))(list(tensors))
+
+
+@functools.cache
+def lowered(call, key, arguments: tuple, interpret: bool):
+    """The kernel as an XLA computation. Cached, for a step is traced several times."""
+    import torch_xla.core.xla_builder as xb
+    import_jax()
+    arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arguments]
+    traced = jax.jit(call(key, jnp.bfloat16, interpret), keep_unused=True).trace(*arguments)
+    hlo = traced.lower(lowering_platforms=("cpu" if interpret else "tpu",)).compiler_ir("hlo")
+    return xb.computation_from_module_proto(call.__name__, hlo.as_serialized_hlo_module_proto())
+
+
+def number(n: int, like: Tensor) -> Tensor:
+    """As a kernel takes it, on the device of `like`."""
+    return torch.full((1,), n, dtype=torch.int32, device=like.device)
+
+
+class GradientStack:
+    """
+    Where the gradients of `used` weights come to lie as one tensor [n, ...], zeros at its end: each kernel writes its own into the memory
+    that holds the others already, where a stack made of them afterwards would be a copy. tensor: None before the first.
+    """
+    def __init__(self, n: int, used: int):
+        self.n, self.used, self.tensor = n, used, None
+
+    def begin(self, weight: Tensor) -> Tensor:
+        if self.tensor is None:
+            self.tensor, = call_kernel(stack_call, (self.n, self.used, *weight.shape), weight)
+        return self.tensor
+
+
+def stack_kernel(weight, out):
+    out[...] = jnp.zeros_like(out)
+
+
+def stack_call(shape: tuple[int, int, int, int], dtype, interpret=False):
+    """
+    shape: n, used, rows, columns. A function of a weight, to be on its device, -> [n, rows, columns]: zeros behind the first `used`, which
+    are not written at all.
+    """
+    n, used, *matrix = shape
+    first = min(used, n - 1)
+    return pl.pallas_call(
+        stack_kernel, name=stack_kernel.__name__, interpret=interpret, grid=(n - first,), in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+        out_specs=[pl.BlockSpec((1, *matrix), lambda i: (first + i, 0, 0))], out_shape=[jax.ShapeDtypeStruct((n, *matrix), dtype)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=MLP_VMEM_LIMIT))
+
+
 class FusedAttention(torch.autograd.Function):
     """
-    All that comes before attention, window_attention and its gate, by two kernels. x [B, T, C]; lambdas [2] float32 and x0 [B, T, C],
-    or None twice; w [3C, C]; gate_w [H, n], the result's gate, which reads n features; factor1, factor2 [T, D] or, paired, [2, T, D];
-    still [D] bool, the dims of the key offset; ve [B, T, C] and its gate, ve_gate_w [H, n], or None twice; the rest as
-    window_attention. keep: there will be a backward pass. Returns y [B, T, C], tokens before heads, as matmuls want it, and
-    lambdas[0] * x + lambdas[1] * x0, or x.
+    All that comes before attention, window_attention and its gate, by two kernels. x [B, T, C]; W [4C, C], of which it takes the first 3C
+    rows; lambdas, float32: W's [1], or with those of x and x0 [3]; x0 [B, T, C] or None; gate_w [H, n], the result's gate, which reads n
+    features; factor1, factor2 [T, D] or, paired, [2, T, D]; still [D] bool, the dims of the key offset; ve [B, T, C] and its gate,
+    ve_gate_w [H, n], or None twice; the rest as window_attention. keep: there will be a backward pass. Returns y [B, T, C], tokens before
+    heads, as matmuls want it, and lambdas[1] * x + lambdas[2] * x0, or x.
+    W needs a place, (a GradientStack, a number), in which its gradient comes to lie instead of autograd's.
     """
     @staticmethod
-    def forward(ctx, x, lambdas, x0, w, gate_w, factor1, factor2, still, ve, ve_gate_w, documents, window, scale, key_offset, paired,
-                keep):
+    def forward(ctx, x, W, lambdas, x0, gate_w, factor1, factor2, still, ve, ve_gate_w, documents, window, scale, key_offset, paired, keep):
         (B, T, _), D, H = x.shape, still.numel(), gate_w.size(0)
-        ctx.heads = Heads(B, H, T, D, paired, key_offset, ve is not None, x0 is not None, keep)
+        ctx.heads = Heads(B, H, T, D, paired, key_offset, ve is not None, x0 is not None, keep, gate_w.size(1))
         ctx.band = dataclasses.replace(get_band(B, H, T, D, window, paired), places=(0, 1, 2))
-        ctx.lanes = gate_w.size(1)
-        wide = lambda w: F.pad(w, (0, LANES - ctx.lanes))
-        inputs = [x, w, wide(gate_w)] + [t.view(-1, T, D) for t in (factor1, factor2)] + [still.view(1, D).float()]
-        more = ([] if ve is None else [ve, wide(ve_gate_w)]) + ([] if x0 is None else [x0, lambdas])
+        ctx.place = getattr(W, "place", None)
+        inputs = [x, W, lambdas, gate_w] + [t.view(-1, T, D) for t in (factor1, factor2)] + [still.view(1, D).float()]
+        more = ([] if ve is None else [ve, ve_gate_w]) + ([] if x0 is None else [x0])
         scale = scale.float().reshape(1)
         qkv, gate, *rest = call_kernel(project_call, ctx.heads, *inputs, *more)
         y, sums = call_kernel(forward_call, ctx.band, qkv, qkv, qkv, documents, gate, scale)
@@ -977,15 +1082,15 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dx_mixed):
-        *inputs, documents, scale, qkv, gate, y, sums, raw = ctx.saved_tensors[:13]
-        more, mix = ctx.saved_tensors[13:], [dx_mixed] if ctx.heads.mix else []
+        *inputs, documents, scale, qkv, gate, y, sums, raw = ctx.saved_tensors[:14]
+        more, mix = ctx.saved_tensors[14:], [dx_mixed] if ctx.heads.mix else []
         *dqkv, delta = call_kernel(backward_call, ctx.band, qkv, qkv, qkv, documents, gate, scale, y, sums, dy)
-        dx, dw, dgate_w, *dmore = call_kernel(project_backward_call, ctx.heads, *inputs, raw, *dqkv, gate, delta, *more, *mix)
-        narrow = lambda dw: dw[:, :ctx.lanes].type_as(dx)
-        dve, dve_gate_w = (dmore[0], narrow(dmore[1])) if ctx.heads.ve else (None, None)
-        dx0, dlambdas = (dmore[-2], dmore[-1].sum((1, 2))) if mix else (None, None)
-        return (dx if mix else dx + dx_mixed, dlambdas, dx0, dw, narrow(dgate_w), None, None, None, dve, dve_gate_w,
-                None, None, None, None, None, None)
+        stack, slot = ctx.place
+        arguments = number(slot, dy), stack.begin(inputs[1]), *inputs, raw, *dqkv, gate, delta, *more, *mix
+        dx, stack.tensor, dlambdas, dgate_w, *dmore = call_kernel(project_backward_call, ctx.heads, *arguments)
+        dve, dve_gate_w = dmore[:2] if ctx.heads.ve else (None, None)
+        dx, dx0 = (dx, dmore[-1]) if mix else (dx + dx_mixed, None)
+        return dx, None, dlambdas, dx0, dgate_w, None, None, None, dve, dve_gate_w, *[None] * 6
 
 
 class Embedding(torch.autograd.Function):
@@ -1060,27 +1165,6 @@ def get_lm_head(x: Tensor, weight: Tensor, targets: int, gradients: bool = True)
 def get_band(B: int, H: int, T: int, D: int, window: int, paired: bool) -> Band:
     return Band(B, H, T, D, window, paired, block=256 if T % 256 == 0 else 128)
 
-
-def call_kernel(call, key, *tensors: Tensor) -> list[Tensor]:
-    """
-    call(key, bfloat16, interpret)(*tensors) as one node in torch_xla's graph. XLA cannot split a kernel over devices, so this
-    belongs in the program of a single device (muon_xla.enter).
-    """
-    import torch_xla.core.xla_builder as xb
-    arguments = tuple((tuple(x.shape), str(x.dtype).removeprefix("torch.")) for x in tensors)
-    return xb.xla_computation_as_func(lowered(call, key, arguments, target == "interpret"))(list(tensors))
-
-
-@functools.cache
-def lowered(call, key, arguments: tuple, interpret: bool):
-    """The kernel as an XLA computation. Cached, for a step is traced several times."""
-    import torch_xla.core.xla_builder as xb
-    import_jax()
-    arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arguments]
-    traced = jax.jit(call(key, jnp.bfloat16, interpret), keep_unused=True).trace(*arguments)
-    hlo = traced.lower(lowering_platforms=("cpu" if interpret else "tpu",)).compiler_ir("hlo")
-    return xb.computation_from_module_proto(call.__name__, hlo.as_serialized_hlo_module_proto())
-
 # -----------------------------------------------------------------------------
 # A block's second half: x + relu(norm(x) @ W1.T)^2 @ W2, where x, in blocks with attention, first gets y @ W_o.T, attention's last
 # projection. The plain-torch twin is the end of Block.forward in train_gpt_xla.py (upstream: norm and FusedLinearReLUSquareFunction).
@@ -1091,31 +1175,18 @@ def lowered(call, key, arguments: tuple, interpret: bool):
 
 MLP_VMEM_LIMIT = 96 * 2**20  # bytes, of a v6e's 128 MiB
 
-class GradientStack:
-    """
-    Where the gradients of `used` weights come to lie as one tensor [n, ...], zeros at its end: each kernel writes its own into the memory
-    that holds the others already, where a stack made of them afterwards would be a copy. tensor: None before the first.
-    """
-    def __init__(self, n: int, used: int):
-        self.n, self.used, self.tensor = n, used, None
-
-    def begin(self, weight: Tensor) -> Tensor:
-        if self.tensor is None:
-            self.tensor, = call_kernel(stack_call, (self.n, self.used, *weight.shape), weight)
-        return self.tensor
-
-
 class ResidualMLP(torch.autograd.Function):
     """
     x + relu(norm(x) @ W1.T)^2 @ W2 by the TPU kernels. x: [B, T, d]; W1, W2: [4d, d].
     keep: store relu(norm(x) @ W1.T), [4d, B * T], for the backward pass, which otherwise computes it again; without one, say False.
-    y [B, T, d] and W_o [d, d], if given: x + y @ W_o.T takes the place of x.
-    If W1 has a place, (a GradientStack, an even number), its gradient goes there and that of W2 behind it, instead of to autograd.
+    y [B, T, d], W [4d, d] and factor [1] float32, if given: x + y @ (factor * W_o).T takes the place of x, W_o being W's last d rows.
+    W1 and W need places, (a GradientStack, a number), W1 an even one, in which their gradients come to lie, and W2's behind W1's, instead
+    of autograd's.
     """
     @staticmethod
-    def forward(ctx, x, W1, W2, keep, y=None, W_o=None):
-        ctx.shapes, ctx.place, shape = get_mlp(x, W1, keep, y is not None), getattr(W1, "place", None), x.shape
-        attention = [y.flatten(0, 1), W_o] if ctx.shapes.attention else []
+    def forward(ctx, x, W1, W2, keep, y=None, W=None, factor=None):
+        ctx.shapes, ctx.places, shape = get_mlp(x, W1, keep, y is not None), [getattr(w, "place", None) for w in (W1, W)], x.shape
+        attention = [y.flatten(0, 1), W, factor] if ctx.shapes.attention else []
         out, *rest = call_kernel(mlp_forward_call, ctx.shapes, x.flatten(0, 1), W1, W2, *attention)
         x, *kept = rest if attention else (x.flatten(0, 1), *rest)
         ctx.save_for_backward(x, W1, W2, *kept, *attention)
@@ -1124,18 +1195,15 @@ class ResidualMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, W1, W2, *rest = ctx.saved_tensors
-        stack, slot = ctx.place or (GradientStack(2, 2), 0)
-        pair = torch.full((1,), slot // 2, dtype=torch.int32, device=x.device)
-        arguments = pair, stack.begin(W1), x, W1, W2, dy.flatten(0, 1), *rest
-        dx, stack.tensor, *dattention = call_kernel(mlp_backward_call, ctx.shapes, *arguments)
-        dW1, dW2 = (None, None) if ctx.place else stack.tensor
-        dattention = [dattention[0].view_as(dy), dattention[1]] if dattention else [None, None]
-        return dx.view_as(dy), dW1, dW2, None, *dattention
-
-
-def takes_mlp(x: Tensor, W1: Tensor, W2: Tensor) -> bool:
-    """Whether ResidualMLP runs here."""
-    return for_tpu(x) and mlp_refuses(x, W1, W2) is None
+        (stack, slot), place = ctx.places
+        arguments = [x, W1, W2, dy.flatten(0, 1), *rest]
+        if not place:
+            dx, stack.tensor = call_kernel(mlp_backward_call, ctx.shapes, number(slot // 2, x), stack.begin(W1), *arguments)
+            return dx.view_as(dy), *[None] * 6
+        stack_o, slot_o = place
+        where = number(slot // 2, x), number(slot_o, x), stack.begin(W1), stack_o.begin(rest[-2])
+        dx, stack.tensor, stack_o.tensor, d, dfactor = call_kernel(mlp_backward_call, ctx.shapes, *where, *arguments)
+        return dx.view_as(dy), None, None, None, d.view_as(dy), None, dfactor
 
 
 def mlp_refuses(x: Tensor, W1: Tensor, W2: Tensor) -> str | None:
@@ -1148,7 +1216,7 @@ def mlp_refuses(x: Tensor, W1: Tensor, W2: Tensor) -> str | None:
     if T % 128 or d % 128 or h % 256:
         return "they take multiples of 128 tokens and features, and of 256 hidden ones"
     block = get_mlp(x, W1, True, True).block
-    if 18 * h * d + 8 * d * d + 2 * block * (10 * d + 14 * h) > MLP_VMEM_LIMIT:  # weights, their gradients, bf16 and f32; blocks
+    if 18 * h * d + 10 * d * d + 2 * block * (10 * d + 14 * h) > MLP_VMEM_LIMIT:  # weights, their gradients, bf16 and f32; blocks
         return f"weights of {h} x {d} do not fit in VMEM"
     return None
 
@@ -1184,17 +1252,21 @@ def to_hidden(W, x, dtype):
 
 def mlp_forward_kernel(x, W1, W2, *refs, shapes):
     """
-    Blocks: x, y [C, d], W1, W2 [4d, d], out [C, d], kept [4d, C]; with attention y [C, d], W_o [d, d] and their sum with x, [C, d].
-    In VMEM W2_T [d, 4d].
+    Blocks: x, y [C, d], W1, W2 [4d, d], out [C, d], kept [4d, C]; with attention y [C, d], W_o [d, d], its factor [1] float32 in SMEM, and
+    their sum with x, [C, d]. In VMEM W2_T [d, 4d], with attention w_o [d, d], the factor times W_o.
     """
-    attention, (out, *rest, W2_T) = refs[:2 * shapes.attention], refs[2 * shapes.attention:]
+    n = 3 * shapes.attention
+    attention, (out, *rest), (W2_T, *w_o) = refs[:n], refs[n:-1 - shapes.attention], refs[-1 - shapes.attention:]
     def begin(strip):
         W2_T[:, strip] = W2[strip].T
     by_strips(pl.program_id(0) == 0, W2.shape[0], begin)
     x_sum = x[...]
     if attention:
-        y, W_o = attention
-        x_sum = add(x_sum, matmul(y[...], W_o[...], transpose_b=True))
+        y, W_o, factor = attention
+        def begin(strip):
+            w_o[0][strip] = scaled(factor[0], W_o[strip])
+        by_strips(pl.program_id(0) == 0, W_o.shape[0], begin, 32)
+        x_sum = add(x_sum, matmul(y[...], w_o[0][...], transpose_b=True))
         rest[0][...] = x_sum
     act = jnp.maximum(to_hidden(W1[...], normed(x_sum)[0].astype(x.dtype), x.dtype), 0)
     if shapes.keep:
@@ -1202,23 +1274,30 @@ def mlp_forward_kernel(x, W1, W2, *refs, shapes):
     out[...] = add(x_sum, matmul(W2_T[...], act * act).astype(out.dtype).T)
 
 
-def mlp_backward_kernel(pair, stack, x, W1, W2, dout, *refs, shapes):
+def mlp_backward_kernel(*refs, shapes):
     """
     Blocks: x, the sum, dout, dx [C, d], W1, W2 [4d, d], kept [4d, C], dW [2, 4d, d], a pair of the stack, which stays where it is; with
-    attention y, dy [C, d], W_o, dW_o [d, d]. In VMEM: W1_T [d, 4d], dW1_acc, dW2_acc [4d, d], with attention dW_o_acc [d, d].
+    attention y, dy [C, d], W_o [d, d] and its factor, dW_o [1, d, d], in its stack, dfactor [1]. In VMEM: W1_T [d, 4d], dW1_acc, dW2_acc
+    [4d, d], with attention w_o, the factor times W_o, and dW_o_acc [d, d], dfactor_acc [8, d].
     """
-    n = shapes.keep + 2 * shapes.attention
-    kept, attention, (dx, dW, *rest) = refs[:shapes.keep], refs[shapes.keep:n], refs[n:]
-    dattention, (W1_T, dW1_acc, dW2_acc, *dW_o_acc) = rest[:2 * shapes.attention], rest[2 * shapes.attention:]
+    n = 1 + shapes.attention  # stacks; their numbers come first
+    (x, W1, W2, dout), refs = refs[2 * n:2 * n + 4], refs[2 * n + 4:]
+    kept, refs = refs[:shapes.keep], refs[shapes.keep:]
+    attention, (dx, dW, *rest) = refs[:3 * (n - 1)], refs[3 * (n - 1):]
+    dattention, (W1_T, dW1_acc, dW2_acc, *acc_o) = rest[:3 * (n - 1)], rest[3 * (n - 1):]
     first, last = pl.program_id(0) == 0, pl.program_id(0) == pl.num_programs(0) - 1
-    sums = [(dW.at[0], dW1_acc), (dW.at[1], dW2_acc), *zip(dattention[1:], dW_o_acc, strict=True)]
     def begin(strip):
         W1_T[:, strip] = W1[strip].T
     by_strips(first, W1.shape[0], begin)
-    for _, acc in sums:
+    for acc in (dW1_acc, dW2_acc, *acc_o[1:]):
         def begin(strip, acc=acc):
-            acc[strip] = jnp.zeros((128, x.shape[1]), jnp.float32)
-        by_strips(first, acc.shape[0], begin, 128)
+            acc[strip] = jnp.zeros((strip.size, x.shape[1]), jnp.float32)
+        by_strips(first, acc.shape[0], begin, min(128, acc.shape[0]))
+    if attention:
+        (y, W_o, factor), (dW_o, dy, dfactor), (w_o, dW_o_acc, dfactor_acc) = attention, dattention, acc_o
+        def begin(strip):
+            w_o[strip] = scaled(factor[0], W_o[strip])
+        by_strips(first, W_o.shape[0], begin, 32)
     x_normed, scale = normed(x[...])
     rounded = x_normed.astype(x.dtype)
     act = kept[0][...] if kept else jnp.maximum(to_hidden(W1[...], rounded, x.dtype), 0)
@@ -1229,69 +1308,70 @@ def mlp_backward_kernel(pair, stack, x, W1, W2, dout, *refs, shapes):
     d = add(dout[...], scale * (d - x_normed * (d * x_normed).mean(1, keepdims=True)))
     dx[...] = d
     if attention:
-        (y, W_o), dy = attention, dattention[0]
-        dy[...] = matmul(d, W_o[...]).astype(dy.dtype)
-        dW_o_acc[0][...] += matmul(d.T, y[...])
-    for dW, acc in sums:
-        def end(strip, dW=dW, acc=acc):
-            dW[strip] = acc[strip].astype(dW.dtype)
+        dy[...] = matmul(d, w_o[...]).astype(dy.dtype)
+        dW_o_acc[...] += matmul(d.T, y[...])
+    for i, acc in enumerate((dW1_acc, dW2_acc)):
+        def end(strip, i=i, acc=acc):
+            dW[i, strip] = acc[strip].astype(dW.dtype)
         by_strips(last, acc.shape[0], end, 128)
+    if attention:
+        def end(strip):
+            dw_o = dW_o_acc[strip].astype(dW_o.dtype)
+            dfactor_acc[...] += (dw_o.astype(jnp.float32) * W_o[strip].astype(jnp.float32)).reshape(-1, 8, x.shape[1]).sum(0)
+            dW_o[0, strip] = scaled(factor[0], dw_o)
+        by_strips(last, W_o.shape[0], end, 32)
+        @pl.when(last)
+        def _():
+            dfactor[0] = dfactor_acc[...].sum()
 
 
 def mlp_forward_call(shapes: MLPShapes, dtype, interpret=False):
     """
-    A function (x [tokens, d], W1, W2 [4d, d] and, if shapes.attention, y as x and W_o [d, d]) -> out as x; if shapes.attention the sum that
-    stands for x from then on; if shapes.keep relu(norm(x) @ W1.T) transposed, [4d, tokens].
+    A function (x [tokens, d], W1, W2 [4d, d] and, if shapes.attention, y as x, W [4d, d], of which it takes the last d rows, and their
+    factor [1] f32) -> out as x; if shapes.attention the sum that stands for x from then on; if shapes.keep relu(norm(x) @ W1.T)
+    transposed, [4d, tokens].
     """
-    return mlp_pallas_call(mlp_forward_kernel, shapes, dtype, interpret, "xww" + "xo" * shapes.attention,
-                           "x" + "x" * shapes.attention + "h" * shapes.keep, [((shapes.dim, shapes.hidden), dtype)])
+    d = shapes.dim
+    return mlp_pallas_call(mlp_forward_kernel, shapes, dtype, interpret, "xww" + "xol" * shapes.attention,
+                           "x" + "x" * shapes.attention + "h" * shapes.keep,
+                           [((d, shapes.hidden), dtype), *[((d, d), dtype)] * shapes.attention])
 
 
 def mlp_backward_call(shapes: MLPShapes, dtype, interpret=False):
     """
-    A function (pair [1] int32, stack [n, 4d, d], x, or the sum, W1, W2, dout as x, what the forward pass kept; y, W_o) -> dx, the stack
-    with dW1 and dW2 as that pair; dy, dW_o.
+    A function (pair [1] int32, with attention slot [1] int32; stack [n, 4d, d], with attention stack_o as it; x, or the sum, W1, W2, dout
+    as x, what the forward pass kept; y, W, factor) -> dx, the stack with dW1 and dW2 as that pair; with attention stack_o with dW_o as the
+    last d rows of that slot, dy, dfactor [1] f32.
     """
-    acc, acc_o = ((n, shapes.dim) for n in (shapes.hidden, shapes.dim))
-    scratch = [((shapes.dim, shapes.hidden), dtype), *((acc, jnp.float32) for acc in (acc, acc, acc_o)[:2 + shapes.attention])]
-    return lambda pair, stack, *more: mlp_pallas_call(
-        mlp_backward_kernel, shapes, dtype, interpret, "sxwwx" + "h" * shapes.keep + "xo" * shapes.attention,
-        "xs" + "xo" * shapes.attention, scratch, stack.shape[0])(pair, stack, *more)
+    d, acc, f32 = shapes.dim, ((shapes.hidden, shapes.dim), jnp.float32), jnp.float32
+    scratch = [((d, shapes.hidden), dtype), acc, acc, *[((d, d), dtype), ((d, d), f32), ((8, d), f32)] * shapes.attention]
+    return mlp_pallas_call(mlp_backward_kernel, shapes, dtype, interpret, "xwwx" + "h" * shapes.keep + "xol" * shapes.attention,
+                           "x" + "s" + "axl" * shapes.attention, scratch)
 
 
-def mlp_pallas_call(kernel, shapes, dtype, interpret, inputs: str, outputs: str, scratch, stacked=0):
+def mlp_pallas_call(kernel, shapes, dtype, interpret, inputs: str, outputs: str, scratch):
     """
-    inputs, outputs: a letter for each array: x [tokens, d], w [4d, d] or o [d, d] (in VMEM once, not twice), h [4d, tokens]; s, a stack
-    [stacked, 4d, d] in HBM: a pair of it is written, whose number comes before all else.
+    inputs, outputs: a letter for each array: x [tokens, d], w [4d, d] or o, the last [d, d] of [4d, d] (in VMEM once, not twice), h
+    [4d, tokens], l [1] float32; in outputs s and a, stacks [n, 4d, d] in HBM: of the first a pair is written, of the second the last d rows
+    of one place. Their numbers come before all else, and then the stacks as they were.
     """
     T, d, h, C = shapes.tokens, shapes.dim, shapes.hidden, shapes.block
-    shape = {"x": (T, d), "w": (h, d), "o": (d, d), "h": (h, T), "s": (stacked, h, d)}
-    once = dict(pipeline_mode=pl.Buffered(1))
+    once, stacks = dict(pipeline_mode=pl.Buffered(1)), [i for i, x in enumerate(outputs) if x in "sa"]
+    shape = {"x": (T, d), "w": (h, d), "o": (4 * d, d), "h": (h, T)}
     spec = {"x": pl.BlockSpec((C, d), lambda i, *_: (i, 0)), "h": pl.BlockSpec((h, C), lambda i, *_: (0, i)),
-            "s": pl.BlockSpec((2, h, d), lambda i, pair: (pair[0], 0, 0), **once)}
-    spec |= {x: pl.BlockSpec(shape[x], lambda i, *_: (0, 0), **once) for x in "wo"}
-    return pl.pallas_call(
-        functools.partial(kernel, shapes=shapes), name=kernel.__name__, interpret=interpret,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=int(stacked > 0), grid=(T // C,),
-            in_specs=[pl.BlockSpec(memory_space=pl.ANY) if x == "s" else spec[x] for x in inputs],
-            out_specs=[spec[x] for x in outputs], scratch_shapes=[pltpu.VMEM(*x) for x in scratch]),
-        out_shape=[jax.ShapeDtypeStruct(shape[x], dtype) for x in outputs], input_output_aliases={1: 1} if stacked else {},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=MLP_VMEM_LIMIT))
-
-
-def stack_kernel(weight, out):
-    out[...] = jnp.zeros_like(out)
-
-
-def stack_call(shape: tuple[int, int, int, int], dtype, interpret=False):
-    """
-    shape: n, used, rows, columns. A function of a weight, to be on its device, -> [n, rows, columns]: zeros behind the first `used`, which
-    are not written at all.
-    """
-    n, used, *matrix = shape
-    first = min(used, n - 1)
-    return pl.pallas_call(
-        stack_kernel, name=stack_kernel.__name__, interpret=interpret, grid=(n - first,), in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
-        out_specs=[pl.BlockSpec((1, *matrix), lambda i: (first + i, 0, 0))], out_shape=[jax.ShapeDtypeStruct((n, *matrix), dtype)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=MLP_VMEM_LIMIT))
+            "w": pl.BlockSpec((h, d), lambda i, *_: (0, 0), **once), "o": pl.BlockSpec((d, d), lambda i, *_: (3, 0), **once),
+            "s": pl.BlockSpec((2, h, d), lambda i, pair, *_: (pair[0], 0, 0), **once),
+            "a": pl.BlockSpec((1, d, d), lambda i, _, slot: (slot[0], 3, 0), **once), "l": pl.BlockSpec(memory_space=pltpu.SMEM)}
+    def call(*arguments):
+        n = len(stacks)
+        out = {x: jax.ShapeDtypeStruct(shape[x], dtype) for x in shape} | {"l": jax.ShapeDtypeStruct((1,), jnp.float32)}
+        out |= {outputs[i]: jax.ShapeDtypeStruct(x.shape, dtype) for i, x in zip(stacks, arguments[n:], strict=False)}
+        return pl.pallas_call(
+            functools.partial(kernel, shapes=shapes), name=kernel.__name__, interpret=interpret,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=n, grid=(T // C,),
+                in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * n + [spec[x] for x in inputs],
+                out_specs=[spec[x] for x in outputs], scratch_shapes=[pltpu.VMEM(*x) for x in scratch]),
+            out_shape=[out[x] for x in outputs], input_output_aliases={n + i: place for i, place in enumerate(stacks)},
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=MLP_VMEM_LIMIT))(*arguments)
+    return call

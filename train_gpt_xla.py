@@ -51,9 +51,8 @@ from pallas_kernels import (
     SoftcappedCrossEntropy,
     embedding,
     softcapped_losses,
-    takes_attention,
+    takes_block,
     takes_lm_head,
-    takes_mlp,
     window_attention,
 )
 from replay import Replay
@@ -75,7 +74,7 @@ def scaled(factor: Tensor, x: Tensor):
     """
     return (factor * x.float()).type_as(x)
 
-def mixed(x: Tensor, lambdas: Tensor | None, x0: Tensor | None):
+def mixed(x: Tensor, lambdas: tuple[Tensor, ...], x0: Tensor | None):
     """The residual stream as a block finds it: lambdas[0] * x + lambdas[1] * x0, or x."""
     return x if x0 is None else (lambdas[0] * x.float() + lambdas[1] * x0.float()).type_as(x)
 
@@ -158,7 +157,7 @@ class YarnPairedHead(Yarn):
 
 @dataclass
 class AttnArgs:
-    mix: tuple[Tensor, Tensor] | tuple[None, None]
+    mix: tuple[tuple[Tensor, Tensor], Tensor] | tuple[tuple[()], None]
     ve: Tensor
     sa_lambdas: tuple[Tensor, Tensor]
     documents: Tensor
@@ -202,45 +201,30 @@ class CausalSelfAttention(nn.Module):
         return torch.cat([qk, qkvo_w[self.dim * 2:]])
 
     def forward(self, x: Tensor, attn_args: AttnArgs):
-        """
-        x, mixed with x0; what the heads say, [B, T, hdim]; and O's weights, by which Block adds one to the other. D20: upstream mixes and
-        norms outside and projects here; on a TPU, attention's kernel has the one and the MLP's the other.
-        """
         B, T = x.size(0), x.size(1) # rows, tokens a row
         assert T % 16 == 0
         ve, sa_lambdas, (factor1, factor2) = attn_args.ve, attn_args.sa_lambdas, attn_args.factors
         # a gate on every head lets it opt out of a token: @classiclarryd. Value embeddings, where a layer has one, have theirs
-        attn_gate_w, ve_gate_w = attn_args.attn_gate_w, attn_args.ve_gate_w
+        gate = lambda w: torch.sigmoid(F.linear(x[..., :12], w).float()).mT.unsqueeze(-1)  # [B, H, T, 1]
 
-        w = scaled(sa_lambdas[0], self.qkvo_w[:self.dim * 3].type_as(x))
-        still = still_dims(self.head_dim, x.device)
-        if takes_attention(x, self.num_heads, attn_args.bm_size, self.paired):
-            # D15: on a TPU all that stands below is two kernels
-            y, x = FusedAttention.apply(
-                x, *attn_args.mix, w, attn_gate_w, factor1, factor2, still, ve, ve_gate_w, attn_args.documents, attn_args.bm_size,
-                attn_args.attn_scale, attn_args.key_offset, self.paired, torch.is_grad_enabled())
+        # D7: heads before tokens, [B, H, T, D]. A TPU tiles the last two dims, so each head's [T, D] must lie together.
+        w = scaled(sa_lambdas[0], self.qkvo_w[:self.dim * 3].type_as(x)).view(3 * self.num_heads, self.head_dim, self.dim)
+        q, k, v = torch.einsum('btc,hdc->bhtd', x, w).chunk(3, dim=1)
+        q, k = norm(q), norm(k) # @Grad62304977
+        if self.paired:
+            pairs = lambda x: x.unflatten(1, (-1, 2))  # [B, H/2, 2, T, D]: heads of even and odd number
+            q, k = (Yarn.rotary(pairs(x), factor1, factor2).flatten(1, 2) for x in (q, k))
         else:
-            x = mixed(x, *attn_args.mix)
-            x_normed = norm(x)
-            gate = lambda w: torch.sigmoid(F.linear(x_normed[..., :12], w).float())  # [B, T, H]
-            # D7: heads before tokens, [B, H, T, D]. A TPU tiles the last two dims, so each head's [T, D] must lie together.
-            w = w.view(3 * self.num_heads, self.head_dim, self.dim)
-            q, k, v = torch.einsum('btc,hdc->bhtd', x_normed, w).chunk(3, dim=1)
-            q, k = norm(q), norm(k) # @Grad62304977
-            if self.paired:
-                pairs = lambda x: x.unflatten(1, (-1, 2))  # [B, H/2, 2, T, D]: heads of even and odd number
-                q, k = (Yarn.rotary(pairs(x), factor1, factor2).flatten(1, 2) for x in (q, k))
-            else:
-                q, k = Yarn.rotary(q, factor1, factor2), Yarn.rotary(k, factor1, factor2)
-            if attn_args.key_offset:
-                # in the dims that stand still a key carries its predecessor's content, so one layer can do induction
-                k = torch.where(still, torch.cat([k[:, :, :1], k[:, :, :-1]], dim=2), k)
-            if ve is not None:
-                ve = ve.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
-                v = v + scaled(2 * gate(ve_gate_w).mT.unsqueeze(-1), ve) # @KoszarskyB, @Grad62304977
-            y = window_attention(q, k, v, attn_args.documents, attn_args.bm_size, attn_args.attn_scale, self.paired)
-            y = scaled(gate(attn_gate_w).mT.unsqueeze(-1), y).transpose(1, 2).flatten(2)
-        return x, y, scaled(sa_lambdas[1], self.qkvo_w[self.dim * 3:].type_as(y))  # lambda on O's weights, not its output: @shenberg
+            q, k = Yarn.rotary(q, factor1, factor2), Yarn.rotary(k, factor1, factor2)
+        if attn_args.key_offset:
+            # in the dims that stand still a key carries its predecessor's content, so one layer can do induction
+            k = torch.where(still_dims(self.head_dim, x.device), torch.cat([k[:, :, :1], k[:, :, :-1]], dim=2), k)
+        if ve is not None:
+            ve = ve.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
+            v = v + scaled(2 * gate(attn_args.ve_gate_w), ve) # @KoszarskyB, @Grad62304977
+        y = window_attention(q, k, v, attn_args.documents, attn_args.bm_size, attn_args.attn_scale, self.paired)
+        y = scaled(gate(attn_args.attn_gate_w), y).transpose(1, 2).flatten(2)
+        return F.linear(y, scaled(sa_lambdas[1], self.qkvo_w[self.dim * 3:].type_as(y))) # lambda on O's weights, not its output: @shenberg
 
 class PairedHeadCausalSelfAttention(CausalSelfAttention):
     """
@@ -298,12 +282,26 @@ class Block(nn.Module):
         self.mlp = MLP(dim)
 
     def forward(self, x: Tensor, attn_args: AttnArgs):
-        x, *heads = self.attn(x, attn_args) if self.attn is not None else (mixed(x, *attn_args.mix),)
-        if takes_mlp(x, self.mlp.c_fc, self.mlp.c_proj):  # D16: on a TPU all that stands below is one kernel
-            return ResidualMLP.apply(x, self.mlp.c_fc, self.mlp.c_proj, torch.is_grad_enabled(), *heads)
-        if heads:
-            x = x + F.linear(*heads)
+        lambdas, x0 = attn_args.mix  # D20: upstream mixes before the block
+        attn = self.attn and (self.attn.num_heads, attn_args.bm_size, self.attn.paired)
+        if takes_block(x, self.mlp.c_fc, self.mlp.c_proj, attn):
+            return self.by_kernels(x, attn_args)
+        x = mixed(x, lambdas, x0)
+        if self.attn is not None:
+            x = x + self.attn(norm(x), attn_args)
         return x + self.mlp(norm(x))
+
+    def by_kernels(self, x: Tensor, attn_args: AttnArgs):
+        """What forward does, on a TPU, where it is three kernels: up to q, k and v (D15), attention (D15), what comes after it (D16)."""
+        (lambdas, x0), attn, gradients = attn_args.mix, self.attn, torch.is_grad_enabled()
+        if attn is None:
+            return ResidualMLP.apply(mixed(x, lambdas, x0), self.mlp.c_fc, self.mlp.c_proj, gradients)
+        lambda_qkv, lambda_o = attn_args.sa_lambdas
+        y, x = FusedAttention.apply(
+            x, attn.qkvo_w, torch.stack([lambda_qkv, *lambdas]), x0, attn_args.attn_gate_w, *attn_args.factors,
+            still_dims(attn.head_dim, x.device), attn_args.ve, attn_args.ve_gate_w, attn_args.documents, attn_args.bm_size,
+            attn_args.attn_scale, attn_args.key_offset, attn.paired, gradients)
+        return ResidualMLP.apply(x, self.mlp.c_fc, self.mlp.c_proj, gradients, y, attn.qkvo_w, lambda_o.view(1))
 
 # -----------------------------------------------------------------------------
 # Fused Softcapped Cross Entropy
@@ -554,7 +552,7 @@ class GPT(nn.Module):
         for i in range(self.num_layers):
             *yarn, attn_scale = factors[i in self.paired_head_layers]
             attn_args = AttnArgs(
-                mix=(torch.stack([resid_lambdas[i], x0_lambdas[i]]), x0) if i > 0 else (None, None),
+                mix=((resid_lambdas[i], x0_lambdas[i]), x0) if i > 0 else ((), None),
                 ve=ve[i],
                 sa_lambdas=sa_lambdas[i],
                 documents=documents,
