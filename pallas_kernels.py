@@ -726,8 +726,20 @@ class LmHead:
     backward_block: tuple[int, int]
 
     def ids(self, targets):
-        """[rows, T] -> [rows, T, targets]: each token's own and the next ones; -1 where the row has ended."""
-        return jnp.stack([jnp.pad(targets[:, k:], ((0, 0), (0, k)), constant_values=-1) for k in range(self.targets)], axis=-1)
+        """[rows, T] -> [rows, targets, T]: each token's own and the next ones; -1 where the row has ended."""
+        return jnp.stack([jnp.pad(targets[:, k:], ((0, 0), (0, k)), constant_values=-1) for k in range(self.targets)], axis=1)
+
+
+def columns(rows):
+    """[n, m] -> [m, n], for n up to 8, float32. In HBM tokens lie along the lanes: n numbers of each would take 128."""
+    which = jax.lax.broadcasted_iota(jnp.int32, (8, rows.shape[1]), 0)
+    return sum(jnp.where(which == k, rows[k:k + 1], 0.0) for k in range(rows.shape[0])).T[:, :rows.shape[0]]
+
+
+def to_rows(columns):
+    """[m, 1] float32, n of them, -> [n, m]."""
+    which = jax.lax.broadcasted_iota(jnp.int32, (columns[0].shape[0], 128), 1)
+    return sum(jnp.where(which == k, column, 0.0) for k, column in enumerate(columns)).T[:len(columns)]
 
 
 def exp_softcap(logits, b=SOFTCAP_B):
@@ -756,8 +768,8 @@ def stream(units, start, turn, finish):
 def losses_kernel(bias, weights, x, w, w_rows, next_rows, numbers, *refs, head):
     """
     A block of tokens against a block of the vocabulary; after the last of these the targets. Blocks: bias [1, Vb] float32, weights
-    [1, Tb, targets] float32, x [1, Tb, d], w [1, Vb, d], w_rows, next_rows [1, Tb, d], [1, 16, d], the rows of w of this block's ids and
-    of the next one's first; numbers [1, Tb, targets + 1] float32: th at each target, then the sum of exponentials. For a backward pass
+    [1, targets, Tb] float32, x [1, Tb, d], w [1, Vb, d], w_rows, next_rows [1, Tb, d], [1, 16, d], the rows of w of this block's ids and
+    of the next one's first; numbers [1, targets + 1, Tb] float32: th at each target, then the sum of exponentials. For a backward pass
     dx [1, Tb, d] and, if any is kept, P [1, Tb, Vb]. In VMEM: sum_acc [Tb, 128], row_buffer [Tb + 16, d] and, with dx, dx_acc [Tb, d].
     """
     results = max(0, len(refs) - 3)
@@ -797,9 +809,9 @@ def losses_kernel(bias, weights, x, w, w_rows, next_rows, numbers, *refs, head):
         row_buffer[:Tb], row_buffer[Tb:] = w_rows[0], next_rows[0]
         m = min(Tb, 128)
         def at_targets(i, _):
-            t, weight = pl.ds(pl.multiple_of(i * m, m), m), weights[0, pl.ds(pl.multiple_of(i * m, m), m)]
+            t = pl.ds(pl.multiple_of(i * m, m), m)
+            weight, found = columns(weights[0, :, t]), []
             total = sum_acc[t].sum(1, keepdims=True) - rest * math.exp(-SOFTCAP_A / 2)  # beyond the vocabulary th is -1
-            numbers[0, t, n:] = total
             if dx is not None:
                 slope = SOFTCAP_A / (4 * SOFTCAP_C)
                 d = slope * weight.sum(1, keepdims=True) / total * dx_acc[0][t]
@@ -807,9 +819,10 @@ def losses_kernel(bias, weights, x, w, w_rows, next_rows, numbers, *refs, head):
             for k in range(n):
                 row = (pltpu.roll(rows, m + 16 - k, 0) if k else rows)[:m]  # of the target k later
                 th, _ = exp_softcap((x[0, t].astype(jnp.float32) * row).sum(1, keepdims=True))
-                numbers[0, t, k:k + 1] = th
+                found.append(th)
                 if dx is not None:
                     d -= slope * weight[:, k:k + 1] * (1 - th * th) * row
+            numbers[0, :, t] = to_rows([*found, total])
             if dx is not None:
                 dx[0, t] = d.astype(dx.dtype)
         jax.lax.fori_loop(0, Tb // m, at_targets, None)
@@ -817,7 +830,7 @@ def losses_kernel(bias, weights, x, w, w_rows, next_rows, numbers, *refs, head):
 
 def dw_kernel(ids, values, x, scale, w, *refs, head):
     """
-    A block of the vocabulary against a block of tokens. Blocks: ids, values [1, Tb, targets] int32 and float32, x [1, Tb, d], scale
+    A block of the vocabulary against a block of tokens. Blocks: ids, values [1, targets, Tb] int32 and float32, x [1, Tb, d], scale
     [1, 1, Tb] float32, w [1, Vb, d], P [1, Tb, Vb] if any is kept; dw [1, Vb, d]. In VMEM: x_T [d, Tb], scale * x; dw_acc [d, Vb] float32.
     """
     *p, dw, x_T, dw_acc = refs
@@ -825,8 +838,8 @@ def dw_kernel(ids, values, x, scale, w, *refs, head):
     Tb, Vb = x.shape[1], dw.shape[1]
     x_T[...] = (x[0].T.astype(jnp.float32) * scale[0]).astype(x.dtype)  # here: XLA would lay out the whole network for this transpose
     slices = lambda n, step: [(i, min(step, n - i)) for i in range(0, n, step)]
-    offset = jnp.clip(ids[0] - v * Vb, -1, Vb).astype(jnp.int16)  # 16 bits: two to a lane, as P
-    value = values[0].astype(x_T.dtype)
+    offset = columns(jnp.clip(ids[0] - v * Vb, -1, Vb).astype(jnp.float32)).astype(jnp.int32).astype(jnp.int16)  # two to a lane, as P
+    value = columns(values[0]).astype(x_T.dtype)
 
     @pl.when(t == 0)
     def _():
@@ -848,24 +861,24 @@ def dw_kernel(ids, values, x, scale, w, *refs, head):
                     part = jnp.where(column == at, number, part)
                 parts[i] = part
             return jnp.concatenate(parts, axis=1)
-        def columns(g, unit):
+        def entries(g, unit):
             (c, n), (r, m) = unit
             return pl.ds(pl.multiple_of(g * group + c, 128), n)
         def body(g, _):
             def start(unit):
                 _, (r, m) = unit
-                return None if kept else wide_matmul(x[0, r:r + m], w[0, columns(g, unit)], transpose_b=True)
+                return None if kept else wide_matmul(x[0, r:r + m], w[0, entries(g, unit)], transpose_b=True)
             def turn(unit, logits):
                 (c, _), (r, m) = unit
                 if kept:
-                    q = p[0][0, r:r + m, columns(g, unit)]
+                    q = p[0][0, r:r + m, entries(g, unit)]
                 else:
                     th, e = exp_softcap(logits)
                     q = (e * (1 - th * th)).astype(x_T.dtype)
                 return put_targets(q, g * group + c, r, m)
             def finish(unit, q):
                 _, (r, m) = unit
-                dw_acc[:, columns(g, unit)] += wide_matmul(x_T[:, r:r + m], q)
+                dw_acc[:, entries(g, unit)] += wide_matmul(x_T[:, r:r + m], q)
             stream([(a, b) for a in slices(group, 512) for b in slices(Tb, tile)], start, turn, finish)
         jax.lax.fori_loop(0, Vb // group, body, None)
 
@@ -892,14 +905,15 @@ def lm_head_call(kernel, head, grid, scratch, interpret, in_specs, out_specs, ou
 def losses_call(head: LmHead, dtype, interpret=False, gradients=False):
     """
     A function (x [rows, T, d], w [rows, V, d], targets [rows, T] int32, mtp_weights [targets] f32) -> losses [rows, T] f32. With
-    gradients, for gradients of 1 also: dx; A [rows, T] f32; what P is at the targets [rows, T, targets] f32; P [rows, kept, V] if any is.
+    gradients, for gradients of 1 also: dx; A [rows, T] f32; what P is at the targets [rows, targets, T] f32; P [rows, kept, V] if any is.
     """
     f32, (R, T, d, V), (Tb, Vb), n = jnp.float32, (head.rows, head.tokens, head.dim, head.vocab), head.forward_block, head.targets
     blocks, skipped = pl.cdiv(V, Vb), (T - head.kept) // Tb
     tokens = lambda r, t, v: (r, t, 0)
-    in_specs = [((1, Vb), lambda r, t, v: (0, v)), ((1, Tb, n), tokens), ((1, Tb, d), tokens), ((1, Vb, d), lambda r, t, v: (r, v, 0)),
+    lanes = lambda r, t, v: (r, 0, t)
+    in_specs = [((1, Vb), lambda r, t, v: (0, v)), ((1, n, Tb), lanes), ((1, Tb, d), tokens), ((1, Vb, d), lambda r, t, v: (r, v, 0)),
                 ((1, Tb, d), tokens), ((1, 16, d), lambda r, t, v: (r, jnp.minimum((t + 1) * (Tb // 16), T // 16 - 1), 0))]
-    out_specs, out_shape = [((1, Tb, n + 1), tokens)], [((R, T, n + 1), f32)]
+    out_specs, out_shape = [((1, n + 1, Tb), lanes)], [((R, n + 1, T), f32)]
     scratch = [((Tb, 128), f32), ((Tb + 16, d), dtype)]
     if gradients:
         out_specs, out_shape, scratch = out_specs + [((1, Tb, d), tokens)], out_shape + [((R, T, d), dtype)], scratch + [((Tb, d), f32)]
@@ -911,16 +925,16 @@ def losses_call(head: LmHead, dtype, interpret=False, gradients=False):
     def run(x, w, targets, mtp_weights):
         bias = jnp.where(jnp.arange(blocks * Vb) < V, SOFTCAP_B, -1e9).astype(f32)[None]  # no exponential beyond the vocabulary
         ids = head.ids(targets)
-        weights = jnp.where(ids >= 0, mtp_weights, 0.0)
+        weights = jnp.where(ids >= 0, mtp_weights[:, None], 0.0)
         w_rows = jax.vmap(lambda w, t: w.at[t].get(mode="promise_in_bounds"))(w, targets)
         numbers, *saved = call(bias, weights, x, w, w_rows, w_rows)
-        th, sums, total = numbers[..., :n], numbers[..., n], weights.sum(-1)
-        losses = total * jnp.log(sums) - SOFTCAP_A / 2 * (weights * th).sum(-1)
+        th, sums, total = numbers[:, :n], numbers[:, n], weights.sum(1)
+        losses = total * jnp.log(sums) - SOFTCAP_A / 2 * (weights * th).sum(1)
         if not gradients:
             return [losses]
         a = SOFTCAP_A / (4 * SOFTCAP_C) * total / sums
-        same = jnp.where(ids[..., :, None] == ids[..., None, :], weights[..., None, :], 0.0).sum(-1)  # a token may have one id twice
-        e = jnp.exp(SOFTCAP_A / 2 * th) - same * (sums / jnp.where(total == 0, 1.0, total))[..., None]
+        same = jnp.where(ids[:, :, None] == ids[:, None], weights[:, None], 0.0).sum(2)  # a token may have one id twice
+        e = jnp.exp(SOFTCAP_A / 2 * th) - same * (sums / jnp.where(total == 0, 1.0, total))[:, None]
         return [losses, saved[0], a, e * (1 - th * th), *saved[1:]]
     return run
 
@@ -936,7 +950,7 @@ def dw_call(head: LmHead, dtype, interpret=False):
     """
     f32, (R, T, d, V), (Tb, Vb) = jnp.float32, (head.rows, head.tokens, head.dim, head.vocab), head.backward_block
     again = (T - head.kept) // Tb
-    numbers = (1, Tb, head.targets), lambda r, v, t: (r, t, 0)
+    numbers = (1, head.targets, Tb), lambda r, v, t: (r, 0, t)
     # what a block of tokens has no use for is what the one before it had, and is not fetched again
     in_specs = [numbers, numbers, ((1, Tb, d), lambda r, v, t: (r, t, 0)), ((1, 1, Tb), lambda r, v, t: (r, 0, t)),
                 ((1, Vb, d), lambda r, v, t: (r, v if again else 0, 0))]
