@@ -314,6 +314,12 @@ class DistAdam(torch.optim.Optimizer):
                 shard(state["grad"], "data")
 
     @torch.no_grad()
+    def begin(self):
+        """Before an odd step's forward pass: what each device keeps of the even one, for kernels to go on from (D19)."""
+        for p, state in self.state.items():
+            p.before = enter(state["grad"], "data").squeeze(0)
+
+    @torch.no_grad()
     def step(self):
         tables = []  # with their new weights, split by rows
         for i, group in enumerate(self.param_groups):
@@ -321,7 +327,7 @@ class DistAdam(torch.optim.Optimizer):
                 if p.local_grad is None:
                     continue
                 state, spec = self.state[p], self.split(p)
-                grad = enter(state["grad"], "data").squeeze(0) + p.local_grad
+                grad = p.local_grad if p.before is None else p.before + p.local_grad
                 g_slice = reduce_scatter(grad, channel=100 + 10 * i + j) if spec else shard(leave(grad).sum(0))
                 weight = self._update_step(p, g_slice, state["exp_avg"], state["exp_avg_sq"], *group["betas"], group["eps"],
                                            p.step_size, p.eff_wd)
@@ -331,7 +337,10 @@ class DistAdam(torch.optim.Optimizer):
                     tables.append((p, shard(weight, *spec)))
                 else:
                     p.copy_(shard(weight))
-        # One all-gather, in the parameters' dtype. Each table by itself would be copied twice, for it takes the old one's memory
+        # One all-gather, in the parameters' dtype. Each table by itself would be copied twice, for it takes the old one's memory.
+        # Backwards: torch_xla numbers arguments from the last operand on, results as they were made, and XLA gives a result the first
+        # donated argument of its size. In another's memory it would be copied
+        tables.reverse()
         weights = shard(torch.stack([w for _, w in tables]), None, "data")
         for (p, _), w in zip(tables, shard(weights.clone()).unbind(), strict=True):
             p.copy_(w)

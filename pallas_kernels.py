@@ -971,20 +971,28 @@ def dw_call(head: LmHead, dtype, interpret=False):
 
 SCATTER_ENTRIES, SCATTER_TOKENS = 384, 256  # of a block
 
-def scatter_kernel(blocks, chunks, ids, dy, dw, dw_acc):
-    """A block of entries against a chunk of sorted tokens in which it may occur. Blocks: ids [1, 1, n], dy [1, n, d], dw [1, m, d]."""
+def scatter_kernel(blocks, chunks, ids, dy, *refs):
+    """
+    A block of entries against a chunk of sorted tokens in which it may occur. Blocks: ids [1, 1, n], dy [1, n, d], perhaps before [m, d],
+    dw [1, m, d]. In VMEM dw_acc [m, d].
+    """
+    *before, dw, dw_acc = refs
     r, i = pl.program_id(0), pl.program_id(1)
     block = blocks[r, i]
     entry = block * dw.shape[1] + jax.lax.broadcasted_iota(jnp.int32, (dw.shape[1], ids.shape[2]), 0)
     part = matmul(jnp.where(entry == ids[0], 1.0, 0.0).astype(dy.dtype), dy[0])
     new = (i == 0) | (block != blocks[r, jnp.maximum(i - 1, 0)])
-    dw_acc[...] = part + jnp.where(new, 0.0, dw_acc[...])
+    start = jnp.where(r == 0, before[0][...].astype(jnp.float32), 0.0) if before else 0.0
+    dw_acc[...] = part + jnp.where(new, start, dw_acc[...])
     dw[0] = dw_acc[...].astype(dw.dtype)
 
 
-def scatter_call(shapes: tuple[int, int, int, int], dtype, interpret=False):
-    """shapes: rows, tokens of each, vocabulary, d. A function (ids [rows, T] int32, dy [rows, T, d]) -> dw [rows, V, d]."""
-    R, T, V, d = shapes
+def scatter_call(shapes: tuple[int, int, int, int, bool], dtype, interpret=False):
+    """
+    shapes: rows, tokens of each, vocabulary, d, on_top. A function (ids [rows, T] int32, dy [rows, T, d], if on_top before [V, d]) -> dw
+    [rows, V, d], the first row's on top of before.
+    """
+    R, T, V, d, on_top = shapes
     m, n = SCATTER_ENTRIES, math.gcd(T, SCATTER_TOKENS)
     steps = pl.cdiv(V, m) + T // n - 1  # in a walk from the first block and chunk to the last ones, one or the other goes on
     call = pl.pallas_call(
@@ -992,7 +1000,8 @@ def scatter_call(shapes: tuple[int, int, int, int], dtype, interpret=False):
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2, grid=(R, steps),
             in_specs=[pl.BlockSpec((1, 1, n), lambda r, i, blocks, chunks: (r, 0, chunks[r, i])),
-                      pl.BlockSpec((1, n, d), lambda r, i, blocks, chunks: (r, chunks[r, i], 0))],
+                      pl.BlockSpec((1, n, d), lambda r, i, blocks, chunks: (r, chunks[r, i], 0)),
+                      *[pl.BlockSpec((m, d), lambda r, i, blocks, chunks: (blocks[r, i], 0))] * on_top],
             out_specs=pl.BlockSpec((1, m, d), lambda r, i, blocks, chunks: (r, blocks[r, i], 0)),
             scratch_shapes=[pltpu.VMEM((m, d), jnp.float32)]),
         out_shape=jax.ShapeDtypeStruct((R, V, d), dtype),
@@ -1004,10 +1013,10 @@ def scatter_call(shapes: tuple[int, int, int, int], dtype, interpret=False):
         of_block = jnp.argsort(ends, stable=True) < pl.cdiv(V, m) - 1
         return [jnp.cumsum(jnp.pad(x.astype(jnp.int32), (1, 0)), dtype=jnp.int32) for x in (of_block, ~of_block)]
 
-    def run(ids, dy):
+    def run(ids, dy, *before):
         ids, order = jax.lax.sort((ids, jax.lax.broadcasted_iota(jnp.int32, (R, T), 1)), num_keys=1)  # once for all embeddings, by CSE
         dy = jax.vmap(lambda dy, order: dy.at[order].get(mode="promise_in_bounds"))(dy, order)
-        return [call(*jax.vmap(walk)(ids), ids[:, None], dy)]
+        return [call(*jax.vmap(walk)(ids), ids[:, None], dy, *before)]
     return run
 
 
@@ -1108,17 +1117,22 @@ class FusedAttention(torch.autograd.Function):
 
 
 class Embedding(torch.autograd.Function):
-    """F.embedding of ids [B, T] int32 in weight [V, d], whose gradient is a kernel."""
+    """
+    F.embedding of ids [B, T] int32 in weight [V, d], whose gradient is a kernel. It comes on top of weight.before [V, d], if there is one;
+    then that is gone.
+    """
     @staticmethod
     def forward(ctx, ids, weight):
         ctx.save_for_backward(ids)
-        ctx.vocab = weight.size(0)
+        ctx.weight = weight
         return F.embedding(ids, weight)
 
     @staticmethod
     def backward(ctx, dy):
-        ids, = ctx.saved_tensors
-        return None, call_kernel(scatter_call, (*ids.shape, ctx.vocab, dy.size(2)), ids, dy)[0].sum(0)
+        (ids,), before = ctx.saved_tensors, getattr(ctx.weight, "before", None)
+        ctx.weight.before = None
+        shapes, before = (*ids.shape, *ctx.weight.shape, before is not None), [] if before is None else [before]
+        return None, call_kernel(scatter_call, shapes, ids, dy, *before)[0].sum(0)
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:

@@ -1068,20 +1068,22 @@ class TrainingManager():
         weights = {name: enter(p.detach()).requires_grad_() for name, p in self.model.named_parameters()}
         buffers = {name: enter(b) for name, b in self.model.named_buffers()}
         for name, p in self.model.named_parameters():
-            weights[name].place = getattr(p, "place", None)
+            weights[name].place, weights[name].before = getattr(p, "place", None), getattr(p, "before", None)
         args = (*enter(batch, "data").unbind(1), self.get_forward_args())
         return torch.func.functional_call(self.model, weights | buffers, args), weights
 
     def training_step(self, batch: Tensor, numbers: Tensor) -> Tensor:
         """One whole step on batch [8, 3, T]. Returns the loss of each row, [8]."""
         self.muon_opt.begin()
+        if self.graph.adam:
+            self.adam_opt.begin()
         losses, weights = self.forward(batch, numbers)
         (losses.sum() / ROWS).backward()  # the mean over ranks that upstream's reduce_scatter takes
         for name, p in self.model.named_parameters():
-            p.local_grad = weights[name].grad
+            p.local_grad, p.before = weights[name].grad, weights[name].before
         self.step_optimizers()
         for p in self.model.parameters():  # or mark_step looks after them at every step
-            p.local_grad = p.step_size = p.eff_wd = p.place = None
+            p.local_grad = p.step_size = p.eff_wd = p.place = p.before = None
         return shard(leave(losses.detach()).flatten())
 
     @torch.no_grad()

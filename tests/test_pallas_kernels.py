@@ -373,9 +373,13 @@ def test_embedding(rows, T, V, most, dtype):
     want = torch.zeros(rows, V, 64)
     for r in range(rows):
         want[r].index_add_(0, ids[r], dy[r].float())
-    got, = jax.jit(pk.scatter_call((rows, T, V, 64), dtype=str(dtype).removeprefix("torch."), interpret=True))(
-        jax.numpy.asarray(ids.numpy()), jax.numpy.asarray(dy.float().numpy(), dtype=str(dtype).removeprefix("torch.")))
-    check([got], [want.numpy()], 1e-5 if dtype == torch.float32 else 1e-2, ["dw"])
+    array = lambda x: jax.numpy.asarray(x.float().numpy(), dtype=str(dtype).removeprefix("torch."))
+    before = torch.randn(V, 64, generator=generator).to(dtype)
+    for more in ([], [before]):
+        call = pk.scatter_call((rows, T, V, 64, bool(more)), dtype=str(dtype).removeprefix("torch."), interpret=True)
+        got, = jax.jit(call)(jax.numpy.asarray(ids.numpy()), array(dy), *map(array, more))
+        check([got], [want.numpy()], 1e-5 if dtype == torch.float32 else 1e-2, ["dw"])
+        want[0] += before.float()
 
 # -----------------------------------------------------------------------------
 # In torch_xla's SPMD graph
@@ -452,8 +456,11 @@ check([t.cpu().float().numpy() for t in got], [losses, dx, dw.sum(0), alone], 2e
 ids, want = torch.randint(0, 384, (2 * n, 256), dtype=torch.int32), torch.zeros(384, 128)
 want.index_add_(0, ids.flatten(), x.flatten(0, 1).float())
 before, leaf = pk.lowered.cache_info().misses, whole(weight[0]).requires_grad_()
+leaf.before = split(x)[0, :128].repeat(3, 1)
+want += x[::2, :128].float().sum(0).repeat(3, 1)  # of each device's rows the first
 y = pk.embedding(split(ids), leaf)
 y, dw = leave(y.detach()).flatten(0, 1), leave(torch.autograd.grad(y, leaf, split(x))[0]).float().sum(0)
+assert leaf.before is None
 torch_xla.sync()
 assert pk.lowered.cache_info().misses == before + 1, "the twin ran"
 assert torch.equal(y.cpu(), torch.nn.functional.embedding(ids, weight[0]))
