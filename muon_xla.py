@@ -16,7 +16,7 @@ import torch_xla.core.xla_op_registry as xor
 import torch_xla.distributed.spmd as xs
 from torch import Tensor
 
-from pallas_kernels import GradientStack
+from pallas_kernels import GradientStack, GradientSum
 
 ROWS = 8  # the record's 8 ranks; also the most devices, so stacks are padded to a multiple of it
 
@@ -111,7 +111,7 @@ def polar_express(G: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     D2: upstream's XXT and ba_plus_cAA kernels skip half of each symmetric product; the MXU has no such saving.
     """
     X = G.to(dtype)
-    # square ones, too: libtpu lays X out that way for X @ X.mT, and would copy their state from and to its own layout
+    # D23: square ones, too. libtpu lays X out that way for X @ X.mT, and would copy their state to that layout and back
     if transposed := G.size(-2) >= G.size(-1):
         X = X.mT
     X = X / (X.float().square().sum((-2, -1), keepdim=True).sqrt().to(dtype) * (1 + 2e-2) + 1e-6)
@@ -309,25 +309,24 @@ class DistAdam(torch.optim.Optimizer):
     def accumulate(self):
         """An even step: each device keeps its own gradients for the next one."""
         for p, state in self.state.items():
-            if p.local_grad is not None:
-                state["grad"].copy_(leave(p.local_grad))
+            grad = p.place.total(p.local_grad)
+            if grad is not None:
+                state["grad"].copy_(leave(grad))
                 shard(state["grad"], "data")
 
-    @torch.no_grad()
-    def begin(self):
-        """Before an odd step's forward pass: what each device keeps of the even one, for kernels to go on from (D19)."""
+    def begin(self, odd: bool):
+        """Before the forward pass: where each gradient adds up, in an odd step on top of the even one's (D19)."""
         for p, state in self.state.items():
-            p.before = enter(state["grad"], "data").squeeze(0)
+            p.place = GradientSum(enter(state["grad"], "data").squeeze(0) if odd else None)
 
     @torch.no_grad()
     def step(self):
         tables = []  # with their new weights, split by rows
         for i, group in enumerate(self.param_groups):
             for j, p in enumerate(group["params"]):
-                if p.local_grad is None:
+                state, spec, grad = self.state[p], self.split(p), p.place.total(p.local_grad)
+                if grad is None:
                     continue
-                state, spec = self.state[p], self.split(p)
-                grad = p.local_grad if p.before is None else p.before + p.local_grad
                 g_slice = reduce_scatter(grad, channel=100 + 10 * i + j) if spec else shard(leave(grad).sum(0))
                 weight = self._update_step(p, g_slice, state["exp_avg"], state["exp_avg_sq"], *group["betas"], group["eps"],
                                            p.step_size, p.eff_wd)

@@ -433,6 +433,10 @@ class Heads:
     def block(self) -> int:
         return math.gcd(self.tokens, 512)
 
+    @property
+    def lambdas(self) -> int:
+        return 1 + 2 * self.mix
+
     def arguments(self, refs: tuple) -> tuple[tuple, tuple, tuple]:
         """The last arguments of a kernel: what value embeddings bring, what the mix brings, the rest."""
         ve, mix = 2 * self.ve, int(self.mix)
@@ -448,7 +452,7 @@ def mixed(x, lambdas, x0):
     """A block of x [1, bt, C], with its share of x0, if x0 is (x0,) and not (): float32, rounded as x."""
     if not x0:
         return x[0].astype(jnp.float32)
-    return (lambdas[1] * x[0].astype(jnp.float32) + lambdas[2] * x0[0][0].astype(jnp.float32)).astype(x.dtype).astype(jnp.float32)
+    return (lambdas[1][0] * x[0].astype(jnp.float32) + lambdas[2][0] * x0[0][0].astype(jnp.float32)).astype(x.dtype).astype(jnp.float32)
 
 
 def rotate(x, factors, h, back=False):
@@ -491,19 +495,20 @@ def widen(wide, *narrow):
         wide[i, :, :w.shape[1]] = w[...]
 
 
-def project_kernel(x, W, lambdas, gate_w, factor1, factor2, still, *refs, heads):
+def project_kernel(x, W, *refs, heads):
     """
     Blocks: x [1, bt, C], W [3C, C], gate_w [H, n], factors [1 or 2, bt, D], still [1, D]; with value embeddings ve [1, bt, C], ve_gate_w
-    [H, n]; with a mix x0 [1, bt, C]; lambdas float32 in SMEM: W's, and with a mix those of x and x0; qkv [1, 3H, bt, D], gate [1, H, bt]
-    float32, raw [1, 2H, bt, D] if kept, y [1, bt, C], the mix. In VMEM: before [H, 1, D], the keys before the block; w [3C, C], its
-    lambda times W; gates [2, H, 128], the weights of the gates.
+    [H, n]; with a mix x0 [1, bt, C]; lambdas [1] float32 in SMEM: W's, and with a mix those of x and x0; qkv [1, 3H, bt, D], gate
+    [1, H, bt] float32, raw [1, 2H, bt, D] if kept, y [1, bt, C], the mix. In VMEM: before [H, 1, D], the keys before the block; w [3C, C],
+    its lambda times W; gates [2, H, 128], the weights of the gates.
     """
+    lambdas, (gate_w, factor1, factor2, still, *refs) = refs[:heads.lambdas], refs[heads.lambdas:]
     values, x0, (qkv, gate, *rest, before, w, gates) = heads.arguments(refs)
     raw, y = rest[:heads.keep], rest[heads.keep:]
     H, D, bt, dtype, f32 = heads.heads, heads.dim, heads.block, x.dtype, jnp.float32
     begins = (pl.program_id(0) == 0) & (pl.program_id(1) == 0)
     def begin(strip):
-        w[strip] = scaled(lambdas[0], W[strip])
+        w[strip] = scaled(lambdas[0][0], W[strip])
     by_strips(begins, W.shape[0], begin, 32)
     pl.when(begins)(lambda: widen(gates, gate_w, *values[1:]))
     x_mixed = mixed(x, lambdas, x0)
@@ -539,7 +544,7 @@ def project_kernel(x, W, lambdas, gate_w, factor1, factor2, still, *refs, heads)
     stream(two_by_two, start, turn, lambda two, _: None)
 
 
-def project_backward_kernel(slot, stack, x, W, lambdas, gate_w, factor1, factor2, still, raw, dq, dk, dv, gate, delta, *refs, heads):
+def project_backward_kernel(slot, stack, x, W, *refs, heads):
     """
     From the row's last block to its first. Blocks as above; dq, dk, dv [1, H, bt, D], delta [1, H, bt], the gate's gradient times the gate;
     dx [1, bt, C], dW [1, 3C, C], a place in the stack, which stays where it is, dlambdas, dgate_w, dve_gate_w [H, n], dve [1, bt, C]; with
@@ -547,8 +552,10 @@ def project_backward_kernel(slot, stack, x, W, lambdas, gate_w, factor1, factor2
     that comes next in the row; w and gates as above; dqkv [bt, 3C], dx_acc [bt, C], dw_acc [C, 3C], dgates_acc [2, H, 128], dlambdas_acc
     [lambdas, 8, C].
     """
+    lambdas, (gate_w, factor1, factor2, still, raw, dq, dk, dv, gate, delta, *refs) = refs[:heads.lambdas], refs[heads.lambdas:]
     values, x0, rest = heads.arguments(refs)
-    dy_mix, (dx, dW, dlambdas, dgate_w, *rest) = rest[:heads.mix], rest[heads.mix:]
+    dy_mix, (dx, dW, *rest) = rest[:heads.mix], rest[heads.mix:]
+    dlambdas, (dgate_w, *rest) = rest[:heads.lambdas], rest[heads.lambdas:]
     dvalues, dx0, (after, w, gates, dqkv, dx_acc, dw_acc, dgates_acc, dlambdas_acc) = heads.arguments(rest)
     H, D, bt, dtype, f32 = heads.heads, heads.dim, heads.block, x.dtype, jnp.float32
     C, n = H * D, pl.num_programs(1) - 1 - pl.program_id(1)
@@ -564,7 +571,7 @@ def project_backward_kernel(slot, stack, x, W, lambdas, gate_w, factor1, factor2
         dw_acc[:, strip] = jnp.zeros((C, D), f32)
     by_strips(begins, 3 * C, begin, D)
     def begin(strip):
-        w[strip] = scaled(lambdas[0], W[strip])
+        w[strip] = scaled(lambdas[0][0], W[strip])
     by_strips(begins, 3 * C, begin, 32)
     def to_lambda(i, d, x):
         dlambdas_acc[i] += (d.astype(f32) * x.astype(f32)).reshape(-1, 8, C).sum(0)
@@ -617,8 +624,8 @@ def project_backward_kernel(slot, stack, x, W, lambdas, gate_w, factor1, factor2
         d = d.astype(dtype).astype(f32) + dy_mix[0][0].astype(f32)
         to_lambda(1, d, x[0])
         to_lambda(2, d, x0[0][0])
-        dx0[0][0] = (lambdas[2] * d).astype(dtype)
-        d = lambdas[1] * d
+        dx0[0][0] = (lambdas[2][0] * d).astype(dtype)
+        d = lambdas[1][0] * d
     dx[0] = d.astype(dtype)
     def end(strip):
         dW[0, strip] = dw_acc[:, strip].astype(dtype).T
@@ -626,24 +633,25 @@ def project_backward_kernel(slot, stack, x, W, lambdas, gate_w, factor1, factor2
     def end(strip):
         dw = dW[0, strip]
         to_lambda(0, dw, W[strip])
-        dW[0, strip] = scaled(lambdas[0], dw)
+        dW[0, strip] = scaled(lambdas[0][0], dw)
     by_strips(ends, 3 * C, end, 32)
     @pl.when(ends)
     def _():
         for i, dgate in enumerate((dgate_w, *dvalues[1:])):
             dgate[...] = dgates_acc[i, :, :dgate.shape[1]].astype(dtype)
-        for i in range(dlambdas.shape[0]):
-            dlambdas[i] = dlambdas_acc[i].sum()
+        for i, dlambda in enumerate(dlambdas):
+            dlambda[0] = dlambdas_acc[i].sum()
 
 
 def project_call(heads: Heads, dtype, interpret=False):
     """
-    A function (x [rows, T, C], W [4C, C], of which it takes 3C, lambdas [1 or, with a mix, 3] f32, gate_w [H, n], factor1, factor2
+    A function (x [rows, T, C], W [4C, C], of which it takes 3C, a lambda [1] f32 or, with a mix, three, gate_w [H, n], factor1, factor2
     [1 or 2, T, D], still [1, D] f32, with value embeddings ve [rows, T, C], ve_gate_w [H, n], with a mix x0 [rows, T, C]) -> qkv
-    [rows, 3H, T, D] for attention, its gate [rows, H, T] f32, if heads.keep q and k before their norm [rows, 2H, T, D], with a mix
-    lambdas[1] * x + lambdas[2] * x0.
+    [rows, 3H, T, D] for attention, its gate [rows, H, T] f32, if heads.keep q and k before their norm [rows, 2H, T, D], with a mix the sum
+    of x and x0 by the other two lambdas.
     """
-    return project_pallas_call(project_kernel, heads, dtype, interpret, lambda i: i, "xWlgff1" + "xg" * heads.ve + "x" * heads.mix,
+    return project_pallas_call(project_kernel, heads, dtype, interpret, lambda i: i,
+                               "xW" + "l" * heads.lambdas + "gff1" + "xg" * heads.ve + "x" * heads.mix,
                                "3G" + "2" * heads.keep + "x" * heads.mix, [])
 
 
@@ -654,16 +662,17 @@ def project_backward_call(heads: Heads, dtype, interpret=False):
     with dW's 3C rows in that slot, dlambdas, dgate_w, with value embeddings dve, dve_gate_w, with a mix dx0.
     """
     last, bt, C, f32 = heads.tokens // heads.block - 1, heads.block, heads.heads * heads.dim, jnp.float32
-    scratch = [((bt, 3 * C), dtype), ((bt, C), f32), ((C, 3 * C), f32), ((2, heads.heads, LANES), f32), ((1 + 2 * heads.mix, 8, C), f32)]
+    scratch = [((bt, 3 * C), dtype), ((bt, C), f32), ((C, 3 * C), f32), ((2, heads.heads, LANES), f32), ((heads.lambdas, 8, C), f32)]
     return lambda slot, stack, *more: project_pallas_call(
-        project_backward_kernel, heads, dtype, interpret, lambda i: last - i, "sxWlgff12HHHGG" + "xg" * heads.ve + "xx" * heads.mix,
-        "xslg" + "xg" * heads.ve + "x" * heads.mix, scratch, stack.shape[0])(slot, stack, *more)
+        project_backward_kernel, heads, dtype, interpret, lambda i: last - i,
+        "sxW" + "l" * heads.lambdas + "gff12HHHGG" + "xg" * heads.ve + "xx" * heads.mix,
+        "xs" + "l" * heads.lambdas + "g" + "xg" * heads.ve + "x" * heads.mix, scratch, stack.shape[0])(slot, stack, *more)
 
 
 def project_pallas_call(kernel, heads, dtype, interpret, block, inputs: str, outputs: str, scratch, stacked=0):
     """
     inputs, outputs: a letter for each array: x [rows, T, C], W the first [3C, C] of [4C, C], g [H, n], f a factor, 1 [1, D] float32,
-    H, 2, 3 [rows, H, 2H, 3H, T, D], G [rows, H, T] float32, l the lambdas; s, a stack [stacked, 4C, C] in HBM: of one place, whose number
+    H, 2, 3 [rows, H, 2H, 3H, T, D], G [rows, H, T] float32, l a lambda; s, a stack [stacked, 4C, C] in HBM: of one place, whose number
     comes before all else, the first 3C rows are written. block: which one a program has.
     """
     R, H, T, D, bt, f32 = heads.rows, heads.heads, heads.tokens, heads.dim, heads.block, jnp.float32
@@ -675,7 +684,7 @@ def project_pallas_call(kernel, heads, dtype, interpret, block, inputs: str, out
               "s": ((stacked, 4 * C, C), dtype, pl.BlockSpec((1, 3 * C, C), lambda r, i, slot: (slot[0], 0, 0), **once)),
               "g": whole(dtype, H, heads.gate), "1": whole(f32, 1, D),
               "f": ((n, T, D), dtype, pl.BlockSpec((n, bt, D), lambda r, i, *_: (0, block(i), 0))),
-              "l": ((1 + 2 * heads.mix,), f32, pl.BlockSpec(memory_space=pltpu.SMEM)),
+              "l": ((1,), f32, pl.BlockSpec(memory_space=pltpu.SMEM)),
               "H": by_head(H), "2": by_head(2 * H), "3": by_head(3 * H),
               "G": ((R, H, T), f32, pl.BlockSpec((1, H, bt), lambda r, i, *_: (r, 0, block(i))))}
     return pl.pallas_call(
@@ -722,6 +731,7 @@ class LmHead:
     vocab: int
     targets: int  # of each token: itself and those after it
     kept: int  # tokens at a row's end whose P [kept, V] stays in HBM for the backward pass
+    on_top: bool  # dw comes on top of what there is of it already
     forward_block: tuple[int, int]  # tokens, vocabulary
     backward_block: tuple[int, int]
 
@@ -831,10 +841,11 @@ def losses_kernel(bias, weights, x, w, w_rows, next_rows, numbers, *refs, head):
 def dw_kernel(ids, values, x, scale, w, *refs, head):
     """
     A block of the vocabulary against a block of tokens. Blocks: ids, values [1, targets, Tb] int32 and float32, x [1, Tb, d], scale
-    [1, 1, Tb] float32, w [1, Vb, d], P [1, Tb, Vb] if any is kept; dw [1, Vb, d]. In VMEM: x_T [d, Tb], scale * x; dw_acc [d, Vb] float32.
+    [1, 1, Tb] float32, w [1, Vb, d], perhaps before [Vb, d], P [1, Tb, Vb] if any is kept; dw [1, Vb, d]. In VMEM: x_T [d, Tb], scale * x;
+    dw_acc [d, Vb] float32.
     """
-    *p, dw, x_T, dw_acc = refs
-    v, t = pl.program_id(1), pl.program_id(2)
+    before, (*p, dw, x_T, dw_acc) = refs[:head.on_top], refs[head.on_top:]
+    r, v, t = (pl.program_id(axis) for axis in range(3))
     Tb, Vb = x.shape[1], dw.shape[1]
     x_T[...] = (x[0].T.astype(jnp.float32) * scale[0]).astype(x.dtype)  # here: XLA would lay out the whole network for this transpose
     slices = lambda n, step: [(i, min(step, n - i)) for i in range(0, n, step)]
@@ -891,7 +902,8 @@ def dw_kernel(ids, values, x, scale, w, *refs, head):
     @pl.when(t == pl.num_programs(2) - 1)
     def _():
         for c, n in slices(Vb, 512):
-            dw[0, c:c + n] = dw_acc[:, c:c + n].astype(dw.dtype).T
+            part = dw_acc[:, c:c + n].astype(dw.dtype).T
+            dw[0, c:c + n] = jnp.where(r == 0, add(part, before[0][c:c + n]), part) if before else part
 
 
 def lm_head_call(kernel, head, grid, scratch, interpret, in_specs, out_specs, out_shape):
@@ -946,22 +958,23 @@ def losses_and_dx_call(head: LmHead, dtype, interpret=False):
 def dw_call(head: LmHead, dtype, interpret=False):
     """
     A function (x, w, targets as losses_call's; dx, A, P at the targets and perhaps P as it returned them; the gradient of the losses
-    [rows, T] f32) -> dx [rows, T, d], dw [rows, V, d].
+    [rows, T] f32; if head.on_top before [V, d]) -> dx [rows, T, d], dw [rows, V, d], the first row's on top of before.
     """
     f32, (R, T, d, V), (Tb, Vb) = jnp.float32, (head.rows, head.tokens, head.dim, head.vocab), head.backward_block
     again = (T - head.kept) // Tb
     numbers = (1, head.targets, Tb), lambda r, v, t: (r, 0, t)
     # what a block of tokens has no use for is what the one before it had, and is not fetched again
     in_specs = [numbers, numbers, ((1, Tb, d), lambda r, v, t: (r, t, 0)), ((1, 1, Tb), lambda r, v, t: (r, 0, t)),
-                ((1, Vb, d), lambda r, v, t: (r, v if again else 0, 0))]
+                ((1, Vb, d), lambda r, v, t: (r, v if again else 0, 0)), *[((Vb, d), lambda r, v, t: (v, 0))] * head.on_top]
     if head.kept:
         in_specs += [((1, Tb, Vb), lambda r, v, t: (r, jnp.maximum(t - again, 0), v))]
     call = lm_head_call(dw_kernel, head, (R, pl.cdiv(V, Vb), T // Tb), [((d, Tb), dtype), ((d, Vb), f32)], interpret, in_specs=in_specs,
                         out_specs=[((1, Vb, d), lambda r, v, t: (r, v, 0))], out_shape=[((R, V, d), dtype)])
 
     def run(x, w, targets, dx, a, at_targets, *rest):
-        *p, dy = rest
-        return [(dy[..., None] * dx.astype(f32)).astype(dtype), *call(head.ids(targets), at_targets, x, (a * dy)[:, None], w, *p)]
+        *p, dy = rest[:1 + bool(head.kept)]
+        before = rest[1 + bool(head.kept):]
+        return [(dy[..., None] * dx.astype(f32)).astype(dtype), *call(head.ids(targets), at_targets, x, (a * dy)[:, None], w, *before, *p)]
     return run
 
 
@@ -1063,6 +1076,22 @@ class GradientStack:
         return self.tensor
 
 
+class GradientSum:
+    """
+    Where the gradient of a table [V, d] adds up, kernel by kernel, each on top of what there is. before: of the step before, or None.
+    tensor: None before the first kernel.
+    """
+    def __init__(self, before: Tensor | None = None):
+        self.before, self.tensor = before, None
+
+    def so_far(self) -> list[Tensor]:
+        return [x for x in (self.before if self.tensor is None else self.tensor,) if x is not None]
+
+    def total(self, grad: Tensor | None) -> Tensor | None:
+        """With what autograd found. None if neither it nor a kernel found any."""
+        return self.tensor if grad is None else sum(self.so_far(), start=grad)
+
+
 def stack_kernel(weight, out):
     out[...] = jnp.zeros_like(out)
 
@@ -1083,19 +1112,20 @@ def stack_call(shape: tuple[int, int, int, int], dtype, interpret=False):
 class FusedAttention(torch.autograd.Function):
     """
     All that comes before attention, window_attention and its gate, by two kernels. x [B, T, C]; W [4C, C], of which it takes the first 3C
-    rows; lambdas, float32: W's [1], or with those of x and x0 [3]; x0 [B, T, C] or None; gate_w [H, n], the result's gate, which reads n
-    features; factor1, factor2 [T, D] or, paired, [2, T, D]; still [D] bool, the dims of the key offset; ve [B, T, C] and its gate,
-    ve_gate_w [H, n], or None twice; the rest as window_attention. keep: there will be a backward pass. Returns y [B, T, C], tokens before
-    heads, as matmuls want it, and lambdas[1] * x + lambdas[2] * x0, or x.
+    rows; x0 [B, T, C] or None; gate_w [H, n], the result's gate, which reads n features; factor1, factor2 [T, D] or, paired, [2, T, D];
+    still [D] bool, the dims of the key offset; ve [B, T, C] and its gate, ve_gate_w [H, n], or None twice; the rest as window_attention.
+    keep: there will be a backward pass. lambdas, [1] float32: W's and, if there is x0, those of x and x0. Returns y [B, T, C], tokens
+    before heads, as matmuls want it, and lambdas[1] * x + lambdas[2] * x0, or x.
     W needs a place, (a GradientStack, a number), in which its gradient comes to lie instead of autograd's.
     """
     @staticmethod
-    def forward(ctx, x, W, lambdas, x0, gate_w, factor1, factor2, still, ve, ve_gate_w, documents, window, scale, key_offset, paired, keep):
+    def forward(ctx, x, W, x0, gate_w, factor1, factor2, still, ve, ve_gate_w, documents, window, scale, key_offset, paired, keep,
+                *lambdas):
         (B, T, _), D, H = x.shape, still.numel(), gate_w.size(0)
         ctx.heads = Heads(B, H, T, D, paired, key_offset, ve is not None, x0 is not None, keep, gate_w.size(1))
         ctx.band = dataclasses.replace(get_band(B, H, T, D, window, paired), places=(0, 1, 2))
         ctx.place = getattr(W, "place", None)
-        inputs = [x, W, lambdas, gate_w] + [t.view(-1, T, D) for t in (factor1, factor2)] + [still.view(1, D).float()]
+        inputs = [x, W, *lambdas, gate_w] + [t.view(-1, T, D) for t in (factor1, factor2)] + [still.view(1, D).float()]
         more = ([] if ve is None else [ve, ve_gate_w]) + ([] if x0 is None else [x0])
         scale = scale.float().reshape(1)
         qkv, gate, *rest = call_kernel(project_call, ctx.heads, *inputs, *more)
@@ -1105,34 +1135,35 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dx_mixed):
-        *inputs, documents, scale, qkv, gate, y, sums, raw = ctx.saved_tensors[:14]
-        more, mix = ctx.saved_tensors[14:], [dx_mixed] if ctx.heads.mix else []
+        n = ctx.heads.lambdas
+        *inputs, documents, scale, qkv, gate, y, sums, raw = ctx.saved_tensors[:n + 13]
+        more, mix = ctx.saved_tensors[n + 13:], [dx_mixed] if ctx.heads.mix else []
         *dqkv, delta = call_kernel(backward_call, ctx.band, qkv, qkv, qkv, documents, gate, scale, y, sums, dy)
         stack, slot = ctx.place
         arguments = number(slot, dy), stack.begin(inputs[1]), *inputs, raw, *dqkv, gate, delta, *more, *mix
-        dx, stack.tensor, dlambdas, dgate_w, *dmore = call_kernel(project_backward_call, ctx.heads, *arguments)
+        dx, stack.tensor, *rest = call_kernel(project_backward_call, ctx.heads, *arguments)
+        dlambdas, (dgate_w, *dmore) = rest[:n], rest[n:]
         dve, dve_gate_w = dmore[:2] if ctx.heads.ve else (None, None)
         dx, dx0 = (dx, dmore[-1]) if mix else (dx + dx_mixed, None)
-        return dx, None, dlambdas, dx0, dgate_w, None, None, None, dve, dve_gate_w, *[None] * 6
+        return dx, None, dx0, dgate_w, None, None, None, dve, dve_gate_w, *[None] * 6, *dlambdas
 
 
 class Embedding(torch.autograd.Function):
     """
-    F.embedding of ids [B, T] int32 in weight [V, d], whose gradient is a kernel. It comes on top of weight.before [V, d], if there is one;
-    then that is gone.
+    F.embedding of ids [B, T] int32 in weight [V, d], whose gradient is a kernel. weight needs a place, a GradientSum, where it goes instead
+    of to autograd.
     """
     @staticmethod
     def forward(ctx, ids, weight):
         ctx.save_for_backward(ids)
-        ctx.weight = weight
+        ctx.vocab, ctx.place = weight.size(0), getattr(weight, "place", None)
         return F.embedding(ids, weight)
 
     @staticmethod
     def backward(ctx, dy):
-        (ids,), before = ctx.saved_tensors, getattr(ctx.weight, "before", None)
-        ctx.weight.before = None
-        shapes, before = (*ids.shape, *ctx.weight.shape, before is not None), [] if before is None else [before]
-        return None, call_kernel(scatter_call, shapes, ids, dy, *before)[0].sum(0)
+        (ids,), before = ctx.saved_tensors, ctx.place.so_far()
+        ctx.place.tensor = call_kernel(scatter_call, (*ids.shape, ctx.vocab, dy.size(2), bool(before)), ids, dy, *before)[0].sum(0)
+        return None, None
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
@@ -1143,11 +1174,12 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
 
 class SoftcappedCrossEntropy(torch.autograd.Function):
     """
-    x [B, T, d], weight [V, d], targets [B, T] int32, mtp_weights [n] float32 -> losses [B, T] float32, by the TPU kernels. The twin is
-    train_gpt_xla.FusedSoftcappedCrossEntropy.
+    x [B, T, d], weight [V, d], targets [B, T] int32, mtp_weights [n] float32 -> losses [B, T] float32, by the TPU kernels. weight needs a
+    place as in Embedding. The twin is train_gpt_xla.FusedSoftcappedCrossEntropy.
     """
     @staticmethod
     def forward(ctx, x, weight, targets, mtp_weights):
+        ctx.place = getattr(weight, "place", None)
         ctx.head, w = get_lm_head(x, weight, mtp_weights.numel()), weight.expand(x.size(0), -1, -1)
         losses, *saved = call_kernel(losses_and_dx_call, ctx.head, x, w, targets, mtp_weights)
         ctx.save_for_backward(x, weight, targets, *saved)
@@ -1155,9 +1187,11 @@ class SoftcappedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        x, weight, targets, *saved = ctx.saved_tensors
-        dx, dw = call_kernel(dw_call, ctx.head, x, weight.expand(x.size(0), -1, -1), targets, *saved, grad_output)
-        return dx, dw.sum(0), None, None
+        (x, weight, targets, *saved), before = ctx.saved_tensors, ctx.place.so_far()
+        head = dataclasses.replace(ctx.head, on_top=bool(before))
+        dx, dw = call_kernel(dw_call, head, x, weight.expand(x.size(0), -1, -1), targets, *saved, grad_output, *before)
+        ctx.place.tensor = dw.sum(0)
+        return dx, None, None, None
 
 
 def softcapped_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -1187,7 +1221,7 @@ def get_lm_head(x: Tensor, weight: Tensor, targets: int, gradients: bool = True)
     (B, T, d), V = x.shape, weight.size(-2)
     block = lambda most: math.gcd(T, most)  # a power of two
     kept = min(T, LM_HEAD_KEPT // B // block(2048) * block(2048)) if gradients else 0
-    return LmHead(B, T, d, V, targets, kept, (block(2048 if gradients else 4096), 512), (block(512), 4608))
+    return LmHead(B, T, d, V, targets, kept, False, (block(2048 if gradients else 4096), 512), (block(512), 4608))
 
 
 def get_band(B: int, H: int, T: int, D: int, window: int, paired: bool) -> Band:

@@ -298,9 +298,9 @@ class Block(nn.Module):
             return ResidualMLP.apply(mixed(x, lambdas, x0), self.mlp.c_fc, self.mlp.c_proj, gradients)
         lambda_qkv, lambda_o = attn_args.sa_lambdas
         y, x = FusedAttention.apply(
-            x, attn.qkvo_w, torch.stack([lambda_qkv, *lambdas]), x0, attn_args.attn_gate_w, *attn_args.factors,
-            still_dims(attn.head_dim, x.device), attn_args.ve, attn_args.ve_gate_w, attn_args.documents, attn_args.bm_size,
-            attn_args.attn_scale, attn_args.key_offset, attn.paired, gradients)
+            x, attn.qkvo_w, x0, attn_args.attn_gate_w, *attn_args.factors, still_dims(attn.head_dim, x.device), attn_args.ve,
+            attn_args.ve_gate_w, attn_args.documents, attn_args.bm_size, attn_args.attn_scale, attn_args.key_offset, attn.paired, gradients,
+            *(factor.view(1) for factor in (lambda_qkv, *lambdas)))
         return ResidualMLP.apply(x, self.mlp.c_fc, self.mlp.c_proj, gradients, y, attn.qkvo_w, lambda_o.view(1))
 
 # -----------------------------------------------------------------------------
@@ -1068,22 +1068,21 @@ class TrainingManager():
         weights = {name: enter(p.detach()).requires_grad_() for name, p in self.model.named_parameters()}
         buffers = {name: enter(b) for name, b in self.model.named_buffers()}
         for name, p in self.model.named_parameters():
-            weights[name].place, weights[name].before = getattr(p, "place", None), getattr(p, "before", None)
+            weights[name].place = getattr(p, "place", None)
         args = (*enter(batch, "data").unbind(1), self.get_forward_args())
         return torch.func.functional_call(self.model, weights | buffers, args), weights
 
     def training_step(self, batch: Tensor, numbers: Tensor) -> Tensor:
         """One whole step on batch [8, 3, T]. Returns the loss of each row, [8]."""
         self.muon_opt.begin()
-        if self.graph.adam:
-            self.adam_opt.begin()
+        self.adam_opt.begin(odd=self.graph.adam)
         losses, weights = self.forward(batch, numbers)
         (losses.sum() / ROWS).backward()  # the mean over ranks that upstream's reduce_scatter takes
         for name, p in self.model.named_parameters():
-            p.local_grad, p.before = weights[name].grad, weights[name].before
+            p.local_grad = weights[name].grad
         self.step_optimizers()
         for p in self.model.parameters():  # or mark_step looks after them at every step
-            p.local_grad = p.step_size = p.eff_wd = p.place = p.before = None
+            p.local_grad = p.step_size = p.eff_wd = p.place = None
         return shard(leave(losses.detach()).flatten())
 
     @torch.no_grad()
