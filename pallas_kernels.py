@@ -70,7 +70,7 @@ def attention_refuses(x: Tensor, heads: int, window: int, paired: bool) -> str |
     band = get_band(B, heads, T, D, window, paired)
     if (band.reach + 2) * heads * band.block * D * 8 > VMEM_LIMIT // 2:
         return f"a window of {window} does not fit in VMEM"
-    if 24 * C * C + 58 * math.gcd(T, 512) * C > PROJECT_VMEM_LIMIT:  # weights, their gradient, bf16 and f32; blocks
+    if 30 * C * C + 58 * math.gcd(T, 512) * C > PROJECT_VMEM_LIMIT:  # weights, twice, their gradient, bf16 and f32; blocks
         return f"a dimension of {C} does not fit in VMEM"
     return None
 
@@ -1090,6 +1090,14 @@ class GradientSum:
     def total(self, grad: Tensor | None) -> Tensor | None:
         """With what autograd found. None if neither it nor a kernel found any."""
         return self.tensor if grad is None else sum(self.so_far(), start=grad)
+
+
+def get_gradient(weight: Tensor) -> Tensor | None:
+    """Of a leaf, after a backward pass: what autograd has left, or kernels in its place."""
+    place = getattr(weight, "place", None)
+    if isinstance(place, GradientSum):
+        return place.total(weight.grad)
+    return weight.grad if place is None or place[0].tensor is None else place[0].tensor[place[1]]
 
 
 def stack_kernel(weight, out):

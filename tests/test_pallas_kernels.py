@@ -609,11 +609,6 @@ import pallas_kernels as pk, train_gpt_xla as train
 from muon_xla import ROWS, leave, to_device
 train.setup_devices()
 T = 256
-def gradient(w):
-    if isinstance(w.place, tuple):
-        stack, slot = w.place
-        return w.grad if stack.tensor is None else stack.tensor[slot]
-    return w.place.total(w.grad)
 def gradients(dtype):
     torch.manual_seed(0)
     manager = train.build(train.presets["rehearsal"](train_bs_schedule=(8 * T,) * 3, train_bs_extension=8 * T, block_size=32, num_heads=2,
@@ -634,7 +629,8 @@ def gradients(dtype):
         manager.adam_opt.begin(odd=False)
         losses, weights = manager.forward(to_device(batch, "data"), to_device(manager.get_numbers()))
         losses.sum().backward()
-        found = {"losses": leave(losses.detach())} | {name: leave(gradient(w)) for name, w in weights.items() if gradient(w) is not None}
+        found = {name: pk.get_gradient(w) for name, w in weights.items()}
+        found = {"losses": leave(losses.detach())} | {name: leave(grad) for name, grad in found.items() if grad is not None}
         torch_xla.sync()
         yield {name: x.cpu().float() for name, x in found.items()}
 wanted = list(gradients("float32"))

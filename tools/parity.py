@@ -38,6 +38,7 @@ def run_case(case: Path, replay: bool) -> tuple[Report, list]:
 
     import muon_xla
     import train_gpt_xla as port
+    from pallas_kernels import get_gradient
 
     config = json.loads((case / "config.json").read_text())
     init, batches, expected = (dict(np.load(case / f"{name}.npz")) for name in ("init", "batches", "expected"))
@@ -94,9 +95,12 @@ def run_case(case: Path, replay: bool) -> tuple[Report, list]:
         return port.to_device(port.pack(*batch), "data")
 
     def gradients(batch):
+        manager.muon_opt.begin()
+        manager.adam_opt.begin(odd=False)
         losses, weights = manager.forward(batch, numbers())
         (losses.sum() / port.ROWS).backward()
-        grads = {name: port.shard(port.leave(w.grad).sum(0)) for name, w in weights.items() if w.grad is not None}
+        grads = {name: get_gradient(w) for name, w in weights.items()}
+        grads = {name: port.shard(port.leave(grad).sum(0)) for name, grad in grads.items() if grad is not None}
         port.xm.mark_step()
         grads = {name: grad.cpu() for name, grad in grads.items()}
         for i, block in enumerate(model.blocks):
