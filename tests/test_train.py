@@ -228,13 +228,13 @@ def test_no_long_sum_is_in_bfloat16():
         assert np.prod([int(shape.split(",")[int(d)]) for d in dims.split(",")]) <= t.ROWS, f"a sum over dims {dims} of bf16[{shape}]"
 
 def test_muon_takes_the_stack_that_kernels_make():
-    """Gradients one by one, in a stack as on a TPU, or in a stack but for those of a block that kernels refuse: the same step."""
+    """Gradients one by one, or in a stack as on a TPU, but for those of a block that kernels refuse: the same step."""
     from muon_xla import enter
     manager = t.build(t.parse_args(toy_options(Path()))[0])
     manager.advance_schedule(0)
     generator, results = torch.Generator().manual_seed(0), []
     grads = {p: torch.randn(p.shape, generator=generator) for group in manager.muon_opt.param_groups for p in group["params"]}
-    for stacked in (0, 3, 2):
+    for stacked in (0, 2):
         manager.reset()
         manager.bind(t.to_device(manager.get_numbers()))
         manager.muon_opt.begin()
@@ -248,5 +248,5 @@ def test_muon_takes_the_stack_that_kernels_make():
                 group["stack"].tensor = enter(t.to_device(stack.to(params[0].dtype)))
         manager.muon_opt.step()
         results.append([t.to_host(group["momentum_buffer"]) for group in manager.muon_opt.param_groups])
-    for one_by_one, *stacked in zip(*results, strict=True):
-        assert one_by_one.abs().max() > 0 and all(torch.equal(one_by_one, x) for x in stacked)
+    for one_by_one, stacked in zip(*results, strict=True):
+        assert one_by_one.abs().max() > 0 and torch.equal(one_by_one, stacked)
