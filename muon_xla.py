@@ -6,87 +6,15 @@ the last, tensors are whole and carry a sharding over the mesh axis "data": each
 annotated as replicated leaves by all-gather.
 """
 from collections import defaultdict
-from functools import cache
 
 import torch
-import torch_xla
 import torch_xla.core.xla_builder as xb
-import torch_xla.core.xla_model as xm
 import torch_xla.core.xla_op_registry as xor
-import torch_xla.distributed.spmd as xs
-from torch import Tensor
+from torch import Tensor, nn
 
-from pallas_kernels import GradientStack, GradientSum
+from gradients import Gradients, Slot, Stack, Sum
+from spmd import ROWS, device_count, enter, leave, reduce_scatter, shard, to_device
 
-ROWS = 8  # the record's 8 ranks; also the most devices, so stacks are padded to a multiple of it
-
-def to_device(x: Tensor, *spec) -> Tensor:
-    """Copies a CPU tensor to the devices. spec: a mesh axis or None for each dimension; none given means replicated."""
-    return xm.send_cpu_data_to_device([x], torch_xla.device(), _placement(spec + (None,) * (x.ndim - len(spec))))[0]
-
-@cache
-def _placement(spec: tuple) -> xs.ShardingSpec:
-    return xs.ShardingSpec(xs.get_global_mesh(), spec)
-
-def is_split(x: Tensor) -> bool:
-    return xs.XLAShardedTensor(x).sharding_type == xs.ShardingType.TILED
-
-def to_host(x: Tensor, lazy: bool = False):
-    """
-    Copies a device tensor, whole or split by rows, to the CPU. Nothing is compiled, where .cpu() compiles a gather. lazy: returns a
-    function that joins its parts, which need not be done while the devices wait.
-    """
-    parts = [data for data, _ in torch_xla._XLAC._get_local_shards([x])[0]] if is_split(x) else [x.detach().cpu()]
-    join = lambda: torch.cat(parts) if len(parts) > 1 else parts[0]
-    return join if lazy else join()
-
-def assign(x: Tensor, value: Tensor):
-    """Gives a device tensor the value of a CPU tensor, whole, with the sharding it has: compiled programs go on to fit."""
-    x.data = to_device(value, *(("data",) if is_split(x) else ()))
-
-def shard(x: Tensor, *spec) -> Tensor:
-    """Annotates where x lives: a mesh axis or None for each dimension; none given means replicated."""
-    spec = spec + (None,) * (x.ndim - len(spec))
-    return xs.mark_sharding(x, xs.get_global_mesh(), spec).global_tensor
-
-def enter(x: Tensor, *spec) -> Tensor:
-    """
-    Into the program of a single device, as a rank runs it upstream: it sees its own part of x, or all of a replicated x. XLA splits
-    nothing and communicates nothing until leave().
-    """
-    return xs.enable_manual_sharding(x, spec + (None,) * (x.ndim - len(spec))).global_tensor
-
-def leave(x: Tensor) -> Tensor:
-    """Out of it again: what each device has, [...] -> [devices, ...], split by device."""
-    shape = (xs.get_global_mesh().size(), *x.shape)
-    return xs.disable_manual_sharding(x.unsqueeze(0), ("data",) + (None,) * x.ndim, shape).global_tensor
-
-def reduce_scatter(x: Tensor, channel: int) -> Tensor:
-    """
-    Out of it too: the sum of what the devices have, [rows, ...], split by rows (upstream: dist.reduce_scatter_tensor). Explicit,
-    for XLA makes an all-reduce of eight times the bytes where a sum over devices is reshaped. channel: another one for each call.
-    """
-    devices = xs.get_global_mesh().size()
-    y, = xb.xla_computation_as_func(_reduce_scatter(tuple(x.shape), x.dtype, devices, channel))([x])
-    return xs.disable_manual_sharding(y, ("data",) + (None,) * (x.ndim - 1), x.shape).global_tensor
-
-@cache
-def _reduce_scatter(shape: tuple, dtype: torch.dtype, devices: int, channel: int):
-    """As StableHLO text: xm.reduce_scatter brings a token along, a tensor that replay cannot account for."""
-    from jax._src.lib import xla_client  # only now: on a TPU VM, importing JAX sets flags of libtpu, which has to be loaded before
-    element = {torch.bfloat16: "bf16", torch.float32: "f32"}[dtype]
-    array = lambda rows: f"tensor<{'x'.join(map(str, (rows, *shape[1:])))}x{element}>"
-    module = xla_client._xla.mlir.mlir_module_to_xla_computation(f"""
-      func.func @main(%x: {array(shape[0])}) -> {array(shape[0] // devices)} {{
-        %y = "stablehlo.reduce_scatter"(%x) <{{scatter_dimension = 0 : i64, use_global_device_ids,
-          replica_groups = dense<[{list(range(devices))}]> : tensor<1x{devices}xi64>,
-          channel_handle = #stablehlo.channel_handle<handle = {channel}, type = 1>}}> ({{
-            ^bb0(%a: tensor<{element}>, %b: tensor<{element}>):
-              %sum = stablehlo.add %a, %b : tensor<{element}>
-              stablehlo.return %sum : tensor<{element}>
-          }}) : ({array(shape[0])}) -> {array(shape[0] // devices)}
-        return %y : {array(shape[0] // devices)} }}""", use_tuple_args=False, return_tuple=True)
-    return xb.computation_from_module_proto("reduce_scatter", module.as_serialized_hlo_module_proto())
 
 def _truncate(x: xb.Op) -> xb.Op:
     mask = xb.Op.scalar(x.builder(), -65536, xb.Type.S32)
@@ -185,34 +113,24 @@ class NorMuon(torch.optim.Optimizer):
             pad = torch.zeros(group["master"].size(0) - stack.size(0), *stack.shape[1:])
             group["master"].data = to_device(torch.cat([stack, pad]), "data")
 
-    def begin(self):
-        """Before the forward pass: a place for each gradient. A block's kernels put theirs there, and need no stacking (D16)."""
+    def addresses(self) -> dict[nn.Parameter, Slot]:
+        """For the gradients of a step: a slot for each in its group's stack. A block's kernels write theirs there (D16)."""
+        found = {}
         for group in self.param_groups:
-            group["stack"] = GradientStack(group["master"].size(0) // group["square"], len(group["params"]))
-            for slot, p in enumerate(group["params"]):
-                p.place = group["stack"], slot
+            stack = Stack(group["master"].size(0) // group["square"], len(group["params"]))
+            found |= {p: Slot(stack, i) for i, p in enumerate(group["params"])}
+        return found
 
     @torch.no_grad()
-    def step(self):
-        """One update of every group. group["lr"] and group["momentum"] are 0-D tensors."""
+    def step(self, gradients: Gradients, numbers: Tensor):
+        """One update of every group. numbers: learning rate and momentum, [2]."""
         for i, group in enumerate(self.param_groups):
-            params, dtype = group["params"], group["params"][0].dtype
+            params, dtype, (lr, momentum) = group["params"], group["params"][0].dtype, numbers.unbind()
             momentum_buffer, master = group["momentum_buffer"], group["master"]
-            grads = group.pop("stack").tensor  # as kernels have left it
-            if grads is not None:
-                for slot, p in enumerate(params):
-                    if p.local_grad is not None:  # of a block that they refuse
-                        grads = torch.select_scatter(grads, p.local_grad, 0, slot)
-            else:
-                grads = [p.local_grad for p in params]
-                # without it libtpu 0.0.21 fuses the stack with what made the gradients into a cycle, and dies
-                xm.optimization_barrier_(grads)
-                grads += [torch.zeros_like(grads[0])] * (master.size(0) // group["square"] - len(grads))
-                grads = torch.stack(grads)
-            grads = reduce_scatter(grads.view(master.shape), channel=1 + i).float()
+            grads = reduce_scatter(gradients.stack(params).view(master.shape), channel=1 + i).float()
 
-            momentum_buffer.copy_(momentum_buffer + (1 - group["momentum"]) * (grads - momentum_buffer))
-            updated_grads = grads + group["momentum"] * (momentum_buffer - grads)
+            momentum_buffer.copy_(momentum_buffer + (1 - momentum) * (grads - momentum_buffer))
+            updated_grads = grads + momentum * (momentum_buffer - grads)
 
             v_chunk = polar_express(updated_grads, dtype)
             # The heads of O lie the other way than those of Q, K and V, so this is not the per-head choice for O;
@@ -220,8 +138,8 @@ class NorMuon(torch.optim.Optimizer):
             red_dim = -1 if group["params"][0].shape[-2] >= group["params"][0].shape[-1] else -2
             v_chunk = apply_normuon_variance_reduction(v_chunk, group["second_momentum_buffer"], group["beta2"], red_dim)
 
-            eff_lr = group["param_lr"] * group["lr"]
-            eff_wd = group["param_wd"] * group["weight_decay"] * group["lr"]
+            eff_lr = group["param_lr"] * lr
+            eff_wd = group["param_wd"] * group["weight_decay"] * lr
             cautious_wd_and_update_inplace(master, v_chunk.float(), eff_wd, eff_lr)
             shard(master, "data")
             weights = shard(truncate_to_bfloat16(master) if dtype == torch.bfloat16 else master.clone(), "data")
@@ -237,7 +155,7 @@ class DistAdam(torch.optim.Optimizer):
     Adam with cautious weight decay, its state split over the chips by rows (upstream: @vagrawal, @akash5474).
 
     Each device adds up its gradients of two steps in state["grad"], [devices, ...] (upstream: in param.grad); step() reduces the sum.
-    Bias correction and learning rates are computed on the host and come in as 0-D tensors: param.step_size and param.eff_wd.
+    Bias correction and learning rates are computed on the host, in get_numbers(), and come in as 0-D tensors, by label.
     """
     def __init__(self, params, label_order: list[str], betas: list[list[float]], lr: float = 1e-3, eps: float = 1e-8,
                  weight_decay: float = 0.01):
@@ -258,7 +176,7 @@ class DistAdam(torch.optim.Optimizer):
                 state = self.state[p]
                 state["step"] = 0
                 moment = lambda p=p: to_device(torch.zeros(p.shape), *self.split(p))
-                grad = to_device(torch.zeros(xs.get_global_mesh().size(), *p.shape, dtype=p.dtype), "data")
+                grad = to_device(torch.zeros(device_count(), *p.shape, dtype=p.dtype), "data")
                 for name, zeros in dict(exp_avg=moment(), exp_avg_sq=moment(), grad=grad).items():
                     if name in state:
                         state[name].data = zeros
@@ -305,31 +223,31 @@ class DistAdam(torch.optim.Optimizer):
         mask = (update * p) > 0
         return (p - (update + p * mask * eff_wd_t)).to(p_slice.dtype)  # split by rows, as g_slice is
 
+    def addresses(self, odd: bool) -> dict[nn.Parameter, Sum]:
+        """For the gradients of a step: a sum for each, in an odd step on top of the even one's (D19)."""
+        return {p: Sum(enter(state["grad"], "data").squeeze(0) if odd else None) for p, state in self.state.items()}
+
     @torch.no_grad()
-    def accumulate(self):
+    def accumulate(self, gradients: Gradients):
         """An even step: each device keeps its own gradients for the next one."""
         for p, state in self.state.items():
-            grad = p.place.total(p.local_grad)
+            grad = gradients[p]
             if grad is not None:
                 state["grad"].copy_(leave(grad))
                 shard(state["grad"], "data")
 
-    def begin(self, odd: bool):
-        """Before the forward pass: where each gradient adds up, in an odd step on top of the even one's (D19)."""
-        for p, state in self.state.items():
-            p.place = GradientSum(enter(state["grad"], "data").squeeze(0) if odd else None)
-
     @torch.no_grad()
-    def step(self):
+    def step(self, gradients: Gradients, numbers: dict[str, tuple[Tensor, Tensor]]):
+        """An odd step. numbers: (step_size, eff_wd) by label, 0-D."""
         tables = []  # with their new weights, split by rows
         for i, group in enumerate(self.param_groups):
             for j, p in enumerate(group["params"]):
-                state, spec, grad = self.state[p], self.split(p), p.place.total(p.local_grad)
+                state, spec, grad = self.state[p], self.split(p), gradients[p]
                 if grad is None:
                     continue
                 g_slice = reduce_scatter(grad, channel=100 + 10 * i + j) if spec else shard(leave(grad).sum(0))
                 weight = self._update_step(p, g_slice, state["exp_avg"], state["exp_avg_sq"], *group["betas"], group["eps"],
-                                           p.step_size, p.eff_wd)
+                                           *numbers[p.label])
                 for name in ("exp_avg", "exp_avg_sq"):
                     shard(state[name], *spec)
                 if spec:

@@ -37,25 +37,18 @@ import torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as met
 import torch_xla.debug.profiler as xp
-import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
 from checkpoint import Checkpoints
-from muon_xla import ROWS, DistAdam, NorMuon, assign, enter, leave, shard, to_device, to_host
-from pallas_kernels import (
-    FusedAttention,
-    ResidualMLP,
-    SoftcappedCrossEntropy,
-    embedding,
-    softcapped_losses,
-    takes_block,
-    takes_lm_head,
-    window_attention,
-)
+from gradients import Gradients
+from kernels import fused_attention, lm_head_losses, lookup, residual_mlp, takes_block, takes_lm_head, window_attention
+from kernels.lm_head import SOFTCAP_A, SOFTCAP_B, SOFTCAP_C
+from muon_xla import DistAdam, NorMuon
 from replay import Replay
+from spmd import ROWS, assign, enter, leave, setup_devices, shard, to_device, to_host
 
 warnings.filterwarnings("ignore", message="Use torch_xla.sync", category=DeprecationWarning)
 
@@ -293,22 +286,23 @@ class Block(nn.Module):
 
     def by_kernels(self, x: Tensor, attn_args: AttnArgs):
         """What forward does, on a TPU, where it is three kernels: up to q, k and v (D15), attention (D15), what comes after it (D16)."""
-        (lambdas, x0), attn, gradients = attn_args.mix, self.attn, torch.is_grad_enabled()
+        (lambdas, x0), attn = attn_args.mix, self.attn
         if attn is None:
-            return ResidualMLP.apply(mixed(x, lambdas, x0), self.mlp.c_fc, self.mlp.c_proj, gradients)
-        lambda_qkv, lambda_o = attn_args.sa_lambdas
-        y, x = FusedAttention.apply(
-            x, attn.qkvo_w, x0, attn_args.attn_gate_w, *attn_args.factors, still_dims(attn.head_dim, x.device), attn_args.ve,
-            attn_args.ve_gate_w, attn_args.documents, attn_args.bm_size, attn_args.attn_scale, attn_args.key_offset, attn.paired, gradients,
-            *(factor.view(1) for factor in (lambda_qkv, *lambdas)))
-        return ResidualMLP.apply(x, self.mlp.c_fc, self.mlp.c_proj, gradients, y, attn.qkvo_w, lambda_o.view(1))
+            return residual_mlp(mixed(x, lambdas, x0), self.mlp.c_fc, self.mlp.c_proj)
+        lambda_x, lambda_x0 = (lambdas[0].view(1), lambdas[1].view(1)) if lambdas else (None, None)
+        lambda_qkv, lambda_o = (factor.view(1) for factor in attn_args.sa_lambdas)
+        y, x = fused_attention(
+            x, lambda_x, x0, lambda_x0, attn.qkvo_w, lambda_qkv, attn_args.attn_gate_w, attn_args.ve, attn_args.ve_gate_w,
+            *attn_args.factors, still_dims(attn.head_dim, x.device), attn_args.documents, attn_args.bm_size, attn_args.attn_scale,
+            attn_args.key_offset, attn.paired)
+        return residual_mlp(x, self.mlp.c_fc, self.mlp.c_proj, y, attn.qkvo_w, lambda_o)
 
 # -----------------------------------------------------------------------------
 # Fused Softcapped Cross Entropy
 
 LOGITS_CHUNK = 16384  # tokens of a row whose logits exist at once: 1.5 GiB of bfloat16 at the record's vocabulary
 
-def softcapped_logits(x: Tensor, weight: Tensor, A=23.0, B=5.0, C=7.5) -> tuple[Tensor, Tensor]:
+def softcapped_logits(x: Tensor, weight: Tensor, A=SOFTCAP_A, B=SOFTCAP_B, C=SOFTCAP_C) -> tuple[Tensor, Tensor]:
     """x [B, T, d] -> logits [V, B * T] in x's dtype, and their softcap A * sigmoid((logits + B) / C) in float32."""
     # D9: vocabulary first. The sums over it then run down sublanes, and one row of tokens is one vector register wide.
     logits = weight.type_as(x) @ x.flatten(0, 1).T
@@ -351,7 +345,7 @@ class FusedSoftcappedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         x, weight, targets, mtp_weights, vocab, *saved = ctx.saved_tensors
-        A, B, C = 23.0, 5.0, 7.5
+        A, B, C = SOFTCAP_A, SOFTCAP_B, SOFTCAP_C
         dx, dw = [], 0.0
         for start, logits, lse in zip(range(0, x.size(1), LOGITS_CHUNK), saved[::2], saved[1::2], strict=True):
             stop = min(start + LOGITS_CHUNK, x.size(1))
@@ -499,8 +493,12 @@ class GPT(nn.Module):
                 value = self.blocks[int(name.split(".")[1])].attn.from_upstream(value)
             p.data = to_device(value.contiguous())
 
-    def features(self, input_seq: Tensor, documents: Tensor, schedule_cfg: ForwardScheduleConfig) -> Tensor:
-        """What lm_head reads, [B, T, d]: upstream's forward up to the logits, in a method of its own for who needs no loss."""
+    def forward(self, input_seq: Tensor, target_seq: Tensor | None, documents: Tensor, schedule_cfg: ForwardScheduleConfig):
+        """
+        input_seq, target_seq, documents: [B, T] int32; documents holds where in its row each token's document starts (D10:
+        upstream passes cu_seqlens). Returns a loss for each row, [B]: summed over tokens in training, their mean otherwise.
+        Without target_seq, what lm_head reads, [B, T, d].
+        """
         assert input_seq.ndim == 2
         T, dtype = input_seq.size(1), self.lm_head.weight.dtype
 
@@ -530,8 +528,8 @@ class GPT(nn.Module):
                    ((self.yarn, schedule_cfg.yarn), (self.yarn_paired_head, schedule_cfg.yarn_paired_head))]
 
         # D19: on a TPU a kernel adds up their gradients
-        x = embedding(input_seq, self.embed.weight if self.split_embed else self.lm_head.weight)
-        ve = [embedding(input_seq, value_embed.weight) for value_embed in self.value_embeds]
+        x = lookup(input_seq, self.embed.weight if self.split_embed else self.lm_head.weight)
+        ve = [lookup(input_seq, value_embed.weight) for value_embed in self.value_embeds]
         # the tables in the order 1 2 ... 0 1 2: @YouJiacheng, after @leloykun's U-net
         ve = [ve[1], ve[2]] + [None] * (self.num_layers - 5) + [ve[0], ve[1], ve[2]]
         assert len(ve) == self.num_layers
@@ -577,21 +575,19 @@ class GPT(nn.Module):
 
         # what the first blocks wrote for later blocks to read, not for the prediction, is taken out again
         x = x - scaled(backout_lambda, x_backout)
-        return norm(x)
-
-    def forward(self, input_seq: Tensor, target_seq: Tensor, documents: Tensor, schedule_cfg: ForwardScheduleConfig):
-        """
-        input_seq, target_seq, documents: [B, T] int32; documents holds where in its row each token's document starts (D10:
-        upstream passes cu_seqlens). Returns a loss for each row, [B]: summed over tokens in training, their mean otherwise.
-        """
-        x = self.features(input_seq, documents, schedule_cfg)
+        x = norm(x)
+        if target_seq is None:
+            return x
         # softcap 23 * sigmoid((logits + 5) / 7.5): Gemma 2's tanh by @Grad62304977, its bound by @KoszarskyB, the sigmoid form
         # by @YouJiacheng, the constants by @classiclarryd
-        kernels = takes_lm_head(x, self.lm_head.weight)  # D17: on a TPU lm_head and the loss are one kernel
-        if self.training:
-            cross_entropy = SoftcappedCrossEntropy if kernels else FusedSoftcappedCrossEntropy
-            return cross_entropy.apply(x, self.lm_head.weight, target_seq, schedule_cfg.mtp_weights).sum(1)
-        return (softcapped_losses if kernels else softcapped_cross_entropy)(x, self.lm_head.weight, target_seq).mean(1)
+        mtp_weights = schedule_cfg.mtp_weights if self.training else None
+        if takes_lm_head(x, self.lm_head.weight):  # D17: on a TPU lm_head and the loss are one kernel
+            losses = lm_head_losses(x, self.lm_head.weight, target_seq, mtp_weights)
+        elif self.training:
+            losses = FusedSoftcappedCrossEntropy.apply(x, self.lm_head.weight, target_seq, mtp_weights)
+        else:
+            losses = softcapped_cross_entropy(x, self.lm_head.weight, target_seq)
+        return losses.sum(1) if self.training else losses.mean(1)
 
 # -----------------------------------------------------------------------------
 # Distributed data loader
@@ -941,6 +937,30 @@ def speed(work: tuple[list[int], list[float]], first: int, stop: int, ms: float,
     tokens, flops = (x[stop] - x[first] for x in work)
     return f" ms:{ms / (stop - first):.2f} tok/s:{1000 * tokens / ms:.0f}" + (f" mfu:{flops / ms / peak * 1e5:.1f}%" if peak else "")
 
+@dataclass
+class StepNumbers:
+    """
+    All that changes with every step. D13: computed on the host, sent as one small vector beside the batch, and used as 0-D tensors, so
+    that no step has constants of its own to be compiled in.
+    """
+    mtp_weights: list[float] | Tensor  # [3], zeros at the end
+    yarn: list[float] | Tensor  # Yarn.numbers()
+    yarn_paired_head: list[float] | Tensor
+    muon: tuple[float, float] | Tensor  # learning rate, momentum
+    adam: dict[str, tuple]  # (step_size, eff_wd) by label
+
+    def pack(self) -> Tensor:
+        """[n] float32."""
+        return torch.tensor([*self.mtp_weights, *self.yarn, *self.yarn_paired_head, *self.muon,
+                             *itertools.chain.from_iterable(self.adam.values())])
+
+    @classmethod
+    def unpack(cls, packed: Tensor, yarn: int, labels: list[str]) -> "StepNumbers":
+        """yarn: how many numbers YaRN has; labels: Adam's, in order."""
+        mtp_weights, *yarns, muon, adam = packed.split([3, yarn, yarn, 2, 2 * len(labels)])
+        adam = adam.unbind()
+        return cls(mtp_weights, *yarns, muon, dict(zip(labels, zip(adam[::2], adam[1::2]))))
+
 class TrainingManager():
     """
     Owns the optimizers and all that changes from step to step.
@@ -950,8 +970,7 @@ class TrainingManager():
         4. YaRN updates to RoPE when the long window changes
         5. lm_head and embed are one until 2/3 of training, then split @classiclarryd
 
-    D13: what changes with every step is computed on the host by advance_schedule and get_numbers, ahead of the run, goes over as one
-    small vector beside the batch, and enters the graph as 0-D tensors (bind), so that no step has constants of its own to be compiled in.
+    What changes with every step is computed ahead of the run by advance_schedule and get_numbers.
     """
     def __init__(self, model: GPT, args: "Hyperparameters"):
         self.model = model
@@ -997,17 +1016,17 @@ class TrainingManager():
             self.adam_opt.advance(self.graph.split_embed)
 
     def get_numbers(self) -> Tensor:
-        """Host only: all numbers of this step, [n] float32."""
+        """Host only: StepNumbers of this step, packed."""
         lr = get_lr(self.step, self.args)
         for group in self.adam_opt.param_groups:
             group["lr"] = self.initial_lr[self.adam_opt] * lr
-        adam = self.adam_opt.get_numbers()
-        return torch.tensor([
-            *(get_mtp_weights(self.step, self.args) + [0.0, 0.0])[:3],
-            *self.model.yarn.numbers(), *self.model.yarn_paired_head.numbers(),
-            self.initial_lr[self.muon_opt] * lr, get_muon_momentum(self.step, self.args),
-            *itertools.chain.from_iterable(adam[label] for label in self.adam_labels),
-        ], dtype=torch.float32)
+        return StepNumbers(
+            mtp_weights = (get_mtp_weights(self.step, self.args) + [0.0, 0.0])[:3],
+            yarn = self.model.yarn.numbers(),
+            yarn_paired_head = self.model.yarn_paired_head.numbers(),
+            muon = (self.initial_lr[self.muon_opt] * lr, get_muon_momentum(self.step, self.args)),
+            adam = self.adam_opt.get_numbers()
+        ).pack()
 
     def precompute(self, steps) -> list[Tensor]:
         """
@@ -1025,70 +1044,60 @@ class TrainingManager():
         self.precomputed = self.settings()
         return numbers
 
-    def bind(self, numbers: Tensor):
-        """Hands the numbers, now on the devices, to those who use them: the model, on each device, and the optimizers."""
-        n = len(self.model.yarn.numbers())
-        sizes = [3, n, n, 2, 2 * len(self.adam_labels)]
-        mtp_weights, self.yarn, self.yarn_paired_head, _, _ = enter(numbers).split(sizes)
-        self.mtp_weights = mtp_weights[:self.graph.n_mtp]
-        _, _, _, muon, adam = numbers.split(sizes)
-        for group in self.muon_opt.param_groups:
-            group["lr"], group["momentum"] = muon.unbind()
-        adam = adam.unbind()
-        for group in self.adam_opt.param_groups:
-            i = self.adam_labels.index(group["params"][0].label)
-            for p in group["params"]:
-                p.step_size, p.eff_wd = adam[2 * i], adam[2 * i + 1]
+    def unpack(self, numbers: Tensor) -> "StepNumbers":
+        return StepNumbers.unpack(numbers, len(self.model.yarn.numbers()), self.adam_labels)
 
-    def get_forward_args(self):
+    def get_forward_args(self, numbers: "StepNumbers"):
         return ForwardScheduleConfig(
-            mtp_weights = self.mtp_weights,
+            mtp_weights = numbers.mtp_weights[:self.graph.n_mtp],
             ws_short = self.graph.ws_short,
             ws_long = self.graph.ws_long,
-            yarn = self.yarn,
-            yarn_paired_head = self.yarn_paired_head
+            yarn = numbers.yarn,
+            yarn_paired_head = numbers.yarn_paired_head
         )
 
-    def step_optimizers(self):
+    def step_optimizers(self, gradients: Gradients, numbers: "StepNumbers"):
         if self.graph.adam:
-            self.adam_opt.step()
+            self.adam_opt.step(gradients, numbers.adam)
         else:
-            self.adam_opt.accumulate()
-        self.muon_opt.step()
+            self.adam_opt.accumulate(gradients)
+        self.muon_opt.step(gradients, numbers.muon)
         if self.graph.copy_embed:
             self.adam_opt.copy_lm_to_embed()
 
-    def forward(self, batch: Tensor, numbers: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Tensor, numbers: Tensor, weights: dict[str, Tensor], targets: bool = True) -> Tensor:
         """
-        The model on each device's own rows of batch [8, 3, T]: upstream's ranks. Returns what is on each device: the losses of its
-        rows, and the weights by name, which get a gradient of these rows alone.
+        The model on each device's own rows of batch [8, 3, T]: upstream's ranks. weights: on each device, by name. Returns what is on each
+        device: the losses of its rows or, without targets, what lm_head reads.
         """
-        self.bind(numbers)
         # D18: what enters is one device's own, and XLA splits and moves nothing until it leaves
-        weights = {name: enter(p.detach()).requires_grad_() for name, p in self.model.named_parameters()}
         buffers = {name: enter(b) for name, b in self.model.named_buffers()}
-        for name, p in self.model.named_parameters():
-            weights[name].place = getattr(p, "place", None)
-        args = (*enter(batch, "data").unbind(1), self.get_forward_args())
-        return torch.func.functional_call(self.model, weights | buffers, args), weights
+        input_seq, target_seq, documents = enter(batch, "data").unbind(1)
+        cfg = self.get_forward_args(self.unpack(enter(numbers)))
+        return torch.func.functional_call(self.model, weights | buffers, (input_seq, target_seq if targets else None, documents, cfg))
+
+    def backward(self, batch: Tensor, numbers: Tensor) -> tuple[Tensor, Gradients]:
+        """
+        Forward and backward pass on batch [8, 3, T]. Returns what is on each device: the losses of its rows, and its gradients, on top of
+        those that it keeps from an even step.
+        """
+        weights = {name: enter(p.detach()).requires_grad_() for name, p in self.model.named_parameters()}
+        gradients = Gradients(self.muon_opt.addresses() | self.adam_opt.addresses(odd=self.graph.adam))
+        with gradients.receive({p: weights[name] for name, p in self.model.named_parameters()}):
+            losses = self.forward(batch, numbers, weights)
+            (losses.sum() / ROWS).backward()  # the mean over ranks that upstream's reduce_scatter takes
+        return losses.detach(), gradients
 
     def training_step(self, batch: Tensor, numbers: Tensor) -> Tensor:
         """One whole step on batch [8, 3, T]. Returns the loss of each row, [8]."""
-        self.muon_opt.begin()
-        self.adam_opt.begin(odd=self.graph.adam)
-        losses, weights = self.forward(batch, numbers)
-        (losses.sum() / ROWS).backward()  # the mean over ranks that upstream's reduce_scatter takes
-        for name, p in self.model.named_parameters():
-            p.local_grad = weights[name].grad
-        self.step_optimizers()
-        for p in self.model.parameters():  # or mark_step looks after them at every step
-            p.local_grad = p.step_size = p.eff_wd = p.place = None
-        return shard(leave(losses.detach()).flatten())
+        losses, gradients = self.backward(batch, numbers)
+        self.step_optimizers(gradients, self.unpack(numbers))
+        return shard(leave(losses).flatten())
 
     @torch.no_grad()
     def validation_step(self, batch: Tensor, numbers: Tensor) -> Tensor:
         """The mean loss of each row of batch [8, 3, T], [8]."""
-        losses, _ = self.forward(batch, numbers)
+        losses = self.forward(batch, numbers, {name: enter(p) for name, p in self.model.named_parameters()})
         return shard(leave(losses).flatten())
 
     def constants(self) -> tuple:
@@ -1246,15 +1255,6 @@ def data_identity(file: Path) -> tuple[str, int, int]:
         crc = zlib.crc32(f.read(n))
         f.seek(max(0, file.stat().st_size - n))
         return file.name, check_data_shard(file), zlib.crc32(f.read(n), crc)
-
-def setup_devices():
-    """SPMD over all devices: mesh "data", and Python numbers as constants of the graph instead of inputs. Once a process."""
-    xr.use_spmd()
-    n = xr.global_runtime_device_count()
-    if ROWS % n:
-        raise ValueError(f"{n} devices cannot share {ROWS} rows evenly: use 1, 2, 4 or 8 (TPU_VISIBLE_CHIPS or CPU_NUM_DEVICES)")
-    xs.set_global_mesh(xs.Mesh(np.arange(n), (n,), ("data",)))
-    torch_xla._XLAC._set_xla_all_numbers_special_scalars(True)
 
 def build(args: Hyperparameters) -> TrainingManager:
     """The model of args and its optimizers, on the devices."""

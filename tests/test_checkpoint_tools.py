@@ -94,7 +94,7 @@ def test_greedy_is_the_full_forwards_argmax(manager, monkeypatch):
     for row, prompt, text in zip(full, PROMPTS, texts):
         row[:len(prompt) + 20] = prompt + text
     def forward(model, tokens, targets, documents, schedule_cfg):
-        logits = t.softcapped_logits(model.features(tokens, documents, schedule_cfg), model.lm_head.weight)[1]
+        logits = t.softcapped_logits(model(tokens, None, documents, schedule_cfg), model.lm_head.weight)[1]
         return logits[:301].argmax(0).view(tokens.shape)
     monkeypatch.setattr(sample.LanguageModel, "forward", forward)
     for half in (0, 8):

@@ -15,10 +15,9 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pallas_kernels as pk
 import pytest
 import torch
-
-import pallas_kernels as pk
 from pallas_kernels import window_attention
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,8 +15,8 @@ import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as met
 from conftest import ROOT
 
-from muon_xla import shard, to_device, to_host
 from replay import Replay
+from spmd import shard, to_device, to_host
 
 WIDE = 4096
 

@@ -13,7 +13,6 @@ millisecond is arrived at is told in hlo_cost.py; these are estimates, to compar
 each graph NAME.hlo.pb (as exported), NAME.tpu.txt (as optimised) and NAME.json (what the compiler said; the cache).
 """
 import argparse
-import dataclasses
 import difflib
 import fcntl
 import glob
@@ -127,23 +126,18 @@ def export_graphs(preset: str, out: str, *names: str):
     from jax._src.lib import xla_client as xc
     from torch_xla._internal import tpu
 
-    import pallas_kernels
     import train_gpt_xla as train
-    from muon_xla import ROWS, to_device
+    from kernels import dispatch
     from replay import Recording
+    from spmd import ROWS, to_device
 
     # torch_xla adds its own flags where it finds a TPU; let it do the same here. (They depend on the generation: v6e is 6.)
     os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {train.LIBTPU_INIT_ARGS}"
     tpu.version = lambda: 6
     torch_xla._setup_libtpu_flags()
     exported = {"flags": os.environ["LIBTPU_INIT_ARGS"].split(), "untouched": {}, "attention": {}}
-    pallas_kernels.target = "TPU"
-    call_kernel, calls = pallas_kernels.call_kernel, []
-    def note_and_call(call, key, *tensors):
-        if isinstance(key, pallas_kernels.Band):
-            calls.append([call.__name__, *dataclasses.astuple(key)])
-        return call_kernel(call, key, *tensors)
-    pallas_kernels.call_kernel = note_and_call
+    dispatch.target = "TPU"
+    calls = []
     train.setup_devices()
     args = train.presets[preset]()
     manager = train.build(args)
@@ -270,10 +264,9 @@ def count_attention(source: str, result: str, dump: str):
     """
     import jax
     import jax.numpy as jnp
+    import pallas_kernels as pk
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
-
-    import pallas_kernels as pk
     os.environ["LIBTPU_INIT_ARGS"] += (f" --xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
                                        "--xla_jf_dump_llo_pass_label_regex=final_bundles")
     pk.import_jax()
@@ -594,7 +587,7 @@ def trace(graphs: list, preset: str, out: Path) -> dict:
     Where no source file has changed since they were exported, neither have they.
     """
     sources = hashlib.sha256(json.dumps([preset, sorted(PINS.items()), os.environ.get("LIBTPU_INIT_ARGS")] + [
-        [p.name, p.read_text()] for p in sorted([*ROOT.glob("*.py"), Path(__file__)])]).encode()).hexdigest()
+        [p.name, p.read_text()] for p in sorted([*ROOT.glob("*.py"), *ROOT.glob("kernels/**/*.py"), Path(__file__)])]).encode()).hexdigest()
     kept, log = out / "traced.json", out / "trace.log"
     known = json.loads(kept.read_text()) if kept.exists() else {}
     known = known if known.get("sources") == sources else {"sources": sources, "fingerprints": {}, "untouched": {}, "attention": {}}

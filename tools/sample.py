@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch_xla.distributed.spmd as xs
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +27,7 @@ import fineweb
 from record_stats import fields
 
 import train_gpt_xla as port
-from muon_xla import ROWS, enter, leave, shard, to_device
+from spmd import ROWS, enter, leave, shard, to_device
 
 PROMPTS = ["The capital of France is", "Once upon a time, there was", "The opposite of hot is", "Water boils at",
            "The first thing to do when baking bread is", "In 1969, astronauts", "def main():\n    ", "import os\nimport "]
@@ -79,41 +80,41 @@ def get_args(path: str, checkpoint: dict, options: list[str]) -> "port.Hyperpara
                          "or its --num_scheduled_iterations, --num_extension_iterations, --block_size and windows")
     return args
 
-class LanguageModel(port.GPT):
-    """GPT for what is not training: the loss of each target, or the logits at the position that target_seq marks with a 1."""
-    wanted = "losses"
-
-    def forward(self, input_seq: Tensor, target_seq: Tensor, documents: Tensor, schedule_cfg: port.ForwardScheduleConfig) -> Tensor:
-        """[B, T] losses, or [B, V] softcapped logits, float32."""
-        x = self.features(input_seq, documents, schedule_cfg)
-        if self.wanted == "losses":
-            return port.softcapped_cross_entropy(x, self.lm_head.weight, target_seq)
-        x = torch.where((target_seq == 1).unsqueeze(-1), x, 0).sum(1, keepdim=True)
-        return port.softcapped_logits(x, self.lm_head.weight)[1].T
-
 class Inference(port.TrainingManager):
     """The model with windows, YaRN and embedding as the validation at a step has them, and no optimizers."""
-    def __init__(self, model: LanguageModel, args: port.Hyperparameters, step: int):
-        self.model, self.args, self.optimizers, self.initial_lr, self.mtp_weights = model, args, [], {}, None
+    wanted = "losses"
+
+    def __init__(self, model: port.GPT, args: port.Hyperparameters, step: int):
+        self.model, self.args, self.optimizers, self.initial_lr = model, args, [], {}
         self.reset()
         for i in range(step + 1):
             self.advance_schedule(i, train=False)
         self.numbers = to_device(torch.tensor([*model.yarn.numbers(), *model.yarn_paired_head.numbers()]))
         self.replay = port.Replay(self.step_fn, self.tensors, self.constants)
 
-    def bind(self, numbers: Tensor):
-        self.yarn, self.yarn_paired_head = enter(numbers).chunk(2)
+    def unpack(self, numbers: Tensor) -> port.StepNumbers:
+        return port.StepNumbers(numbers[:0], *numbers.chunk(2), muon=None, adam={})
 
     def tensors(self) -> list[Tensor]:
         return [*self.model.parameters(), *self.model.buffers()]
 
     @torch.no_grad()
     def step_fn(self, batch: Tensor, numbers: Tensor) -> Tensor:
-        return shard(leave(self.forward(batch, numbers)[0]).flatten(0, 1), "data")
+        weights = {name: enter(p) for name, p in self.model.named_parameters()}
+        x, lm_head, targets = self.forward(batch, numbers, weights, targets=False), weights["lm_head.weight"], enter(batch, "data")[:, 1]
+        if self.wanted == "losses":
+            results = port.softcapped_cross_entropy(x, lm_head, targets)
+        else:
+            x = torch.where((targets == 1).unsqueeze(-1), x, 0).sum(1, keepdim=True)
+            results = port.softcapped_logits(x, lm_head)[1].T
+        return shard(leave(results).flatten(0, 1), "data")
 
     def __call__(self, wanted: str, batch: Tensor) -> Tensor:
-        """"losses" [8, T] or "logits" [8, V], on the CPU, of batch [8, 3, T] int32: tokens, targets (or marks), documents."""
-        self.model.wanted = wanted
+        """
+        "losses" [8, T], or "logits" [8, V] at the position that targets mark with a 1, on the CPU, of batch [8, 3, T] int32: tokens,
+        targets (or marks), documents.
+        """
+        self.wanted = wanted
         return self.replay((wanted, batch.shape), to_device(batch, "data"), self.numbers).cpu()
 
 def load_model(path: str, options: list[str]) -> Inference:
@@ -121,9 +122,9 @@ def load_model(path: str, options: list[str]) -> Inference:
     checkpoint = load_checkpoint(path)
     args = get_args(path, checkpoint, options)
     state = checkpoint["model"]
-    if port.xs.get_global_mesh() is None:
+    if xs.get_global_mesh() is None:
         port.setup_devices()
-    model = LanguageModel(len(state["lm_head.weight"]), args.num_layers, args.num_heads, args.head_dim, args.model_dim, args.block_size)
+    model = port.GPT(len(state["lm_head.weight"]), args.num_layers, args.num_heads, args.head_dim, args.model_dim, args.block_size)
     model.to_devices(getattr(torch, args.dtype))
     try:
         model.load_state_dict(state)

@@ -1,0 +1,44 @@
+"""
+F.embedding whose gradient is a kernel, tpu/embedding.py. The plain-torch twin is F.embedding itself.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gradients import sum_of
+from kernels.dispatch import call_kernel, for_tpu
+
+
+@dataclass(frozen=True)
+class EmbeddingShapes:
+    """The shapes of one call on one device. A key: each is lowered once."""
+    rows: int  # R
+    tokens: int  # T
+    vocab: int  # V
+    dim: int  # d
+    on_top: bool  # the gradient comes on top of what there is of it already
+
+
+class Embedding(torch.autograd.Function):
+    """F.embedding of ids [B, T] int32 in weight [V, d]. into: where the gradient of weight goes (gradients.Sum)."""
+    @staticmethod
+    def forward(ctx, ids, weight, into):
+        ctx.save_for_backward(ids)
+        ctx.vocab, ctx.into = weight.size(0), into
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        from kernels.tpu import embedding
+        (ids,), before = ctx.saved_tensors, ctx.into.so_far()
+        shapes = EmbeddingShapes(*ids.shape, ctx.vocab, dy.size(2), before is not None)
+        d = call_kernel(embedding.scatter_add, shapes, ids=ids, dy=dy, before=before)
+        return None, ctx.into.store(d.dw.sum(0)), None
+
+
+def lookup(ids: Tensor, weight: Tensor) -> Tensor:
+    """F.embedding of ids [B, T] in weight [V, d], on a TPU with the kernel's gradient."""
+    fits = weight.dtype == torch.bfloat16 and ids.size(1) % 128 == 0 == weight.size(1) % 128
+    return Embedding.apply(ids, weight, sum_of(weight)) if for_tpu(weight) and fits else F.embedding(ids, weight)

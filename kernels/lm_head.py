@@ -1,0 +1,88 @@
+"""
+lm_head with softcapped cross entropy. The plain-torch twins are FusedSoftcappedCrossEntropy and softcapped_cross_entropy in
+train_gpt_xla.py (upstream: FusedSoftcappedCrossEntropy's Triton kernels); the TPU kernels are tpu/lm_head.py.
+"""
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradients import sum_of
+from kernels.dispatch import call_kernel, for_tpu
+
+SOFTCAP_A, SOFTCAP_B, SOFTCAP_C = 23.0, 5.0, 7.5  # A * sigmoid((logits + B) / C)
+LM_HEAD_VMEM_LIMIT = 100 * 2**20  # bytes, of a v6e's 128 MiB
+LM_HEAD_KEPT = 49152  # tokens of a device whose P is kept: 4.6 GiB at the record's vocabulary
+
+
+@dataclass(frozen=True)
+class LmHead:
+    """The shapes of one call on one device. A key: each is lowered once. Token blocks divide tokens and kept, V's need not divide V."""
+    rows: int  # R
+    tokens: int  # T
+    dim: int  # d
+    vocab: int  # V
+    targets: int  # n, of each token: itself and those after it
+    kept: int  # tokens at a row's end whose P [kept, V] stays in HBM for the backward pass
+    on_top: bool  # dw comes on top of what there is of it already
+    forward_block: tuple[int, int]  # tokens, vocabulary
+    backward_block: tuple[int, int]
+
+
+def get_lm_head(x: Tensor, weight: Tensor, targets: int, gradients: bool = True) -> LmHead:
+    (B, T, d), V = x.shape, weight.size(-2)
+    block = lambda most: math.gcd(T, most)  # a power of two
+    kept = min(T, LM_HEAD_KEPT // B // block(2048) * block(2048)) if gradients else 0
+    return LmHead(B, T, d, V, targets, kept, False, (block(2048 if gradients else 4096), 512), (block(512), 4608))
+
+
+def takes_lm_head(x: Tensor, weight: Tensor) -> bool:
+    """Whether lm_head_losses runs here."""
+    return for_tpu(x) and lm_head_refuses(x, weight) is None
+
+
+def lm_head_refuses(x: Tensor, weight: Tensor) -> str | None:
+    """What keeps these tensors from the TPU kernels, or None."""
+    (_, T, d), V = x.shape, weight.size(-2)
+    if {x.dtype, weight.dtype} != {torch.bfloat16}:
+        return "they take bfloat16"
+    if T % 128 or V % 128 or d % 128:
+        return "they take multiples of 128 tokens, dimensions and vocabulary entries"
+    if d > 1024:
+        return f"a dimension of {d} does not fit in VMEM"
+    return None
+
+
+def lm_head_losses(x: Tensor, weight: Tensor, targets: Tensor, mtp_weights: Tensor | None = None) -> Tensor:
+    """
+    x [B, T, d], weight [V, d], targets [B, T] int32, mtp_weights [n] float32 -> losses [B, T] float32, by the TPU kernels. Without
+    mtp_weights: for one target and no gradient, without temporaries.
+    """
+    if mtp_weights is not None:
+        return SoftcappedCrossEntropy.apply(x, weight, targets, mtp_weights, sum_of(weight))
+    from kernels.tpu import lm_head
+    shapes, one = get_lm_head(x, weight, 1, gradients=False), torch.ones(1, device=x.device)
+    return call_kernel(lm_head.losses_alone, shapes, x=x, w=weight.expand(x.size(0), -1, -1), targets=targets, mtp_weights=one).losses
+
+
+class SoftcappedCrossEntropy(torch.autograd.Function):
+    """lm_head_losses with multi-token prediction. into: where the gradient of weight goes (gradients.Sum)."""
+    @staticmethod
+    def forward(ctx, x, weight, targets, mtp_weights, into):
+        from kernels.tpu import lm_head
+        ctx.into, ctx.shapes = into, get_lm_head(x, weight, mtp_weights.numel())
+        w = weight.expand(x.size(0), -1, -1)
+        r = call_kernel(lm_head.losses_and_dx, ctx.shapes, x=x, w=w, targets=targets, mtp_weights=mtp_weights)
+        ctx.save_for_backward(x, weight, targets, r.dx, r.a, r.at_targets, r.p)
+        return r.losses
+
+    @staticmethod
+    def backward(ctx, dlosses):
+        from kernels.tpu import lm_head
+        (x, weight, targets, dx, a, at_targets, p), before = ctx.saved_tensors, ctx.into.so_far()
+        shapes = dataclasses.replace(ctx.shapes, on_top=before is not None)
+        d = call_kernel(lm_head.dw, shapes, x=x, w=weight.expand(x.size(0), -1, -1), targets=targets, dx=dx, a=a, at_targets=at_targets,
+                        p=p, dlosses=dlosses, before=before)
+        return d.dx, ctx.into.store(d.dw.sum(0)), None, None, None

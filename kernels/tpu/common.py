@@ -1,0 +1,149 @@
+"""What the kernels share: the one way to declare operands and make a pallas_call, and pieces of arithmetic."""
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels import dispatch
+
+EPS = jnp.finfo(jnp.float32).eps  # of RMSNorm
+LANES = 128  # of a vector register
+f32 = jnp.float32
+
+# -----------------------------------------------------------------------------
+# Operands
+
+@dataclass(frozen=True)
+class Operand:
+    """
+    An array that a kernel reads or writes. block: the part that one program of the grid has in VMEM, which index chooses (program ids,
+    then prefetched scalars -> place in blocks). fixed: its place never changes, so one buffer is enough instead of two. Without a block
+    the array stays in `space`.
+    """
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    block: tuple[int, ...] | None = None
+    index: Callable | None = None
+    fixed: bool = False
+    space: object = pl.ANY
+
+    @property
+    def spec(self) -> pl.BlockSpec:
+        if self.block is None:
+            return pl.BlockSpec(memory_space=self.space)
+        return pl.BlockSpec(self.block, self.index, **(dict(pipeline_mode=pl.Buffered(1)) if self.fixed else {}))
+
+    @property
+    def vmem_bytes(self) -> int:
+        return 0 if self.block is None else padded_bytes(self.block, self.dtype) * (1 if self.fixed else 2)
+
+
+def scalar() -> Operand:
+    """One float32 in SMEM, as an array [1]."""
+    return Operand((1,), f32, space=pltpu.SMEM)
+
+
+def padded_bytes(shape: tuple[int, ...], dtype) -> int:
+    """Of an array in VMEM, whose last two dims are tiled: 8 x 128 words of 32 bits."""
+    size = np.dtype(dtype).itemsize
+    *most, rows, columns = (1, 1, *shape)
+    whole = lambda n, tile: -(-n // tile) * tile
+    return math.prod(most) * whole(rows, 8 * 4 // size) * whole(columns, LANES) * size
+
+
+def vmem_bytes(inputs: dict[str, Operand | None], outputs: dict[str, Operand | None], scratch: dict[str, tuple], temporaries=()) -> int:
+    """What a kernel takes of VMEM: its operands' blocks, its scratch [(shape, dtype)], and large values that it holds in between."""
+    blocks = [x for x in (*inputs.values(), *outputs.values()) if x is not None]
+    return sum(x.vmem_bytes for x in blocks) + sum(padded_bytes(*x) for x in (*scratch.values(), *temporaries))
+
+
+def kernel_call(kernel: Callable, shapes, name: str, grid: tuple[int, ...], inputs: dict[str, Operand | None],
+                outputs: dict[str, Operand | None], scratch: dict[str, tuple], vmem_limit: int, interpret: bool,
+                prefetch: tuple[str, ...] = (), in_place: dict[str, str] | None = None) -> Callable:
+    """
+    A function (**arrays: prefetched scalars and inputs) -> dict of outputs that runs kernel(r, shapes) on every program of the grid,
+    r holding a reference for each operand under its name. An operand that is None is not there: r has None for it, and so has the result.
+    scratch: (shape, dtype) of VMEM that lives on from program to program. prefetch: int32 arrays in SMEM that index functions get, too.
+    in_place: outputs that take the memory of an input, and keep of it what no program writes.
+    """
+    here = lambda operands: {name: x for name, x in operands.items() if x is not None}
+    ins, outs, absent = here(inputs), here(outputs), dict.fromkeys((*inputs, *outputs))
+    names = (*prefetch, *ins, *outs, *scratch)
+    assert len(set(names)) == len(names), "two operands with one name"
+    order = [*prefetch, *ins]
+    call = pl.pallas_call(
+        lambda *refs: kernel(SimpleNamespace(**absent | dict(zip(names, refs, strict=True))), shapes), name=name, interpret=interpret,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(prefetch), grid=grid, in_specs=[x.spec for x in ins.values()],
+            out_specs=[x.spec for x in outs.values()], scratch_shapes=[pltpu.VMEM(*x) for x in scratch.values()]),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outs.values()],
+        input_output_aliases={order.index(x): list(outs).index(y) for y, x in (in_place or {}).items()},
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * len(grid), vmem_limit_bytes=vmem_limit))
+
+    def run(**arrays):
+        results = call(*(arrays[name] for name in order))
+        return dict.fromkeys(outputs) | dict(zip(outs, results))
+    return run
+
+# -----------------------------------------------------------------------------
+# Arithmetic
+
+def matmul(a, b, transpose_b=False):
+    if dispatch.target == "interpret":  # torch_xla's CPU runtime has no bfloat16 x bfloat16 -> float32
+        a, b = a.astype(f32), b.astype(f32)
+    return jax.lax.dot_general(a, b, (((1,), (1 if transpose_b else 0,)), ((), ())), preferred_element_type=f32)
+
+
+def wide_matmul(a, b, transpose_b=False):
+    """matmul, 256 columns at a time: compiled for v6e, a pass over blocks of 512 x 512 then takes 7% fewer bundles."""
+    columns = [b[i:i + 256] if transpose_b else b[:, i:i + 256] for i in range(0, b.shape[0 if transpose_b else 1], 256)]
+    return jnp.concatenate([matmul(a, c, transpose_b) for c in columns], axis=1)
+
+
+def stream(units, start, turn, finish):
+    """
+    finish(turn(start(unit))) of each unit: a matmul, vector work, a matmul, issued in the order that lets the units overlap.
+
+        MXU   start 0   start 1            start 2   finish 0            start 3   finish 1  ...
+        VPU             turn 0  ........             turn 1  ........              turn 2  ....
+    """
+    started, turned = start(units[0]), None
+    for i, unit in enumerate(units):
+        current, started = started, start(units[i + 1]) if i + 1 < len(units) else None
+        if i:
+            finish(units[i - 1], turned)
+        turned = turn(unit, current)
+    finish(units[-1], turned)
+
+
+def by_strips(when, features, do, strip=256):
+    """do(slice of `strip` features) for all of them, if `when`. A loop, possibly of no turns, because its program is short."""
+    jax.lax.fori_loop(0, jnp.where(when, features // strip, 0), lambda n, _: do(pl.ds(n * strip, strip)), None)
+
+
+def scaled(factor, x):
+    """factor * x, rounded as x. The twin is train_gpt_xla.scaled."""
+    return (factor * x.astype(f32)).astype(x.dtype)
+
+
+def add(x, y):
+    """The sum of two blocks in x's dtype; y is rounded to it first."""
+    return (x.astype(f32) + y.astype(x.dtype).astype(f32)).astype(x.dtype)
+
+
+def normed(x):
+    """[C, d] -> norm of each row, and what it was multiplied by, float32."""
+    x = x.astype(f32)
+    scale = jax.lax.rsqrt((x * x).mean(1, keepdims=True) + EPS)
+    return x * scale, scale
+
+
+def sigmoid(x, dtype):
+    """Of a matmul's result, rounded before and after, float32."""
+    return jax.nn.sigmoid(x.astype(dtype).astype(f32)).astype(dtype).astype(f32)

@@ -1,0 +1,249 @@
+"""
+lm_head with softcapped cross entropy. The plain-torch twin is train_gpt_xla.FusedSoftcappedCrossEntropy.
+
+With th = tanh((x @ w.T + 5) / 15): softcap z = 11.5 * (1 + th), e = exp(z - 11.5) = exp(11.5 * th), and sum = e.sum over V.
+The gradient of a logit is A * (e * (1 - th^2) - [its own, at targets]), where A, one number a token, waits for sum and for the
+gradient of the loss. So the forward pass, in one sweep over V, multiplies P = e * (1 - th^2) by w for dx before sum is known, and
+what is left for the backward pass is dw = P.T @ (A * x). Of the last `kept` tokens of a row P is kept; the others' is computed again.
+Targets never meet the sweep: their rows of w are gathered, and what P should be there replaces it on its way into dw.
+"""
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.lm_head import LM_HEAD_VMEM_LIMIT, SOFTCAP_A, SOFTCAP_B, SOFTCAP_C, LmHead
+from kernels.tpu.common import LANES, Operand, add, f32, kernel_call, stream, wide_matmul
+
+SLOPE = SOFTCAP_A / (4 * SOFTCAP_C)  # of the softcap, times 1 - th^2
+
+
+def columns(rows):
+    """[n, m] -> [m, n], for n up to 8, float32. In HBM tokens lie along the lanes: n numbers of each would take 128."""
+    which = jax.lax.broadcasted_iota(jnp.int32, (8, rows.shape[1]), 0)
+    return sum(jnp.where(which == k, rows[k:k + 1], 0.0) for k in range(rows.shape[0])).T[:, :rows.shape[0]]
+
+
+def to_rows(columns):
+    """[m, 1] float32, n of them, -> [n, m]."""
+    which = jax.lax.broadcasted_iota(jnp.int32, (columns[0].shape[0], LANES), 1)
+    return sum(jnp.where(which == k, column, 0.0) for k, column in enumerate(columns)).T[:len(columns)]
+
+
+def exp_softcap(logits, b=SOFTCAP_B):
+    """th and e of float32 logits; b: number or row that is added to them."""
+    th = jnp.tanh((logits + b) * (1 / (2 * SOFTCAP_C)))
+    return th, 2.0 ** (th * (SOFTCAP_A / 2 * math.log2(math.e)))
+
+
+def next_ids(shapes: LmHead, targets):
+    """[R, T] -> [R, n, T]: each token's own target and the next ones; -1 where the row has ended."""
+    return jnp.stack([jnp.pad(targets[:, k:], ((0, 0), (0, k)), constant_values=-1) for k in range(shapes.targets)], axis=1)
+
+
+def losses_kernel(r, shapes: LmHead):
+    """A block of tokens against a block of the vocabulary; after the last of these the targets."""
+    v, last = pl.program_id(2), pl.num_programs(2) - 1
+    Tb, Vb, n, gradients = r.x.shape[1], r.w.shape[1], shapes.targets, r.dx is not None
+
+    @pl.when(v == 0)
+    def _():
+        for ref in (r.sum_acc, r.dx_acc) if gradients else (r.sum_acc,):
+            ref[...] = jnp.zeros_like(ref)
+    rest = -shapes.vocab % Vb
+    if rest:
+        @pl.when(v == last)
+        def _():  # beyond the vocabulary lies whatever memory held
+            r.w[0, Vb - rest:] = jnp.zeros((rest, shapes.dim), r.w.dtype)
+
+    def start(t):
+        return wide_matmul(r.x[0, t], r.w[0], transpose_b=True)
+    def turn(t, logits):
+        th, e = exp_softcap(logits, r.bias[...])
+        r.sum_acc[t] += sum(e[:, i:i + LANES] for i in range(0, Vb, LANES))
+        if not gradients:
+            return None
+        q = (e * (1 - th * th)).astype(r.x.dtype)
+        if r.p is not None:
+            r.p[0, t] = q
+        return q
+    def finish(t, q):
+        if gradients:
+            r.dx_acc[t] += wide_matmul(q, r.w[0])
+    step = 512 if gradients else 1024
+    stream([slice(t, min(t + step, Tb)) for t in range(0, Tb, step)], start, turn, finish)
+
+    @pl.when(v == last)
+    def _():
+        r.row_buffer[:Tb], r.row_buffer[Tb:] = r.w_rows[0], r.next_rows[0]
+        m = min(Tb, 128)
+        def at_targets(i, _):
+            t = pl.ds(pl.multiple_of(i * m, m), m)
+            weight, found = columns(r.weights[0, :, t]), []
+            total = r.sum_acc[t].sum(1, keepdims=True) - rest * math.exp(-SOFTCAP_A / 2)  # beyond the vocabulary th is -1
+            if gradients:
+                d = SLOPE * weight.sum(1, keepdims=True) / total * r.dx_acc[t]
+            rows = r.row_buffer[pl.ds(pl.multiple_of(i * m, m), m + 16)].astype(f32)
+            for k in range(n):
+                row = (pltpu.roll(rows, m + 16 - k, 0) if k else rows)[:m]  # of the target k later
+                th, _ = exp_softcap((r.x[0, t].astype(f32) * row).sum(1, keepdims=True))
+                found.append(th)
+                if gradients:
+                    d -= SLOPE * weight[:, k:k + 1] * (1 - th * th) * row
+            r.numbers[0, :, t] = to_rows([*found, total])
+            if gradients:
+                r.dx[0, t] = d.astype(r.dx.dtype)
+        jax.lax.fori_loop(0, Tb // m, at_targets, None)
+
+
+def dw_kernel(r, shapes: LmHead):
+    """A block of the vocabulary against a block of tokens."""
+    row, v, t = (pl.program_id(axis) for axis in range(3))
+    Tb, Vb = r.x.shape[1], r.dw.shape[1]
+    r.x_T[...] = (r.x[0].T.astype(f32) * r.scale[0]).astype(r.x.dtype)  # here: XLA would lay out the whole network for this transpose
+    slices = lambda n, step: [(i, min(step, n - i)) for i in range(0, n, step)]
+    offset = columns(jnp.clip(r.ids[0] - v * Vb, -1, Vb).astype(f32)).astype(jnp.int32).astype(jnp.int16)  # two to a lane, as P
+    value = columns(r.values[0]).astype(r.x_T.dtype)
+
+    @pl.when(t == 0)
+    def _():
+        r.dw_acc[...] = jnp.zeros_like(r.dw_acc)
+
+    def sweep(kept):
+        # what is computed again takes a loop: its program is long
+        tile, group = (256, Vb) if kept or Vb % 384 else (512, Vb // 3)
+        @functools.cache
+        def lanes(k, first, m):
+            return [jnp.broadcast_to(a[first:first + m, k:k + 1], (m, LANES)) for a in (offset, value)]
+        def put_targets(q, first, at, m):
+            iota = jax.lax.broadcasted_iota(jnp.int32, (m, LANES), 1)
+            parts = [q[:, i:i + LANES] for i in range(0, q.shape[1], LANES)]
+            for i, part in enumerate(parts):
+                column = (iota + (first + LANES * i)).astype(jnp.int16)
+                for k in range(shapes.targets):
+                    entry, number = lanes(k, at, m)
+                    part = jnp.where(column == entry, number, part)
+                parts[i] = part
+            return jnp.concatenate(parts, axis=1)
+        def entries(g, unit):
+            (c, n), _ = unit
+            return pl.ds(pl.multiple_of(g * group + c, LANES), n)
+        def body(g, _):
+            def start(unit):
+                _, (at, m) = unit
+                return None if kept else wide_matmul(r.x[0, at:at + m], r.w[0, entries(g, unit)], transpose_b=True)
+            def turn(unit, logits):
+                (c, _), (at, m) = unit
+                if kept:
+                    q = r.p[0, at:at + m, entries(g, unit)]
+                else:
+                    th, e = exp_softcap(logits)
+                    q = (e * (1 - th * th)).astype(r.x_T.dtype)
+                return put_targets(q, g * group + c, at, m)
+            def finish(unit, q):
+                _, (at, m) = unit
+                r.dw_acc[:, entries(g, unit)] += wide_matmul(r.x_T[:, at:at + m], q)
+            stream([(a, b) for a in slices(group, 512) for b in slices(Tb, tile)], start, turn, finish)
+        jax.lax.fori_loop(0, Vb // group, body, None)
+
+    again = (shapes.tokens - shapes.kept) // Tb
+    if shapes.kept:
+        pl.when(t >= again)(lambda: sweep(True))
+    if again:
+        pl.when(t < again)(lambda: sweep(False))
+
+    @pl.when(t == pl.num_programs(2) - 1)
+    def _():
+        for c, n in slices(Vb, 512):
+            part = r.dw_acc[:, c:c + n].astype(r.dw.dtype).T
+            r.dw[0, c:c + n] = jnp.where(row == 0, add(part, r.before[c:c + n]), part) if shapes.on_top else part
+
+
+def losses_call(s: LmHead, dtype, interpret: bool, gradients: bool):
+    """
+    A function (x [R, T, d], w [R, V, d], targets [R, T] int32, mtp_weights [n] f32) -> losses [R, T] f32. With gradients, for gradients
+    of 1, also: dx; a, A of each token [R, T] f32; at_targets, what P is there [R, n, T] f32; p [R, kept, V] if any is.
+    """
+    (R, T, d, V), (Tb, Vb), n = (s.rows, s.tokens, s.dim, s.vocab), s.forward_block, s.targets
+    blocks, skipped = pl.cdiv(V, Vb), (T - s.kept) // Tb
+    tokens = Operand((R, T, d), dtype, (1, Tb, d), lambda row, t, v: (row, t, 0))
+    numbers = lambda n: Operand((R, n, T), f32, (1, n, Tb), lambda row, t, v: (row, 0, t))
+    # what is not kept lands where the first kept block will overwrite it before it leaves VMEM
+    p = Operand((R, s.kept, V), dtype, (1, Tb, Vb),
+                lambda row, t, v: (row, jnp.maximum(t - skipped, 0), jnp.where(t < skipped, 0, v)))
+    call = kernel_call(
+        losses_kernel, s, "lm_head_losses_kernel", (R, T // Tb, blocks), vmem_limit=LM_HEAD_VMEM_LIMIT, interpret=interpret,
+        inputs=dict(
+            bias=Operand((1, blocks * Vb), f32, (1, Vb), lambda row, t, v: (0, v)),
+            weights=numbers(n),  # of each target, 0 beyond the row's end
+            x=tokens,
+            w=Operand((R, V, d), dtype, (1, Vb, d), lambda row, t, v: (row, v, 0)),
+            w_rows=tokens,  # the rows of w that are this block's targets
+            next_rows=Operand((R, T, d), dtype, (1, 16, d), lambda row, t, v: (row, jnp.minimum((t + 1) * (Tb // 16), T // 16 - 1), 0))),
+        outputs=dict(
+            numbers=numbers(n + 1),  # th at each target, then the sum of exponentials
+            dx=tokens if gradients else None,
+            p=p if gradients and s.kept else None),
+        scratch=dict(
+            sum_acc=((Tb, LANES), f32),
+            row_buffer=((Tb + 16, d), dtype)) | (dict(
+            dx_acc=((Tb, d), f32)) if gradients else {}))
+
+    def run(x, w, targets, mtp_weights):
+        bias = jnp.where(jnp.arange(blocks * Vb) < V, SOFTCAP_B, -1e9).astype(f32)[None]  # no exponential beyond the vocabulary
+        ids = next_ids(s, targets)
+        weights = jnp.where(ids >= 0, mtp_weights[:, None], 0.0)
+        w_rows = jax.vmap(lambda w, t: w.at[t].get(mode="promise_in_bounds"))(w, targets)
+        r = call(bias=bias, weights=weights, x=x, w=w, w_rows=w_rows, next_rows=w_rows)
+        th, sums, total = r["numbers"][:, :n], r["numbers"][:, n], weights.sum(1)
+        losses = total * jnp.log(sums) - SOFTCAP_A / 2 * (weights * th).sum(1)
+        if not gradients:
+            return dict(losses=losses)
+        a = SLOPE * total / sums
+        same = jnp.where(ids[:, :, None] == ids[:, None], weights[:, None], 0.0).sum(2)  # a token may have one id twice
+        e = jnp.exp(SOFTCAP_A / 2 * th) - same * (sums / jnp.where(total == 0, 1.0, total))[:, None]
+        return dict(losses=losses, dx=r["dx"], a=a, at_targets=e * (1 - th * th), p=r["p"])
+    return run
+
+
+def losses_and_dx(shapes: LmHead, dtype, interpret=False):
+    return losses_call(shapes, dtype, interpret, gradients=True)
+
+
+def losses_alone(shapes: LmHead, dtype, interpret=False):
+    return losses_call(shapes, dtype, interpret, gradients=False)
+
+
+def dw(s: LmHead, dtype, interpret=False):
+    """
+    A function (x, w, targets as losses_call's; dx, a, at_targets and perhaps p as it returned them; dlosses, the gradient of the losses
+    [R, T] f32; if s.on_top before [V, d]) -> dx [R, T, d], dw [R, V, d], the first row's on top of before.
+    """
+    (R, T, d, V), (Tb, Vb) = (s.rows, s.tokens, s.dim, s.vocab), s.backward_block
+    again = (T - s.kept) // Tb
+    numbers = lambda n, dtype=f32: Operand((R, n, T), dtype, (1, n, Tb), lambda row, v, t: (row, 0, t))
+    # what a block of tokens has no use for is what the one before it had, and is not fetched again
+    p = Operand((R, s.kept, V), dtype, (1, Tb, Vb), lambda row, v, t: (row, jnp.maximum(t - again, 0), v))
+    call = kernel_call(
+        dw_kernel, s, "lm_head_dw_kernel", (R, pl.cdiv(V, Vb), T // Tb), vmem_limit=LM_HEAD_VMEM_LIMIT, interpret=interpret,
+        inputs=dict(
+            ids=numbers(s.targets, jnp.int32),
+            values=numbers(s.targets),  # what P should be at the targets
+            x=Operand((R, T, d), dtype, (1, Tb, d), lambda row, v, t: (row, t, 0)),
+            scale=numbers(1),  # of x: A times the gradient of the loss
+            w=Operand((R, V, d), dtype, (1, Vb, d), lambda row, v, t: (row, v if again else 0, 0)),
+            before=Operand((V, d), dtype, (Vb, d), lambda row, v, t: (v, 0)) if s.on_top else None,
+            p=p if s.kept else None),
+        outputs=dict(
+            dw=Operand((R, V, d), dtype, (1, Vb, d), lambda row, v, t: (row, v, 0))),
+        scratch=dict(
+            x_T=((d, Tb), dtype),  # scale * x
+            dw_acc=((d, Vb), f32)))
+
+    def run(x, w, targets, dx, a, at_targets, dlosses, p=None, before=None):
+        dx = (dlosses[..., None] * dx.astype(f32)).astype(dtype)
+        return dict(dx=dx) | call(ids=next_ids(s, targets), values=at_targets, x=x, scale=(a * dlosses)[:, None], w=w, before=before, p=p)
+    return run

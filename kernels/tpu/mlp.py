@@ -1,0 +1,153 @@
+"""
+The second half of a block. The plain-torch twin is the end of Block.forward.
+
+A program has one block of C tokens. The weights stay in VMEM, and in the backward pass so do the sums of their gradients,
+in f32. What has 4d features lies as [4d, C]: then every matmul streams a weight or such an array as it lies, and only [d, C] blocks
+are transposed, besides W2 (forward) or W1 (backward) once. The rounding is the twin's.
+"""
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from kernels.mlp import MLP_VMEM_LIMIT, MLPShapes
+from kernels.tpu.common import Operand, add, by_strips, f32, kernel_call, matmul, normed, scalar, scaled
+
+
+def to_hidden(W, x, dtype):
+    """W [4d, d] @ x [C, d].T, rounded."""
+    return matmul(W, x, transpose_b=True).astype(dtype)
+
+
+def forward_kernel(r, shapes: MLPShapes):
+    def begin(strip):
+        r.W2_T[:, strip] = r.W2[strip].T
+    by_strips(pl.program_id(0) == 0, r.W2.shape[0], begin)
+    x_sum = r.x[...]
+    if shapes.attention:
+        def begin(strip):
+            r.w_o[strip] = scaled(r.factor[0], r.W_o[strip])
+        by_strips(pl.program_id(0) == 0, r.W_o.shape[0], begin, 32)
+        x_sum = add(x_sum, matmul(r.y[...], r.w_o[...], transpose_b=True))
+        r.x_sum[...] = x_sum
+    act = jnp.maximum(to_hidden(r.W1[...], normed(x_sum)[0].astype(r.x.dtype), r.x.dtype), 0)
+    if shapes.keep:
+        r.act[...] = act
+    r.out[...] = add(x_sum, matmul(r.W2_T[...], act * act).astype(r.out.dtype).T)
+
+
+def backward_kernel(r, shapes: MLPShapes):
+    dtype, first, last = r.x.dtype, pl.program_id(0) == 0, pl.program_id(0) == pl.num_programs(0) - 1
+    def begin(strip):
+        r.W1_T[:, strip] = r.W1[strip].T
+    by_strips(first, r.W1.shape[0], begin)
+    for acc in (r.dW1_acc, r.dW2_acc, *((r.dW_o_acc, r.dfactor_acc) if shapes.attention else ())):
+        def begin(strip, acc=acc):
+            acc[strip] = jnp.zeros((strip.size, shapes.dim), f32)
+        by_strips(first, acc.shape[0], begin, min(128, acc.shape[0]))
+    if shapes.attention:
+        def begin(strip):
+            r.w_o[strip] = scaled(r.factor[0], r.W_o[strip])
+        by_strips(first, r.W_o.shape[0], begin, 32)
+    x_normed, scale = normed(r.x[...])
+    rounded = x_normed.astype(dtype)
+    act = r.act[...] if shapes.keep else jnp.maximum(to_hidden(r.W1[...], rounded, dtype), 0)
+    dpre = 2 * to_hidden(r.W2[...], r.dout[...], dtype) * act
+    r.dW2_acc[...] += matmul(act * act, r.dout[...])
+    r.dW1_acc[...] += matmul(dpre, rounded)
+    d = matmul(r.W1_T[...], dpre).astype(dtype).T.astype(f32)
+    d = add(r.dout[...], scale * (d - x_normed * (d * x_normed).mean(1, keepdims=True)))
+    r.dx[...] = d
+    if shapes.attention:
+        r.dy[...] = matmul(d, r.w_o[...]).astype(dtype)
+        r.dW_o_acc[...] += matmul(d.T, r.y[...])
+    for i, acc in enumerate((r.dW1_acc, r.dW2_acc)):
+        def end(strip, i=i, acc=acc):
+            r.dW[i, strip] = acc[strip].astype(dtype)
+        by_strips(last, acc.shape[0], end, 128)
+    if shapes.attention:
+        def end(strip):
+            dw_o = r.dW_o_acc[strip].astype(dtype)
+            r.dfactor_acc[...] += (dw_o.astype(f32) * r.W_o[strip].astype(f32)).reshape(-1, 8, shapes.dim).sum(0)
+            r.dW_o[0, strip] = scaled(r.factor[0], dw_o)
+        by_strips(last, r.W_o.shape[0], end, 32)
+        @pl.when(last)
+        def _():
+            r.dfactor[0] = r.dfactor_acc[...].sum()
+
+
+def operands(s: MLPShapes, dtype):
+    """A block of tokens, one of hidden activations, W1 or W2, W_o as the last quarter of qkvo_w."""
+    tokens = Operand((s.tokens, s.dim), dtype, (s.block, s.dim), lambda i, *_: (i, 0))
+    hidden = Operand((s.hidden, s.tokens), dtype, (s.hidden, s.block), lambda i, *_: (0, i))
+    weight = Operand((s.hidden, s.dim), dtype, (s.hidden, s.dim), lambda i, *_: (0, 0), True)
+    W_o = Operand((4 * s.dim, s.dim), dtype, (s.dim, s.dim), lambda i, *_: (3, 0), True)
+    return tokens, hidden, weight, W_o
+
+
+def forward(s: MLPShapes, dtype, interpret=False):
+    """
+    A function (x [T, d], W1, W2 [4d, d]; with s.attention y as x, W [4d, d], of which it takes the last d rows, and their factor [1] f32)
+    -> out as x; with s.attention x_sum, which stands for x from then on; with s.keep act, relu(norm(x) @ W1.T) transposed, [4d, T].
+    """
+    d, h, (tokens, hidden, weight, W_o) = s.dim, s.hidden, operands(s, dtype)
+    call = kernel_call(
+        forward_kernel, s, "mlp_forward_kernel", (s.tokens // s.block,), vmem_limit=MLP_VMEM_LIMIT, interpret=interpret,
+        inputs=dict(
+            x=tokens,
+            W1=weight,
+            W2=weight,
+            y=tokens if s.attention else None,
+            W_o=W_o if s.attention else None,
+            factor=scalar() if s.attention else None),
+        outputs=dict(
+            out=tokens,
+            x_sum=tokens if s.attention else None,
+            act=hidden if s.keep else None),
+        scratch=dict(
+            W2_T=((d, h), dtype)) | (dict(
+            w_o=((d, d), dtype)) if s.attention else {}))  # factor * W_o
+
+    def run(W=None, **arrays):
+        return call(W_o=W, **arrays)
+    return run
+
+
+def backward(s: MLPShapes, dtype, interpret=False):
+    """
+    A function (pair [1] int32, stack [n, 4d, d], of which dW1 and dW2 take this pair of slots; with s.attention slot_o [1] int32 and
+    stack_o [m, 4d, d], of which dW_o takes the last d rows of that slot; x, or x_sum, W1, W2, dout as x, act if it was kept; with
+    s.attention y, W, factor) -> dx, the stack; with s.attention stack_o, dy, dfactor [1] f32.
+    """
+    d, h, (tokens, hidden, weight, W_o) = s.dim, s.hidden, operands(s, dtype)
+
+    def run(stack, stack_o=None, W=None, **arrays):
+        in_place = dict(dW="stack", dW_o="stack_o") if s.attention else dict(dW="stack")
+        call = kernel_call(
+            backward_kernel, s, "mlp_backward_kernel", (s.tokens // s.block,), vmem_limit=MLP_VMEM_LIMIT, interpret=interpret,
+            prefetch=("pair", "slot_o") if s.attention else ("pair",), in_place=in_place,
+            inputs=dict(
+                stack=Operand(stack.shape, dtype),
+                stack_o=Operand(stack_o.shape, dtype) if s.attention else None,
+                x=tokens,
+                W1=weight,
+                W2=weight,
+                dout=tokens,
+                act=hidden if s.keep else None,
+                y=tokens if s.attention else None,
+                W_o=W_o if s.attention else None,
+                factor=scalar() if s.attention else None),
+            outputs=dict(
+                dx=tokens,
+                dW=Operand(stack.shape, dtype, (2, h, d), lambda i, pair, *_: (pair[0], 0, 0), True),
+                dW_o=Operand(stack_o.shape, dtype, (1, d, d), lambda i, _, slot_o: (slot_o[0], 3, 0), True) if s.attention else None,
+                dy=tokens if s.attention else None,
+                dfactor=scalar() if s.attention else None),
+            scratch=dict(
+                W1_T=((d, h), dtype),
+                dW1_acc=((h, d), f32),
+                dW2_acc=((h, d), f32)) | (dict(
+                w_o=((d, d), dtype),  # factor * W_o
+                dW_o_acc=((d, d), f32),
+                dfactor_acc=((8, d), f32)) if s.attention else {}))
+        results = call(stack=stack, stack_o=stack_o, W_o=W, **arrays)
+        return dict(dx=results["dx"], stack=results["dW"], stack_o=results["dW_o"], dy=results["dy"], dfactor=results["dfactor"])
+    return run

@@ -1,0 +1,103 @@
+"""
+The mesh and what lives where. One process drives all chips with one program (SPMD): a tensor is whole and carries a sharding over the mesh
+axis "data". Between enter() and leave() (or reduce_scatter()) code sees one chip's part, as a rank does upstream.
+"""
+from functools import cache
+
+import numpy as np
+import torch
+import torch_xla
+import torch_xla.core.xla_builder as xb
+import torch_xla.core.xla_model as xm
+import torch_xla.distributed.spmd as xs
+import torch_xla.runtime as xr
+from torch import Tensor
+
+ROWS = 8  # the record's 8 ranks; also the most devices, so stacks are padded to a multiple of it
+
+def setup_devices():
+    """SPMD over all devices: mesh "data", and Python numbers as constants of the graph instead of inputs. Once a process."""
+    xr.use_spmd()
+    n = xr.global_runtime_device_count()
+    if ROWS % n:
+        raise ValueError(f"{n} devices cannot share {ROWS} rows evenly: use 1, 2, 4 or 8 (TPU_VISIBLE_CHIPS or CPU_NUM_DEVICES)")
+    xs.set_global_mesh(xs.Mesh(np.arange(n), (n,), ("data",)))
+    torch_xla._XLAC._set_xla_all_numbers_special_scalars(True)
+
+def device_count() -> int:
+    """Of the mesh."""
+    return xs.get_global_mesh().size()
+
+# -----------------------------------------------------------------------------
+# Between host and devices
+
+def to_device(x: Tensor, *spec) -> Tensor:
+    """Copies a CPU tensor to the devices. spec: a mesh axis or None for each dimension; none given means replicated."""
+    return xm.send_cpu_data_to_device([x], torch_xla.device(), _placement(spec + (None,) * (x.ndim - len(spec))))[0]
+
+@cache
+def _placement(spec: tuple) -> xs.ShardingSpec:
+    return xs.ShardingSpec(xs.get_global_mesh(), spec)
+
+def is_split(x: Tensor) -> bool:
+    return xs.XLAShardedTensor(x).sharding_type == xs.ShardingType.TILED
+
+def to_host(x: Tensor, lazy: bool = False):
+    """
+    Copies a device tensor, whole or split by rows, to the CPU. Nothing is compiled, where .cpu() compiles a gather. lazy: returns a
+    function that joins its parts, which need not be done while the devices wait.
+    """
+    parts = [data for data, _ in torch_xla._XLAC._get_local_shards([x])[0]] if is_split(x) else [x.detach().cpu()]
+    join = lambda: torch.cat(parts) if len(parts) > 1 else parts[0]
+    return join if lazy else join()
+
+def assign(x: Tensor, value: Tensor):
+    """Gives a device tensor the value of a CPU tensor, whole, with the sharding it has: compiled programs go on to fit."""
+    x.data = to_device(value, *(("data",) if is_split(x) else ()))
+
+# -----------------------------------------------------------------------------
+# In a traced program
+
+def shard(x: Tensor, *spec) -> Tensor:
+    """Annotates where x lives: a mesh axis or None for each dimension; none given means replicated."""
+    spec = spec + (None,) * (x.ndim - len(spec))
+    return xs.mark_sharding(x, xs.get_global_mesh(), spec).global_tensor
+
+def enter(x: Tensor, *spec) -> Tensor:
+    """
+    Into the program of a single device, as a rank runs it upstream: it sees its own part of x, or all of a replicated x. XLA splits
+    nothing and communicates nothing until leave().
+    """
+    return xs.enable_manual_sharding(x, spec + (None,) * (x.ndim - len(spec))).global_tensor
+
+def leave(x: Tensor) -> Tensor:
+    """Out of it again: what each device has, [...] -> [devices, ...], split by device."""
+    shape = (device_count(), *x.shape)
+    return xs.disable_manual_sharding(x.unsqueeze(0), ("data",) + (None,) * x.ndim, shape).global_tensor
+
+def reduce_scatter(x: Tensor, channel: int) -> Tensor:
+    """
+    Out of it too: the sum of what the devices have, [rows, ...], split by rows (upstream: dist.reduce_scatter_tensor). Explicit,
+    because XLA makes an all-reduce of eight times the bytes where a sum over devices is reshaped. channel: another one for each call.
+    """
+    devices = device_count()
+    y, = xb.xla_computation_as_func(_reduce_scatter(tuple(x.shape), x.dtype, devices, channel))([x])
+    return xs.disable_manual_sharding(y, ("data",) + (None,) * (x.ndim - 1), x.shape).global_tensor
+
+@cache
+def _reduce_scatter(shape: tuple, dtype: torch.dtype, devices: int, channel: int):
+    """As StableHLO text: xm.reduce_scatter brings a token along, a tensor that replay cannot account for."""
+    from jax._src.lib import xla_client  # only now: on a TPU VM, importing JAX sets flags of libtpu, which has to be loaded before
+    element = {torch.bfloat16: "bf16", torch.float32: "f32"}[dtype]
+    array = lambda rows: f"tensor<{'x'.join(map(str, (rows, *shape[1:])))}x{element}>"
+    module = xla_client._xla.mlir.mlir_module_to_xla_computation(f"""
+      func.func @main(%x: {array(shape[0])}) -> {array(shape[0] // devices)} {{
+        %y = "stablehlo.reduce_scatter"(%x) <{{scatter_dimension = 0 : i64, use_global_device_ids,
+          replica_groups = dense<[{list(range(devices))}]> : tensor<1x{devices}xi64>,
+          channel_handle = #stablehlo.channel_handle<handle = {channel}, type = 1>}}> ({{
+            ^bb0(%a: tensor<{element}>, %b: tensor<{element}>):
+              %sum = stablehlo.add %a, %b : tensor<{element}>
+              stablehlo.return %sum : tensor<{element}>
+          }}) : ({array(shape[0])}) -> {array(shape[0] // devices)}
+        return %y : {array(shape[0] // devices)} }}""", use_tuple_args=False, return_tuple=True)
+    return xb.computation_from_module_proto("reduce_scatter", module.as_serialized_hlo_module_proto())
