@@ -122,12 +122,12 @@ class NorMuon(torch.optim.Optimizer):
         return found
 
     @torch.no_grad()
-    def step(self, gradients: Gradients, numbers: Tensor):
-        """One update of every group. numbers: learning rate and momentum, [2]."""
-        for i, group in enumerate(self.param_groups):
-            params, dtype, (lr, momentum) = group["params"], group["params"][0].dtype, numbers.unbind()
+    def step(self, gradients: Gradients, lr: Tensor, momentum: Tensor):
+        """One update of every group. lr, momentum: 0-D."""
+        for group in self.param_groups:
+            params, dtype = group["params"], group["params"][0].dtype
             momentum_buffer, master = group["momentum_buffer"], group["master"]
-            grads = reduce_scatter(gradients.stack(params).view(master.shape), channel=1 + i).float()
+            grads = reduce_scatter(gradients.stack(params).view(master.shape)).float()
 
             momentum_buffer.copy_(momentum_buffer + (1 - momentum) * (grads - momentum_buffer))
             updated_grads = grads + momentum * (momentum_buffer - grads)
@@ -240,12 +240,12 @@ class DistAdam(torch.optim.Optimizer):
     def step(self, gradients: Gradients, numbers: dict[str, tuple[Tensor, Tensor]]):
         """An odd step. numbers: (step_size, eff_wd) by label, 0-D."""
         tables = []  # with their new weights, split by rows
-        for i, group in enumerate(self.param_groups):
-            for j, p in enumerate(group["params"]):
+        for group in self.param_groups:
+            for p in group["params"]:
                 state, spec, grad = self.state[p], self.split(p), gradients[p]
                 if grad is None:
                     continue
-                g_slice = reduce_scatter(grad, channel=100 + 10 * i + j) if spec else shard(leave(grad).sum(0))
+                g_slice = reduce_scatter(grad) if spec else shard(leave(grad).sum(0))
                 weight = self._update_step(p, g_slice, state["exp_avg"], state["exp_avg_sq"], *group["betas"], group["eps"],
                                            *numbers[p.label])
                 for name in ("exp_avg", "exp_avg_sq"):

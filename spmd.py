@@ -2,6 +2,7 @@
 The mesh and what lives where. One process drives all chips with one program (SPMD): a tensor is whole and carries a sharding over the mesh
 axis "data". Between enter() and leave() (or reduce_scatter()) code sees one chip's part, as a rank does upstream.
 """
+import itertools
 from functools import cache
 
 import numpy as np
@@ -75,13 +76,20 @@ def leave(x: Tensor) -> Tensor:
     shape = (device_count(), *x.shape)
     return xs.disable_manual_sharding(x.unsqueeze(0), ("data",) + (None,) * x.ndim, shape).global_tensor
 
-def reduce_scatter(x: Tensor, channel: int) -> Tensor:
+_channels = itertools.count(1)  # of collectives; each of a program needs its own
+
+def begin_program():
+    """Before a program with collectives is traced: they are numbered from 1 again, so that the same program traced twice is the same."""
+    global _channels
+    _channels = itertools.count(1)
+
+def reduce_scatter(x: Tensor) -> Tensor:
     """
     Out of it too: the sum of what the devices have, [rows, ...], split by rows (upstream: dist.reduce_scatter_tensor). Explicit,
-    because XLA makes an all-reduce of eight times the bytes where a sum over devices is reshaped. channel: another one for each call.
+    because XLA makes an all-reduce of eight times the bytes where a sum over devices is reshaped.
     """
     devices = device_count()
-    y, = xb.xla_computation_as_func(_reduce_scatter(tuple(x.shape), x.dtype, devices, channel))([x])
+    y, = xb.xla_computation_as_func(_reduce_scatter(tuple(x.shape), x.dtype, devices, next(_channels)))([x])
     return xs.disable_manual_sharding(y, ("data",) + (None,) * (x.ndim - 1), x.shape).global_tensor
 
 @cache

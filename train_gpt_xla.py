@@ -48,7 +48,7 @@ from kernels import fused_attention, lm_head_losses, lookup, residual_mlp, takes
 from kernels.lm_head import SOFTCAP_A, SOFTCAP_B, SOFTCAP_C
 from muon_xla import DistAdam, NorMuon
 from replay import Replay
-from spmd import ROWS, assign, enter, leave, setup_devices, shard, to_device, to_host
+from spmd import ROWS, assign, begin_program, enter, leave, setup_devices, shard, to_device, to_host
 
 warnings.filterwarnings("ignore", message="Use torch_xla.sync", category=DeprecationWarning)
 
@@ -946,12 +946,13 @@ class StepNumbers:
     mtp_weights: list[float] | Tensor  # [3], zeros at the end
     yarn: list[float] | Tensor  # Yarn.numbers()
     yarn_paired_head: list[float] | Tensor
-    muon: tuple[float, float] | Tensor  # learning rate, momentum
+    muon_lr: float | Tensor
+    muon_momentum: float | Tensor
     adam: dict[str, tuple]  # (step_size, eff_wd) by label
 
     def pack(self) -> Tensor:
         """[n] float32."""
-        return torch.tensor([*self.mtp_weights, *self.yarn, *self.yarn_paired_head, *self.muon,
+        return torch.tensor([*self.mtp_weights, *self.yarn, *self.yarn_paired_head, self.muon_lr, self.muon_momentum,
                              *itertools.chain.from_iterable(self.adam.values())])
 
     @classmethod
@@ -959,7 +960,7 @@ class StepNumbers:
         """yarn: how many numbers YaRN has; labels: Adam's, in order."""
         mtp_weights, *yarns, muon, adam = packed.split([3, yarn, yarn, 2, 2 * len(labels)])
         adam = adam.unbind()
-        return cls(mtp_weights, *yarns, muon, dict(zip(labels, zip(adam[::2], adam[1::2]))))
+        return cls(mtp_weights, *yarns, *muon.unbind(), dict(zip(labels, zip(adam[::2], adam[1::2]))))
 
 class TrainingManager():
     """
@@ -1024,7 +1025,8 @@ class TrainingManager():
             mtp_weights = (get_mtp_weights(self.step, self.args) + [0.0, 0.0])[:3],
             yarn = self.model.yarn.numbers(),
             yarn_paired_head = self.model.yarn_paired_head.numbers(),
-            muon = (self.initial_lr[self.muon_opt] * lr, get_muon_momentum(self.step, self.args)),
+            muon_lr = self.initial_lr[self.muon_opt] * lr,
+            muon_momentum = get_muon_momentum(self.step, self.args),
             adam = self.adam_opt.get_numbers()
         ).pack()
 
@@ -1061,7 +1063,7 @@ class TrainingManager():
             self.adam_opt.step(gradients, numbers.adam)
         else:
             self.adam_opt.accumulate(gradients)
-        self.muon_opt.step(gradients, numbers.muon)
+        self.muon_opt.step(gradients, numbers.muon_lr, numbers.muon_momentum)
         if self.graph.copy_embed:
             self.adam_opt.copy_lm_to_embed()
 
@@ -1090,6 +1092,7 @@ class TrainingManager():
 
     def training_step(self, batch: Tensor, numbers: Tensor) -> Tensor:
         """One whole step on batch [8, 3, T]. Returns the loss of each row, [8]."""
+        begin_program()
         losses, gradients = self.backward(batch, numbers)
         self.step_optimizers(gradients, self.unpack(numbers))
         return shard(leave(losses).flatten())

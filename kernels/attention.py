@@ -4,7 +4,7 @@ embedding), and sliding-window attention within documents. The plain-torch twin 
 CausalSelfAttention.forward in train_gpt_xla.py, with window_attention below; the TPU kernels are tpu/projection.py and tpu/attention.py.
 Upstream's counterpart is FlashAttention-3 (flash_attn_varlen_func with cu_seqlens and window_size=(window, 0)).
 """
-import math
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradients import slots
-from kernels.dispatch import call_kernel
-
-VMEM_LIMIT = 48 * 2**20  # bytes, of a v6e's 128 MiB
-PROJECT_VMEM_LIMIT = 96 * 2**20  # bytes, of a v6e's 128 MiB
+from kernels.dispatch import call_kernel, largest_fitting
 
 # -----------------------------------------------------------------------------
 # The plain-torch twin of the attention kernels
@@ -129,15 +126,24 @@ class Projection:
     ve: bool  # value embeddings
     mix: bool  # x is mixed with x0 first
     keep: bool  # store what the backward pass reads: q and k before their norm
-    gate: int = 12  # features that gates read
-
-    @property
-    def block(self) -> int:
-        return math.gcd(self.tokens, 512)
+    gate: int  # features that gates read
+    block: int  # bt, tokens
 
 
-def get_band(B: int, H: int, T: int, D: int, window: int, paired: bool) -> Band:
-    return Band(B, H, T, D, window, paired, block=256 if T % 256 == 0 else 128)
+def get_band(B: int, H: int, T: int, D: int, window: int, paired: bool) -> Band | None:
+    """None where no block fits in VMEM."""
+    from kernels.tpu.attention import vmem_bytes
+    choices = [Band(B, H, T, D, window, paired, block) for block in (256, 128) if T % block == 0]
+    return largest_fitting(choices, lambda band: vmem_bytes(band, "bfloat16"))
+
+
+def get_projection(B: int, H: int, T: int, D: int, paired: bool, key_offset: bool, ve: bool, mix: bool, keep: bool,
+                   gate: int = 12) -> Projection | None:
+    """None where no block fits in VMEM. All calls of a step take the same, that of the largest."""
+    from kernels.tpu.projection import vmem_bytes
+    choices = [Projection(B, H, T, D, paired, key_offset, True, True, True, gate, block) for block in (512, 256, 128) if T % block == 0]
+    largest = largest_fitting(choices, lambda shapes: vmem_bytes(shapes, "bfloat16"))
+    return largest and dataclasses.replace(largest, ve=ve, mix=mix, keep=keep)
 
 
 def attention_refuses(x: Tensor, heads: int, window: int, paired: bool) -> str | None:
@@ -152,10 +158,9 @@ def attention_refuses(x: Tensor, heads: int, window: int, paired: bool) -> str |
         return "they take a multiple of 128 tokens"
     if heads < 2 or (paired and heads % 2):
         return "they take two heads or more, paired ones even in number"
-    band = get_band(B, heads, T, D, window, paired)
-    if (band.reach + 2) * heads * band.block * D * 8 > VMEM_LIMIT // 2:
+    if get_band(B, heads, T, D, window, paired) is None:
         return f"a window of {window} does not fit in VMEM"
-    if 30 * C * C + 58 * math.gcd(T, 512) * C > PROJECT_VMEM_LIMIT:  # weights, twice, their gradient, bf16 and f32; blocks
+    if get_projection(B, heads, T, D, paired, True, True, True, True) is None:
         return f"a dimension of {C} does not fit in VMEM"
     return None
 
@@ -194,14 +199,14 @@ class FusedAttention(torch.autograd.Function):
                 key_offset, paired, keep, into):
         from kernels.tpu import attention, projection
         (B, T, _), H, D = x.shape, gate_w.size(0), factor1.size(-1)
-        shapes = ctx.shapes = Projection(B, H, T, D, paired, key_offset, ve is not None, x0 is not None, keep, gate_w.size(1))
+        shapes = ctx.shapes = get_projection(B, H, T, D, paired, key_offset, ve is not None, x0 is not None, keep, gate_w.size(1))
         band = ctx.band = get_band(B, H, T, D, window, paired)
         ctx.into, scale = into, scale.float().reshape(1)
         inputs = dict(x=x, W=W, lambda_w=lambda_w, lambda_x=lambda_x, lambda_x0=lambda_x0, gate_w=gate_w, factor1=factor1.view(-1, T, D),
                       factor2=factor2.view(-1, T, D), still=still.view(1, D).float(), ve=ve, ve_gate_w=ve_gate_w, x0=x0)
         before = call_kernel(projection.project, shapes, **inputs)
         qkv = before.qkv
-        after = call_kernel(attention.forward, band, q=qkv, k=qkv, v=qkv, documents=documents, gate=before.gate, scale=scale)
+        after = call_kernel(attention.attention_forward, band, q=qkv, k=qkv, v=qkv, documents=documents, gate=before.gate, scale=scale)
         saved = inputs | dict(documents=documents, scale=scale, qkv=qkv, gate=before.gate, y=after.y, sums=after.sums, raw=before.raw)
         ctx.names = list(saved)
         ctx.save_for_backward(*saved.values())
@@ -213,8 +218,8 @@ class FusedAttention(torch.autograd.Function):
         s = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         documents, scale, qkv, gate, y, sums, raw = (s.pop(name) for name in ("documents", "scale", "qkv", "gate", "y", "sums", "raw"))
         ve, ve_gate_w, x0 = (s.pop(name) for name in ("ve", "ve_gate_w", "x0"))
-        d = call_kernel(attention.backward, ctx.band, q=qkv, k=qkv, v=qkv, documents=documents, gate=gate, scale=scale, y=y, sums=sums,
-                        dy=dy)
+        d = call_kernel(attention.attention_backward, ctx.band, q=qkv, k=qkv, v=qkv, documents=documents, gate=gate, scale=scale, y=y,
+                        sums=sums, dy=dy)
         d = call_kernel(
             projection.project_backward, ctx.shapes, slot=ctx.into.index(dy), stack=ctx.into.so_far(s["W"]), **s, raw=raw, dq=d.dq, dk=d.dk,
             dv=d.dv, gate=gate, delta=d.delta, ve=ve, ve_gate_w=ve_gate_w, x0=x0, dx_mixed=dx_mixed if ctx.shapes.mix else None)

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-# None: the device decides. "TPU": trace the TPU kernels on any machine, to compile for one. "interpret": run them on a CPU, slowly.
-target = None
+from chips import CHIPS, Chip, MiB, Refused, supported, this_chip
+
+target: Chip | None = None  # trace the kernels for this chip, on any machine. None: for the one that is here
+interpret = False  # run them on a CPU, slowly
 
 
 def for_tpu(x: Tensor) -> bool:
@@ -15,7 +17,30 @@ def for_tpu(x: Tensor) -> bool:
     if x.device.type != "xla":
         return False
     import torch_xla.runtime as xr
-    return target is not None or xr.device_type() == "TPU"
+    return target is not None or interpret or xr.device_type() == "TPU"
+
+
+def chip() -> Chip:
+    """What kernels are traced for."""
+    return target or (CHIPS["v6e"] if interpret else _chip_here())
+
+
+@functools.cache
+def _chip_here() -> Chip:
+    found = this_chip()
+    if found is None:
+        raise Refused(f"no TPU of a known kind on the PCI bus, so it is unknown how large its kernels' blocks may be: {supported()}")
+    return found
+
+
+def vmem_limit() -> int:
+    """Bytes of VMEM that one kernel may take; the rest of a v6e's 128 MiB is left to XLA."""
+    return min(100 * MiB, chip().vmem_bytes - 2 * MiB)
+
+
+def largest_fitting(choices: list, vmem_bytes: Callable):
+    """The first of some shapes whose kernels, of vmem_bytes(shapes), fit; None if none does."""
+    return next((shapes for shapes in choices if vmem_bytes(shapes) <= vmem_limit()), None)
 
 
 @functools.cache
@@ -32,13 +57,13 @@ def call_kernel(call: Callable, shapes, **tensors: Tensor | None) -> SimpleNames
     import torch_xla.core.xla_builder as xb
     tensors = {name: x for name, x in tensors.items() if x is not None}
     arguments = tuple((name, tuple(x.shape), str(x.dtype).removeprefix("torch.")) for name, x in tensors.items())
-    computation, outputs = lowered(call, shapes, arguments, target == "interpret")
+    computation, outputs = lowered(call, shapes, arguments, chip(), interpret)
     results = iter(xb.xla_computation_as_func(computation)(list(tensors.values())))
     return SimpleNamespace(**{name: next(results) if there else None for name, there in outputs.items()})
 
 
 @functools.cache
-def lowered(call: Callable, shapes, arguments: tuple, interpret: bool):
+def lowered(call: Callable, shapes, arguments: tuple, chip: Chip, interpret: bool):
     """The kernel as an XLA computation, and which of its outputs there are. Cached, because a step is traced several times."""
     import jax
     import torch_xla.core.xla_builder as xb

@@ -34,7 +34,7 @@ class Embedding(torch.autograd.Function):
         from kernels.tpu import embedding
         (ids,), before = ctx.saved_tensors, ctx.into.so_far()
         shapes = EmbeddingShapes(*ids.shape, ctx.vocab, dy.size(2), before is not None)
-        d = call_kernel(embedding.scatter_add, shapes, ids=ids, dy=dy, before=before)
+        d = call_kernel(embedding.embedding_scatter, shapes, ids=ids, dy=dy, before=before)
         return None, ctx.into.store(d.dw.sum(0)), None
 
 

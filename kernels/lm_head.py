@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from gradients import sum_of
-from kernels.dispatch import call_kernel, for_tpu
+from kernels.dispatch import call_kernel, for_tpu, largest_fitting
 
 SOFTCAP_A, SOFTCAP_B, SOFTCAP_C = 23.0, 5.0, 7.5  # A * sigmoid((logits + B) / C)
-LM_HEAD_VMEM_LIMIT = 100 * 2**20  # bytes, of a v6e's 128 MiB
 LM_HEAD_KEPT = 49152  # tokens of a device whose P is kept: 4.6 GiB at the record's vocabulary
 
 
@@ -31,11 +30,21 @@ class LmHead:
     backward_block: tuple[int, int]
 
 
-def get_lm_head(x: Tensor, weight: Tensor, targets: int, gradients: bool = True) -> LmHead:
+def get_lm_head(x: Tensor, weight: Tensor, targets: int, gradients: bool = True) -> LmHead | None:
+    """None where no blocks fit in VMEM."""
+    from kernels.tpu.lm_head import backward_vmem_bytes, forward_vmem_bytes
     (B, T, d), V = x.shape, weight.size(-2)
     block = lambda most: math.gcd(T, most)  # a power of two
     kept = min(T, LM_HEAD_KEPT // B // block(2048) * block(2048)) if gradients else 0
-    return LmHead(B, T, d, V, targets, kept, False, (block(2048 if gradients else 4096), 512), (block(512), 4608))
+    whole = LmHead(B, T, d, V, targets, kept, gradients, (block(2048 if gradients else 4096), 512), (block(512), 4608))
+    replace = dataclasses.replace
+    forward = largest_fitting([replace(whole, forward_block=(block(Tb), 512)) for Tb in (whole.forward_block[0], 1024, 512)],
+                              lambda shapes: forward_vmem_bytes(shapes, "bfloat16"))
+    backward = largest_fitting([replace(whole, backward_block=(block(512), Vb)) for Vb in (4608, 2304, 1152)],
+                               lambda shapes: backward_vmem_bytes(shapes, "bfloat16"))
+    if forward is None or backward is None:
+        return None
+    return replace(whole, on_top=False, forward_block=forward.forward_block, backward_block=backward.backward_block)
 
 
 def takes_lm_head(x: Tensor, weight: Tensor) -> bool:
@@ -50,7 +59,7 @@ def lm_head_refuses(x: Tensor, weight: Tensor) -> str | None:
         return "they take bfloat16"
     if T % 128 or V % 128 or d % 128:
         return "they take multiples of 128 tokens, dimensions and vocabulary entries"
-    if d > 1024:
+    if get_lm_head(x, weight, 3) is None:
         return f"a dimension of {d} does not fit in VMEM"
     return None
 
@@ -64,7 +73,7 @@ def lm_head_losses(x: Tensor, weight: Tensor, targets: Tensor, mtp_weights: Tens
         return SoftcappedCrossEntropy.apply(x, weight, targets, mtp_weights, sum_of(weight))
     from kernels.tpu import lm_head
     shapes, one = get_lm_head(x, weight, 1, gradients=False), torch.ones(1, device=x.device)
-    return call_kernel(lm_head.losses_alone, shapes, x=x, w=weight.expand(x.size(0), -1, -1), targets=targets, mtp_weights=one).losses
+    return call_kernel(lm_head.lm_head_losses, shapes, x=x, w=weight.expand(x.size(0), -1, -1), targets=targets, mtp_weights=one).losses
 
 
 class SoftcappedCrossEntropy(torch.autograd.Function):
@@ -74,7 +83,7 @@ class SoftcappedCrossEntropy(torch.autograd.Function):
         from kernels.tpu import lm_head
         ctx.into, ctx.shapes = into, get_lm_head(x, weight, mtp_weights.numel())
         w = weight.expand(x.size(0), -1, -1)
-        r = call_kernel(lm_head.losses_and_dx, ctx.shapes, x=x, w=w, targets=targets, mtp_weights=mtp_weights)
+        r = call_kernel(lm_head.lm_head_losses_and_dx, ctx.shapes, x=x, w=w, targets=targets, mtp_weights=mtp_weights)
         ctx.save_for_backward(x, weight, targets, r.dx, r.a, r.at_targets, r.p)
         return r.losses
 
@@ -83,6 +92,6 @@ class SoftcappedCrossEntropy(torch.autograd.Function):
         from kernels.tpu import lm_head
         (x, weight, targets, dx, a, at_targets, p), before = ctx.saved_tensors, ctx.into.so_far()
         shapes = dataclasses.replace(ctx.shapes, on_top=before is not None)
-        d = call_kernel(lm_head.dw, shapes, x=x, w=weight.expand(x.size(0), -1, -1), targets=targets, dx=dx, a=a, at_targets=at_targets,
-                        p=p, dlosses=dlosses, before=before)
+        d = call_kernel(lm_head.lm_head_dw, shapes, x=x, w=weight.expand(x.size(0), -1, -1), targets=targets, dx=dx, a=a,
+                        at_targets=at_targets, p=p, dlosses=dlosses, before=before)
         return d.dx, ctx.into.store(d.dw.sum(0)), None, None, None

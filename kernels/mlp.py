@@ -3,16 +3,14 @@ A block's second half: x + relu(norm(x) @ W1.T)^2 @ W2, where x, in blocks with 
 projection. The plain-torch twin is the end of Block.forward in train_gpt_xla.py (upstream: norm and FusedLinearReLUSquareFunction); the
 TPU kernels are tpu/mlp.py.
 """
-import math
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gradients import slots
-from kernels.dispatch import call_kernel
-
-MLP_VMEM_LIMIT = 96 * 2**20  # bytes, of a v6e's 128 MiB
+from kernels.dispatch import call_kernel, largest_fitting
 
 
 @dataclass(frozen=True)
@@ -23,15 +21,16 @@ class MLPShapes:
     hidden: int  # h, 4d
     keep: bool  # the forward pass stores relu(norm(x) @ W1.T) and the backward pass reads it
     attention: bool  # its last projection comes first
-
-    @property
-    def block(self) -> int:
-        return math.gcd(self.tokens, 512)
+    block: int  # C, tokens
 
 
-def get_mlp(x: Tensor, W1: Tensor, keep: bool, attention: bool) -> MLPShapes:
-    B, T, d = x.shape
-    return MLPShapes(B * T, d, W1.size(0), keep, attention)
+def get_mlp(x: Tensor, W1: Tensor, keep: bool, attention: bool) -> MLPShapes | None:
+    """None where no block fits in VMEM. All calls of a step take the same, that of the largest."""
+    from kernels.tpu.mlp import vmem_bytes
+    (B, T, d), h = x.shape, W1.size(0)
+    choices = [MLPShapes(B * T, d, h, True, True, block) for block in (512, 256, 128) if B * T % block == 0]
+    largest = largest_fitting(choices, lambda shapes: vmem_bytes(shapes, "bfloat16"))
+    return largest and dataclasses.replace(largest, keep=keep, attention=attention)
 
 
 def mlp_refuses(x: Tensor, W1: Tensor, W2: Tensor) -> str | None:
@@ -43,8 +42,7 @@ def mlp_refuses(x: Tensor, W1: Tensor, W2: Tensor) -> str | None:
         return f"they take two weights [4d, {d}], not {tuple(W1.shape)} and {tuple(W2.shape)}"
     if T % 128 or d % 128 or h % 256:
         return "they take multiples of 128 tokens and features, and of 256 hidden ones"
-    block = get_mlp(x, W1, True, True).block
-    if 18 * h * d + 10 * d * d + 2 * block * (10 * d + 14 * h) > MLP_VMEM_LIMIT:  # weights, their gradients, bf16 and f32; blocks
+    if get_mlp(x, W1, True, True) is None:
         return f"weights of {h} x {d} do not fit in VMEM"
     return None
 
@@ -70,7 +68,7 @@ class ResidualMLP(torch.autograd.Function):
         from kernels.tpu import mlp
         ctx.shapes, ctx.into, shape = get_mlp(x, W1, keep, y is not None), into, x.shape
         y = None if y is None else y.flatten(0, 1)
-        r = call_kernel(mlp.forward, ctx.shapes, x=x.flatten(0, 1), W1=W1, W2=W2, y=y, W=W, factor=factor)
+        r = call_kernel(mlp.mlp_forward, ctx.shapes, x=x.flatten(0, 1), W1=W1, W2=W2, y=y, W=W, factor=factor)
         ctx.save_for_backward(x.flatten(0, 1) if y is None else r.x_sum, W1, W2, r.act, y, W, factor)
         return r.out.view(shape)
 
@@ -81,7 +79,7 @@ class ResidualMLP(torch.autograd.Function):
         slot1, slot2, slot_o = ctx.into
         assert slot1.stack is slot2.stack and slot2.number == slot1.number + 1 and slot1.number % 2 == 0
         d = call_kernel(
-            mlp.backward, ctx.shapes, pair=slot1.index(x, pairs=True), slot_o=slot_o and slot_o.index(x), stack=slot1.so_far(W1),
+            mlp.mlp_backward, ctx.shapes, pair=slot1.index(x, pairs=True), slot_o=slot_o and slot_o.index(x), stack=slot1.so_far(W1),
             stack_o=slot_o and slot_o.so_far(W), x=x, W1=W1, W2=W2, dout=dout.flatten(0, 1), act=act, y=y, W=W, factor=factor)
         dW, dy = slot_o and slot_o.store(d.stack_o, "o"), None if y is None else d.dy.view_as(dout)
         return d.dx.view_as(dout), slot1.store(d.stack), slot2.store(d.stack), dy, dW, d.dfactor, None, None

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch_xla
 from conftest import BOS, ROOT, make_tokens, run_train, toy_options, write_shard
 
 import train_gpt_xla as t
+from gradients import Gradients
 
 
 @pytest.fixture(scope="module")
@@ -229,24 +231,24 @@ def test_no_long_sum_is_in_bfloat16():
 
 def test_muon_takes_the_stack_that_kernels_make():
     """Gradients one by one, or in a stack as on a TPU, but for those of a block that kernels refuse: the same step."""
-    from muon_xla import enter
     manager = t.build(t.parse_args(toy_options(Path()))[0])
     manager.advance_schedule(0)
-    generator, results = torch.Generator().manual_seed(0), []
-    grads = {p: torch.randn(p.shape, generator=generator) for group in manager.muon_opt.param_groups for p in group["params"]}
+    generator, results, groups = torch.Generator().manual_seed(0), [], manager.muon_opt.param_groups
+    grads = {p: torch.randn(p.shape, generator=generator) for group in groups for p in group["params"]}
     for stacked in (0, 2):
         manager.reset()
-        manager.bind(t.to_device(manager.get_numbers()))
-        manager.muon_opt.begin()
-        for group in manager.muon_opt.param_groups:
-            n, params = group["stack"].n, group["params"]
-            for i, p in enumerate(params):
-                p.local_grad = None if i % 3 < stacked else enter(t.to_device(grads[p].to(p.dtype)))
+        numbers, gradients = manager.unpack(t.to_device(manager.get_numbers())), Gradients(manager.muon_opt.addresses())
+        for group in groups:
+            params = group["params"]
+            found = [None if i % 3 < stacked else grads[p].to(p.dtype) for i, p in enumerate(params)]
+            gradients.leaves |= {p: SimpleNamespace(grad=grad if grad is None else t.enter(t.to_device(grad)))
+                                 for p, grad in zip(params, found)}
             if stacked:
-                stack = torch.stack([grads[p] if p.local_grad is None else torch.full_like(grads[p], torch.nan) for p in params]
-                                    + [torch.zeros_like(grads[params[0]])] * (n - len(params)))
-                group["stack"].tensor = enter(t.to_device(stack.to(params[0].dtype)))
-        manager.muon_opt.step()
-        results.append([t.to_host(group["momentum_buffer"]) for group in manager.muon_opt.param_groups])
+                stack = gradients.addresses[params[0]].stack
+                tensor = torch.stack([grads[p] if grad is None else torch.full_like(grads[p], torch.nan) for p, grad in zip(params, found)]
+                                     + [torch.zeros_like(grads[params[0]])] * (stack.n - len(params)))
+                stack.tensor = t.enter(t.to_device(tensor.to(params[0].dtype)))
+        manager.muon_opt.step(gradients, numbers.muon_lr, numbers.muon_momentum)
+        results.append([t.to_host(group["momentum_buffer"]) for group in groups])
     for one_by_one, stacked in zip(*results, strict=True):
         assert one_by_one.abs().max() > 0 and torch.equal(one_by_one, stacked)

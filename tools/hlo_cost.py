@@ -1,8 +1,8 @@
 """
-What one step costs on a TPU v6e, read from what libtpu wrote when it compiled it. Text in, milliseconds out: no jax, no TPU.
+What one step costs on a TPU, read from what libtpu wrote when it compiled it. Text in, milliseconds out: no jax, no TPU.
 
 Every operation of the optimised HLO, in its scheduled order and as often as it runs, gets its time from the first of these:
-- the compiler's own `estimated_cycles` at 1.75 GHz;
+- the compiler's own `estimated_cycles`, at the chip's clock;
 - for a collective, its bytes over the links of the chip;
 - for an asynchronous copy between HBM and VMEM, its bytes over the HBM bandwidth;
 - for the rest (Pallas kernels, gathers, scatters, sorts, some reshapes) a lower bound: the VLIW bundles of its final program, each
@@ -14,16 +14,15 @@ import dataclasses
 import math
 import operator
 import re
+import sys
 from functools import cached_property
+from pathlib import Path
 
-# Cloud TPU documentation, "TPU v6e" (docs.cloud.google.com/tpu/docs/v6e): 918 TFLOP/s bf16, HBM 1638 GB/s, 4 ICI ports and
-# 800 GB/s of bidirectional ICI bandwidth a chip: 100 GB/s a port and direction. 918e12 / 524288 flop a cycle = 1.75 GHz.
-CLOCK_HZ = 1.75e9
-BF16_FLOP_PER_CYCLE = 524288
-HBM_BYTES_PER_S = 1638e9
-LINK_BYTES_PER_S = 100e9
-# A 2x4 slice is a mesh: only axes of 16 chips wrap around, so a corner chip has two of its four links. libtpu's collectives
-# run as two rings over the 8 chips, one in each direction ("UniDirection1DRingStrategy{colors:2"), which is those two links.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from chips import CHIPS, Chip
+
+# Every TPU of chips.py is a mesh without wrap-around (only axes of 16 chips wrap), so that a corner chip has two of its links. libtpu's
+# collectives run as two rings over the chips, one in each direction ("UniDirection1DRingStrategy{colors:2"), which is those two links.
 RINGS = 2
 
 KINDS = ("matmuls", "elementwise", "copies", "kernels", "collectives")
@@ -343,26 +342,27 @@ class Row:
         return self.times * ((self.ms or 0) if self.exposed_ms is None else self.exposed_ms)
 
 
-def collective_ms(kind: str, payload: int, devices: int) -> float:
+def collective_ms(kind: str, payload: int, devices: int, link: float) -> float:
     """
-    Milliseconds that the links need for a collective: no latency, no waiting for the slowest chip. payload: bytes of the reduced
-    tensor, of the gathered result or of what is scattered; of one chip's operand for all-to-all and collective-permute.
+    Milliseconds that the links need for a collective: no latency, no waiting for the slowest chip. link: its bytes/s, one way.
+    payload: bytes of the reduced tensor, of the gathered result or of what is scattered; of one chip's operand for all-to-all and
+    collective-permute.
     """
     if devices < 2:
         return 0.0
-    rings = min(RINGS, devices - 1) * LINK_BYTES_PER_S
+    rings = min(RINGS, devices - 1) * link
     if kind in ("all-to-all", "ragged-all-to-all"):  # each link and direction carries devices / 8 of a chip's operand on a ring
-        return 1e3 * payload * devices / 8 / LINK_BYTES_PER_S
+        return 1e3 * payload * devices / 8 / link
     if kind == "collective-permute":  # to a neighbour, over one link
-        return 1e3 * payload / LINK_BYTES_PER_S
+        return 1e3 * payload / link
     return 1e3 * payload * (devices - 1) / devices / rings * (2 if kind == "all-reduce" else 1)
 
 
 class Estimate:
     """Walks a module as the chip would. bundles: {instruction: (bundles, loops of unknown length)} of libtpu's dump."""
 
-    def __init__(self, module: Module, bundles: dict | None = None):
-        self.module, self.bundles = module, bundles or {}
+    def __init__(self, module: Module, bundles: dict | None = None, chip: Chip = CHIPS["v6e"]):
+        self.module, self.bundles, self.chip = module, bundles or {}, chip
         self.rows, self.loops, self.scalars = [], [], 0
         self.now = 0.0  # ms since the step began
         self.free = {"links": 0.0, "hbm": 0.0}  # when each queue of transfers is empty again
@@ -445,19 +445,22 @@ class Estimate:
         devices = len(explicit.split(",")) if explicit else int(iota) if iota else self.module.devices
         return kind, payload * (devices if kind == "all-gather" else 1), devices
 
+    def links(self, kind, payload, devices):
+        return collective_ms(kind, payload, devices, self.chip.link_bytes_per_s)
+
     def started(self, op, computation, times):
         """An operation that runs beside the following ones until its -done."""
         m, base = self.module, op.opcode.removesuffix("-start")
         inner = next((x for x in m.inside(op) if x.opcode in COLLECTIVES), None)
         if base in COLLECTIVES or inner:
             kind, payload, devices = self.collective(inner or op, computation, op.callees[0] if inner else None)
-            row = self.add(op, computation, "collectives", times, collective_ms(kind, payload, devices), "links", 0.0, payload)
+            row = self.add(op, computation, "collectives", times, self.links(kind, payload, devices), "links", 0.0, payload)
             self.start(op.name, row, None if kind == "collective-permute" else "links")
         elif base in ("copy", "slice", "dynamic-slice"):
             # Whatever it is cut from, what arrives has the shape of the -done.
             done = next((x for x in m.computations[computation].values() if x.opcode == base + "-done" and x.operands[0] == op.name), None)
             moved = nbytes(done.shape) if done else nbytes(op.shape) // 2
-            row = self.add(op, computation, "copies", times, 1e3 * moved / HBM_BYTES_PER_S, "bytes", 0.0, moved)
+            row = self.add(op, computation, "copies", times, 1e3 * moved / self.chip.hbm_bandwidth, "bytes", 0.0, moved)
             self.start(op.name, row, "hbm")
         else:
             self.add(op, computation, "elementwise", times, None, "none", nbytes=nbytes(op.shape, 0))
@@ -470,7 +473,7 @@ class Estimate:
             within = next((c for c in op.callees if collective.name in m.computations[c]), None)
             kind, payload, devices = self.collective(collective, computation, within)
             kind = "reduce-scatter" if op.callees and "all-reduce-scatter" in op.callees[0] else kind
-            ms = collective_ms(kind, payload, devices)
+            ms = self.links(kind, payload, devices)
             targets, key = {x.target for x in inner}, "channel " + str(collective.attr(r"channel_id=(\d+)"))
             if "AsyncCollectiveStart" in targets:
                 row = self.add(op, computation, "collectives", times, ms, "links", 0.0, payload)
@@ -484,7 +487,7 @@ class Estimate:
                 return
         kind = self.kind(op, inner)
         if op.cycles is not None:
-            self.add(op, computation, kind, times, 1e3 * op.cycles / CLOCK_HZ, "compiler")
+            self.add(op, computation, kind, times, 1e3 * op.cycles / self.chip.clock_hz, "compiler")
         elif all(n <= 1 for n, _, _ in arrays(op.shape)) and not inner:
             self.scalars += times
         else:
@@ -503,7 +506,7 @@ class Estimate:
         if not bundles and not (moved and self.kind(op, inner) == "copies"):  # some have no program of their own: bare transfers
             return None, "none", moved
         bundles = bundles or (0, 0)
-        issue, stream = 1e3 * bundles[0] / CLOCK_HZ, 1e3 * moved / HBM_BYTES_PER_S
+        issue, stream = 1e3 * bundles[0] / self.chip.clock_hz, 1e3 * moved / self.chip.hbm_bandwidth
         return max(issue, stream), "bundles" if issue >= stream else "bytes", moved
 
     @staticmethod

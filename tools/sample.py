@@ -93,7 +93,7 @@ class Inference(port.TrainingManager):
         self.replay = port.Replay(self.step_fn, self.tensors, self.constants)
 
     def unpack(self, numbers: Tensor) -> port.StepNumbers:
-        return port.StepNumbers(numbers[:0], *numbers.chunk(2), muon=None, adam={})
+        return port.StepNumbers(numbers[:0], *numbers.chunk(2), muon_lr=None, muon_momentum=None, adam={})
 
     def tensors(self) -> list[Tensor]:
         return [*self.model.parameters(), *self.model.buffers()]

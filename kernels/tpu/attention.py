@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels.attention import VMEM_LIMIT, Band
-from kernels.tpu.common import Operand, f32, kernel_call, matmul
+from kernels.attention import Band
+from kernels.tpu.common import Operand, Operands, f32, kernel_call, matmul
 
 # -----------------------------------------------------------------------------
 # Who sees whom
@@ -109,7 +109,7 @@ def store(ref, m, arrays):
 # -----------------------------------------------------------------------------
 # The kernels. Rings hold the last `slots` blocks of a row, block j in slot j % slots
 
-def forward_kernel(r, band: Band):
+def attention_forward_kernel(r, band: Band):
     """One block of queries: y, and for the backward pass the sums of exponentials."""
     row, i = pl.program_id(0), pl.program_id(1)
     slots, H, C, D = r.k_ring.shape
@@ -151,17 +151,12 @@ def forward_kernel(r, band: Band):
         r.y[0, :, h * D:(h + 1) * D] = (r.y_acc[h] * (r.gate[0, h:h + 1] / total)).astype(r.y.dtype).T
 
 
-def forward(band: Band, dtype, interpret=False):
-    """
-    A function (q, k, v: one array [R, 3H, T, D], documents [R, T] int32, gate [R, H, T] f32, scale [1] f32) -> y [R, T, H * D] times the
-    gate, sums of exponentials [R, H, T] f32.
-    """
+def forward_operands(band: Band, dtype) -> Operands:
     R, H, T, D, C = band.rows, band.heads, band.tokens, band.dim, band.block
     slots, depth = band.reach + 1, min(2, len(band.meetings))
     heads = lambda third: Operand((R, 3 * H, T, D), dtype, (1, H, C, D), lambda row, i, *_: (row, third, i, 0))
     numbers = lambda n, dtype=f32: Operand((R, n, T), dtype, (1, n, C), lambda row, i, *_: (row, 0, i))
-    call = kernel_call(
-        forward_kernel, band, "window_attention_forward_kernel", (R, band.blocks), vmem_limit=VMEM_LIMIT, interpret=interpret,
+    return Operands(
         prefetch=("first_seen", "scale"),
         inputs=dict(
             q=heads(0),
@@ -180,12 +175,20 @@ def forward(band: Band, dtype, interpret=False):
             ahead=((depth, 1, C, C), f32),
             behind=((depth, 1, C, C), dtype)))
 
+
+def attention_forward(band: Band, dtype, interpret=False):
+    """
+    A function (q, k, v: one array [R, 3H, T, D], documents [R, T] int32, gate [R, H, T] f32, scale [1] f32) -> y [R, T, H * D] times the
+    gate, sums of exponentials [R, H, T] f32.
+    """
+    call = kernel_call(attention_forward_kernel, band, (band.rows, band.blocks), forward_operands(band, dtype), interpret)
+
     def run(q, k, v, documents, gate, scale):
         return call(first_seen=first_seen(band, documents), scale=scale, q=q, k=k, v=v, documents=documents[:, None], gate=gate)
     return run
 
 
-def backward_kernel(r, band: Band):
+def attention_backward_kernel(r, band: Band):
     """
     One block of keys, from the row's last to its first: its dk and dv, and its share of the dq of the queries that see it. The dq
     of a block is complete, and leaves, with the block `reach` before it; the last `reach` programs of a row do nothing else.
@@ -248,8 +251,7 @@ def backward_kernel(r, band: Band):
             send_dq(h)
 
 
-def backward(band: Band, dtype, interpret=False):
-    """A function (what forward's takes, what it returns, dy as y) -> dq, dk, dv [R, H, T, D], delta [R, H, T] f32: gate * its gradient."""
+def backward_operands(band: Band, dtype) -> Operands:
     R, H, T, D, C = band.rows, band.heads, band.tokens, band.dim, band.block
     slots, depth = band.reach + 1, 1
     here = lambda n: jnp.maximum(band.blocks - 1 - n, 0)  # the block of keys of a row's program n
@@ -258,9 +260,8 @@ def backward(band: Band, dtype, interpret=False):
     gradient = lambda block: Operand((R, H, T, D), dtype, (1, H, C, D), lambda row, n, *_: (row, 0, block(n), 0))
     numbers = lambda m, dtype=f32: Operand((R, m, T), dtype, (1, m, C), lambda row, n, *_: (row, 0, here(n)))
     tokens = Operand((R, T, H * D), dtype, (1, C, H * D), lambda row, n, *_: (row, here(n), 0))
-    call = kernel_call(
-        backward_kernel, band, "window_attention_backward_kernel", (R, band.blocks + band.reach), vmem_limit=VMEM_LIMIT,
-        interpret=interpret, prefetch=("last_seen_by", "scale"),
+    return Operands(
+        prefetch=("last_seen_by", "scale"),
         inputs=dict(
             q=heads(0),
             k=heads(1),
@@ -288,7 +289,19 @@ def backward(band: Band, dtype, interpret=False):
             ahead=((depth, 2, C, C), f32),
             behind=((depth, 2, C, C), dtype)))
 
+
+def attention_backward(band: Band, dtype, interpret=False):
+    """
+    A function (what attention_forward's takes, what it returns, dy as y) -> dq, dk, dv [R, H, T, D], delta [R, H, T] f32, the gate times
+    its gradient.
+    """
+    call = kernel_call(attention_backward_kernel, band, (band.rows, band.blocks + band.reach), backward_operands(band, dtype), interpret)
+
     def run(q, k, v, documents, gate, scale, y, sums, dy):
         return call(last_seen_by=last_seen_by(band, documents), scale=scale, q=q, k=k, v=v, documents=documents[:, None], gate=gate, y=y,
                     sums=sums, dy=dy)
     return run
+
+
+def vmem_bytes(band: Band, dtype) -> int:
+    return max(forward_operands(band, dtype).vmem_bytes, backward_operands(band, dtype).vmem_bytes)

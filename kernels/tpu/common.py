@@ -1,12 +1,11 @@
 """What the kernels share: the one way to declare operands and make a pallas_call, and pieces of arithmetic."""
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -51,51 +50,62 @@ def scalar() -> Operand:
 
 def padded_bytes(shape: tuple[int, ...], dtype) -> int:
     """Of an array in VMEM, whose last two dims are tiled: 8 x 128 words of 32 bits."""
-    size = np.dtype(dtype).itemsize
+    size = jnp.dtype(dtype).itemsize
     *most, rows, columns = (1, 1, *shape)
     whole = lambda n, tile: -(-n // tile) * tile
     return math.prod(most) * whole(rows, 8 * 4 // size) * whole(columns, LANES) * size
 
 
-def vmem_bytes(inputs: dict[str, Operand | None], outputs: dict[str, Operand | None], scratch: dict[str, tuple], temporaries=()) -> int:
-    """What a kernel takes of VMEM: its operands' blocks, its scratch [(shape, dtype)], and large values that it holds in between."""
-    blocks = [x for x in (*inputs.values(), *outputs.values()) if x is not None]
-    return sum(x.vmem_bytes for x in blocks) + sum(padded_bytes(*x) for x in (*scratch.values(), *temporaries))
+@dataclass(frozen=True)
+class Operands:
+    """
+    Of a kernel, by name. One that is None is not there: the kernel gets None for it, and so does who calls it. prefetch: int32 arrays in
+    SMEM that index functions get, too. scratch: VMEM that lives on from program to program. large: values that the kernel holds in
+    between, as far as they count. in_place: outputs that take the memory of an input, and keep of it what no program writes.
+    """
+    inputs: dict[str, Operand | None]
+    outputs: dict[str, Operand | None]
+    scratch: dict[str, tuple | None] = field(default_factory=dict)  # (shape, dtype)
+    large: dict[str, tuple] = field(default_factory=dict)  # the same
+    prefetch: tuple[str, ...] = ()
+    in_place: dict[str, str] = field(default_factory=dict)  # output: input
+
+    @property
+    def vmem_bytes(self) -> int:
+        blocks = sum(x.vmem_bytes for x in (*self.inputs.values(), *self.outputs.values()) if x is not None)
+        return blocks + sum(padded_bytes(*x) for x in (*self.scratch.values(), *self.large.values()) if x is not None)
 
 
-def kernel_call(kernel: Callable, shapes, name: str, grid: tuple[int, ...], inputs: dict[str, Operand | None],
-                outputs: dict[str, Operand | None], scratch: dict[str, tuple], vmem_limit: int, interpret: bool,
-                prefetch: tuple[str, ...] = (), in_place: dict[str, str] | None = None) -> Callable:
+def kernel_call(kernel: Callable, shapes, grid: tuple[int, ...], operands: Operands, interpret: bool) -> Callable:
     """
     A function (**arrays: prefetched scalars and inputs) -> dict of outputs that runs kernel(r, shapes) on every program of the grid,
-    r holding a reference for each operand under its name. An operand that is None is not there: r has None for it, and so has the result.
-    scratch: (shape, dtype) of VMEM that lives on from program to program. prefetch: int32 arrays in SMEM that index functions get, too.
-    in_place: outputs that take the memory of an input, and keep of it what no program writes.
+    r holding a reference for each operand under its name.
     """
-    here = lambda operands: {name: x for name, x in operands.items() if x is not None}
-    ins, outs, absent = here(inputs), here(outputs), dict.fromkeys((*inputs, *outputs))
-    names = (*prefetch, *ins, *outs, *scratch)
+    here = lambda group: {name: x for name, x in group.items() if x is not None}
+    inputs, outputs, scratch = map(here, (operands.inputs, operands.outputs, operands.scratch))
+    order = [*operands.prefetch, *inputs]
+    names, absent = (*order, *outputs, *scratch), dict.fromkeys((*operands.inputs, *operands.outputs, *operands.scratch))
     assert len(set(names)) == len(names), "two operands with one name"
-    order = [*prefetch, *ins]
     call = pl.pallas_call(
-        lambda *refs: kernel(SimpleNamespace(**absent | dict(zip(names, refs, strict=True))), shapes), name=name, interpret=interpret,
+        lambda *refs: kernel(SimpleNamespace(**absent | dict(zip(names, refs, strict=True))), shapes), name=kernel.__name__,
+        interpret=interpret,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(prefetch), grid=grid, in_specs=[x.spec for x in ins.values()],
-            out_specs=[x.spec for x in outs.values()], scratch_shapes=[pltpu.VMEM(*x) for x in scratch.values()]),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outs.values()],
-        input_output_aliases={order.index(x): list(outs).index(y) for y, x in (in_place or {}).items()},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * len(grid), vmem_limit_bytes=vmem_limit))
+            num_scalar_prefetch=len(operands.prefetch), grid=grid, in_specs=[x.spec for x in inputs.values()],
+            out_specs=[x.spec for x in outputs.values()], scratch_shapes=[pltpu.VMEM(*x) for x in scratch.values()]),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()],
+        input_output_aliases={order.index(x): list(outputs).index(y) for y, x in operands.in_place.items() if y in outputs},
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * len(grid), vmem_limit_bytes=dispatch.vmem_limit()))
 
     def run(**arrays):
         results = call(*(arrays[name] for name in order))
-        return dict.fromkeys(outputs) | dict(zip(outs, results))
+        return dict.fromkeys(operands.outputs) | dict(zip(outputs, results))
     return run
 
 # -----------------------------------------------------------------------------
 # Arithmetic
 
 def matmul(a, b, transpose_b=False):
-    if dispatch.target == "interpret":  # torch_xla's CPU runtime has no bfloat16 x bfloat16 -> float32
+    if dispatch.interpret:  # torch_xla's CPU runtime has no bfloat16 x bfloat16 -> float32
         a, b = a.astype(f32), b.astype(f32)
     return jax.lax.dot_general(a, b, (((1,), (1 if transpose_b else 0,)), ((), ())), preferred_element_type=f32)
 

@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels.attention import VMEM_LIMIT
 from kernels.embedding import EmbeddingShapes
-from kernels.tpu.common import Operand, f32, kernel_call, matmul
+from kernels.tpu.common import Operand, Operands, f32, kernel_call, matmul
 
 ENTRIES, TOKENS = 384, 256  # of a block
 
 
-def scatter_kernel(r, shapes: EmbeddingShapes):
+def embedding_scatter_kernel(r, shapes: EmbeddingShapes):
     """A block of m entries against a chunk of n sorted tokens in which it may occur."""
     row, i = pl.program_id(0), pl.program_id(1)
     block, m = r.blocks[row, i], r.dw.shape[1]
@@ -27,13 +26,12 @@ def scatter_kernel(r, shapes: EmbeddingShapes):
     r.dw[0] = r.dw_acc[...].astype(r.dw.dtype)
 
 
-def scatter_add(s: EmbeddingShapes, dtype, interpret=False):
+def embedding_scatter(s: EmbeddingShapes, dtype, interpret=False):
     """A function (ids [R, T] int32, dy [R, T, d], if s.on_top before [V, d]) -> dw [R, V, d], the first row's on top of before."""
     R, T, V, d = s.rows, s.tokens, s.vocab, s.dim
     m, n = ENTRIES, math.gcd(T, TOKENS)
     steps = pl.cdiv(V, m) + T // n - 1  # in a walk from the first block and chunk to the last ones, one or the other goes on
-    call = kernel_call(
-        scatter_kernel, s, "scatter_kernel", (R, steps), vmem_limit=VMEM_LIMIT, interpret=interpret,
+    operands = Operands(
         prefetch=("blocks", "chunks"),
         inputs=dict(
             ids=Operand((R, 1, T), jnp.int32, (1, 1, n), lambda row, i, blocks, chunks: (row, 0, chunks[row, i])),
@@ -43,6 +41,7 @@ def scatter_add(s: EmbeddingShapes, dtype, interpret=False):
             dw=Operand((R, V, d), dtype, (1, m, d), lambda row, i, blocks, chunks: (row, blocks[row, i], 0))),
         scratch=dict(
             dw_acc=((m, d), f32)))
+    call = kernel_call(embedding_scatter_kernel, s, (R, steps), operands, interpret)
 
     def walk(ids):
         """Sorted ids [T] -> the block of entries and the chunk of tokens of each step."""

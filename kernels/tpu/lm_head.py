@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.lm_head import LM_HEAD_VMEM_LIMIT, SOFTCAP_A, SOFTCAP_B, SOFTCAP_C, LmHead
-from kernels.tpu.common import LANES, Operand, add, f32, kernel_call, stream, wide_matmul
+from kernels.lm_head import SOFTCAP_A, SOFTCAP_B, SOFTCAP_C, LmHead
+from kernels.tpu.common import LANES, Operand, Operands, add, f32, kernel_call, stream, wide_matmul
 
 SLOPE = SOFTCAP_A / (4 * SOFTCAP_C)  # of the softcap, times 1 - th^2
 
@@ -44,7 +44,7 @@ def next_ids(shapes: LmHead, targets):
     return jnp.stack([jnp.pad(targets[:, k:], ((0, 0), (0, k)), constant_values=-1) for k in range(shapes.targets)], axis=1)
 
 
-def losses_kernel(r, shapes: LmHead):
+def lm_head_losses_kernel(r, shapes: LmHead):
     """A block of tokens against a block of the vocabulary; after the last of these the targets."""
     v, last = pl.program_id(2), pl.num_programs(2) - 1
     Tb, Vb, n, gradients = r.x.shape[1], r.w.shape[1], shapes.targets, r.dx is not None
@@ -99,7 +99,7 @@ def losses_kernel(r, shapes: LmHead):
         jax.lax.fori_loop(0, Tb // m, at_targets, None)
 
 
-def dw_kernel(r, shapes: LmHead):
+def lm_head_dw_kernel(r, shapes: LmHead):
     """A block of the vocabulary against a block of tokens."""
     row, v, t = (pl.program_id(axis) for axis in range(3))
     Tb, Vb = r.x.shape[1], r.dw.shape[1]
@@ -162,11 +162,7 @@ def dw_kernel(r, shapes: LmHead):
             r.dw[0, c:c + n] = jnp.where(row == 0, add(part, r.before[c:c + n]), part) if shapes.on_top else part
 
 
-def losses_call(s: LmHead, dtype, interpret: bool, gradients: bool):
-    """
-    A function (x [R, T, d], w [R, V, d], targets [R, T] int32, mtp_weights [n] f32) -> losses [R, T] f32. With gradients, for gradients
-    of 1, also: dx; a, A of each token [R, T] f32; at_targets, what P is there [R, n, T] f32; p [R, kept, V] if any is.
-    """
+def losses_operands(s: LmHead, dtype, gradients: bool) -> Operands:
     (R, T, d, V), (Tb, Vb), n = (s.rows, s.tokens, s.dim, s.vocab), s.forward_block, s.targets
     blocks, skipped = pl.cdiv(V, Vb), (T - s.kept) // Tb
     tokens = Operand((R, T, d), dtype, (1, Tb, d), lambda row, t, v: (row, t, 0))
@@ -174,8 +170,7 @@ def losses_call(s: LmHead, dtype, interpret: bool, gradients: bool):
     # what is not kept lands where the first kept block will overwrite it before it leaves VMEM
     p = Operand((R, s.kept, V), dtype, (1, Tb, Vb),
                 lambda row, t, v: (row, jnp.maximum(t - skipped, 0), jnp.where(t < skipped, 0, v)))
-    call = kernel_call(
-        losses_kernel, s, "lm_head_losses_kernel", (R, T // Tb, blocks), vmem_limit=LM_HEAD_VMEM_LIMIT, interpret=interpret,
+    return Operands(
         inputs=dict(
             bias=Operand((1, blocks * Vb), f32, (1, Vb), lambda row, t, v: (0, v)),
             weights=numbers(n),  # of each target, 0 beyond the row's end
@@ -189,8 +184,18 @@ def losses_call(s: LmHead, dtype, interpret: bool, gradients: bool):
             p=p if gradients and s.kept else None),
         scratch=dict(
             sum_acc=((Tb, LANES), f32),
-            row_buffer=((Tb + 16, d), dtype)) | (dict(
-            dx_acc=((Tb, d), f32)) if gradients else {}))
+            row_buffer=((Tb + 16, d), dtype),
+            dx_acc=((Tb, d), f32) if gradients else None))
+
+
+def losses_call(s: LmHead, dtype, interpret: bool, gradients: bool):
+    """
+    A function (x [R, T, d], w [R, V, d], targets [R, T] int32, mtp_weights [n] f32) -> losses [R, T] f32. With gradients, for gradients
+    of 1, also: dx; a, A of each token [R, T] f32; at_targets, what P is there [R, n, T] f32; p [R, kept, V] if any is.
+    """
+    (T, V), (Tb, Vb), n = (s.tokens, s.vocab), s.forward_block, s.targets
+    blocks = pl.cdiv(V, Vb)
+    call = kernel_call(lm_head_losses_kernel, s, (s.rows, T // Tb, blocks), losses_operands(s, dtype, gradients), interpret)
 
     def run(x, w, targets, mtp_weights):
         bias = jnp.where(jnp.arange(blocks * Vb) < V, SOFTCAP_B, -1e9).astype(f32)[None]  # no exponential beyond the vocabulary
@@ -209,26 +214,21 @@ def losses_call(s: LmHead, dtype, interpret: bool, gradients: bool):
     return run
 
 
-def losses_and_dx(shapes: LmHead, dtype, interpret=False):
-    return losses_call(shapes, dtype, interpret, gradients=True)
+def lm_head_losses_and_dx(s: LmHead, dtype, interpret=False):
+    return losses_call(s, dtype, interpret, gradients=True)
 
 
-def losses_alone(shapes: LmHead, dtype, interpret=False):
-    return losses_call(shapes, dtype, interpret, gradients=False)
+def lm_head_losses(s: LmHead, dtype, interpret=False):
+    return losses_call(s, dtype, interpret, gradients=False)
 
 
-def dw(s: LmHead, dtype, interpret=False):
-    """
-    A function (x, w, targets as losses_call's; dx, a, at_targets and perhaps p as it returned them; dlosses, the gradient of the losses
-    [R, T] f32; if s.on_top before [V, d]) -> dx [R, T, d], dw [R, V, d], the first row's on top of before.
-    """
+def dw_operands(s: LmHead, dtype) -> Operands:
     (R, T, d, V), (Tb, Vb) = (s.rows, s.tokens, s.dim, s.vocab), s.backward_block
     again = (T - s.kept) // Tb
     numbers = lambda n, dtype=f32: Operand((R, n, T), dtype, (1, n, Tb), lambda row, v, t: (row, 0, t))
     # what a block of tokens has no use for is what the one before it had, and is not fetched again
     p = Operand((R, s.kept, V), dtype, (1, Tb, Vb), lambda row, v, t: (row, jnp.maximum(t - again, 0), v))
-    call = kernel_call(
-        dw_kernel, s, "lm_head_dw_kernel", (R, pl.cdiv(V, Vb), T // Tb), vmem_limit=LM_HEAD_VMEM_LIMIT, interpret=interpret,
+    return Operands(
         inputs=dict(
             ids=numbers(s.targets, jnp.int32),
             values=numbers(s.targets),  # what P should be at the targets
@@ -243,7 +243,24 @@ def dw(s: LmHead, dtype, interpret=False):
             x_T=((d, Tb), dtype),  # scale * x
             dw_acc=((d, Vb), f32)))
 
+
+def lm_head_dw(s: LmHead, dtype, interpret=False):
+    """
+    A function (x, w, targets as losses_call's; dx, a, at_targets and perhaps p as it returned them; dlosses, the gradient of the losses
+    [R, T] f32; if s.on_top before [V, d]) -> dx [R, T, d], dw [R, V, d], the first row's on top of before.
+    """
+    Tb, Vb = s.backward_block
+    call = kernel_call(lm_head_dw_kernel, s, (s.rows, pl.cdiv(s.vocab, Vb), s.tokens // Tb), dw_operands(s, dtype), interpret)
+
     def run(x, w, targets, dx, a, at_targets, dlosses, p=None, before=None):
         dx = (dlosses[..., None] * dx.astype(f32)).astype(dtype)
         return dict(dx=dx) | call(ids=next_ids(s, targets), values=at_targets, x=x, scale=(a * dlosses)[:, None], w=w, before=before, p=p)
     return run
+
+
+def forward_vmem_bytes(s: LmHead, dtype) -> int:
+    return losses_operands(s, dtype, gradients=s.kept > 0).vmem_bytes
+
+
+def backward_vmem_bytes(s: LmHead, dtype) -> int:
+    return dw_operands(s, dtype).vmem_bytes

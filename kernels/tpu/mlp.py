@@ -8,8 +8,8 @@ are transposed, besides W2 (forward) or W1 (backward) once. The rounding is the 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels.mlp import MLP_VMEM_LIMIT, MLPShapes
-from kernels.tpu.common import Operand, add, by_strips, f32, kernel_call, matmul, normed, scalar, scaled
+from kernels.mlp import MLPShapes
+from kernels.tpu.common import Operand, Operands, add, by_strips, f32, kernel_call, matmul, normed, scalar, scaled
 
 
 def to_hidden(W, x, dtype):
@@ -17,7 +17,7 @@ def to_hidden(W, x, dtype):
     return matmul(W, x, transpose_b=True).astype(dtype)
 
 
-def forward_kernel(r, shapes: MLPShapes):
+def mlp_forward_kernel(r, shapes: MLPShapes):
     def begin(strip):
         r.W2_T[:, strip] = r.W2[strip].T
     by_strips(pl.program_id(0) == 0, r.W2.shape[0], begin)
@@ -34,7 +34,7 @@ def forward_kernel(r, shapes: MLPShapes):
     r.out[...] = add(x_sum, matmul(r.W2_T[...], act * act).astype(r.out.dtype).T)
 
 
-def backward_kernel(r, shapes: MLPShapes):
+def mlp_backward_kernel(r, shapes: MLPShapes):
     dtype, first, last = r.x.dtype, pl.program_id(0) == 0, pl.program_id(0) == pl.num_programs(0) - 1
     def begin(strip):
         r.W1_T[:, strip] = r.W1[strip].T
@@ -74,7 +74,7 @@ def backward_kernel(r, shapes: MLPShapes):
             r.dfactor[0] = r.dfactor_acc[...].sum()
 
 
-def operands(s: MLPShapes, dtype):
+def shared(s: MLPShapes, dtype):
     """A block of tokens, one of hidden activations, W1 or W2, W_o as the last quarter of qkvo_w."""
     tokens = Operand((s.tokens, s.dim), dtype, (s.block, s.dim), lambda i, *_: (i, 0))
     hidden = Operand((s.hidden, s.tokens), dtype, (s.hidden, s.block), lambda i, *_: (0, i))
@@ -83,71 +83,91 @@ def operands(s: MLPShapes, dtype):
     return tokens, hidden, weight, W_o
 
 
-def forward(s: MLPShapes, dtype, interpret=False):
-    """
-    A function (x [T, d], W1, W2 [4d, d]; with s.attention y as x, W [4d, d], of which it takes the last d rows, and their factor [1] f32)
-    -> out as x; with s.attention x_sum, which stands for x from then on; with s.keep act, relu(norm(x) @ W1.T) transposed, [4d, T].
-    """
-    d, h, (tokens, hidden, weight, W_o) = s.dim, s.hidden, operands(s, dtype)
-    call = kernel_call(
-        forward_kernel, s, "mlp_forward_kernel", (s.tokens // s.block,), vmem_limit=MLP_VMEM_LIMIT, interpret=interpret,
+def forward_operands(s: MLPShapes, dtype) -> Operands:
+    d, h, C, (tokens, hidden, weight, W_o) = s.dim, s.hidden, s.block, shared(s, dtype)
+    only = lambda operand, there=s.attention: operand if there else None
+    return Operands(
         inputs=dict(
             x=tokens,
             W1=weight,
             W2=weight,
-            y=tokens if s.attention else None,
-            W_o=W_o if s.attention else None,
-            factor=scalar() if s.attention else None),
+            y=only(tokens),
+            W_o=only(W_o),
+            factor=only(scalar())),
         outputs=dict(
             out=tokens,
-            x_sum=tokens if s.attention else None,
-            act=hidden if s.keep else None),
+            x_sum=only(tokens),
+            act=only(hidden, s.keep)),
         scratch=dict(
-            W2_T=((d, h), dtype)) | (dict(
-            w_o=((d, d), dtype)) if s.attention else {}))  # factor * W_o
+            W2_T=((d, h), dtype),
+            w_o=only(((d, d), dtype))),  # factor * W_o
+        large=dict(
+            pre=((h, C), f32),
+            act=((h, C), dtype)))
+
+
+def mlp_forward(s: MLPShapes, dtype, interpret=False):
+    """
+    A function (x [T, d], W1, W2 [4d, d]; with s.attention y as x, W [4d, d], of which it takes the last d rows, and their factor [1] f32)
+    -> out as x; with s.attention x_sum, which stands for x from then on; with s.keep act, relu(norm(x) @ W1.T) transposed, [4d, T].
+    """
+    call = kernel_call(mlp_forward_kernel, s, (s.tokens // s.block,), forward_operands(s, dtype), interpret)
 
     def run(W=None, **arrays):
         return call(W_o=W, **arrays)
     return run
 
 
-def backward(s: MLPShapes, dtype, interpret=False):
+def backward_operands(s: MLPShapes, dtype, slots: int = 2, slots_o: int = 1) -> Operands:
+    d, h, C, (tokens, hidden, weight, W_o) = s.dim, s.hidden, s.block, shared(s, dtype)
+    only = lambda operand, there=s.attention: operand if there else None
+    stack, stack_o = (slots, h, d), (slots_o, 4 * d, d)
+    return Operands(
+        prefetch=("pair", "slot_o") if s.attention else ("pair",),
+        inputs=dict(
+            stack=Operand(stack, dtype),
+            stack_o=only(Operand(stack_o, dtype)),
+            x=tokens,
+            W1=weight,
+            W2=weight,
+            dout=tokens,
+            act=only(hidden, s.keep),
+            y=only(tokens),
+            W_o=only(W_o),
+            factor=only(scalar())),
+        outputs=dict(
+            dx=tokens,
+            dW=Operand(stack, dtype, (2, h, d), lambda i, pair, *_: (pair[0], 0, 0), True),
+            dW_o=only(Operand(stack_o, dtype, (1, d, d), lambda i, _, slot_o: (slot_o[0], 3, 0), True)),
+            dy=only(tokens),
+            dfactor=only(scalar())),
+        in_place=dict(dW="stack", dW_o="stack_o"),
+        scratch=dict(
+            W1_T=((d, h), dtype),
+            dW1_acc=((h, d), f32),
+            dW2_acc=((h, d), f32),
+            w_o=only(((d, d), dtype)),  # factor * W_o
+            dW_o_acc=only(((d, d), f32)),
+            dfactor_acc=only(((8, d), f32))),
+        large=dict(
+            dact=((h, C), f32),
+            act=((h, C), dtype),
+            dpre=((h, C), dtype)))
+
+
+def mlp_backward(s: MLPShapes, dtype, interpret=False):
     """
     A function (pair [1] int32, stack [n, 4d, d], of which dW1 and dW2 take this pair of slots; with s.attention slot_o [1] int32 and
     stack_o [m, 4d, d], of which dW_o takes the last d rows of that slot; x, or x_sum, W1, W2, dout as x, act if it was kept; with
     s.attention y, W, factor) -> dx, the stack; with s.attention stack_o, dy, dfactor [1] f32.
     """
-    d, h, (tokens, hidden, weight, W_o) = s.dim, s.hidden, operands(s, dtype)
-
     def run(stack, stack_o=None, W=None, **arrays):
-        in_place = dict(dW="stack", dW_o="stack_o") if s.attention else dict(dW="stack")
-        call = kernel_call(
-            backward_kernel, s, "mlp_backward_kernel", (s.tokens // s.block,), vmem_limit=MLP_VMEM_LIMIT, interpret=interpret,
-            prefetch=("pair", "slot_o") if s.attention else ("pair",), in_place=in_place,
-            inputs=dict(
-                stack=Operand(stack.shape, dtype),
-                stack_o=Operand(stack_o.shape, dtype) if s.attention else None,
-                x=tokens,
-                W1=weight,
-                W2=weight,
-                dout=tokens,
-                act=hidden if s.keep else None,
-                y=tokens if s.attention else None,
-                W_o=W_o if s.attention else None,
-                factor=scalar() if s.attention else None),
-            outputs=dict(
-                dx=tokens,
-                dW=Operand(stack.shape, dtype, (2, h, d), lambda i, pair, *_: (pair[0], 0, 0), True),
-                dW_o=Operand(stack_o.shape, dtype, (1, d, d), lambda i, _, slot_o: (slot_o[0], 3, 0), True) if s.attention else None,
-                dy=tokens if s.attention else None,
-                dfactor=scalar() if s.attention else None),
-            scratch=dict(
-                W1_T=((d, h), dtype),
-                dW1_acc=((h, d), f32),
-                dW2_acc=((h, d), f32)) | (dict(
-                w_o=((d, d), dtype),  # factor * W_o
-                dW_o_acc=((d, d), f32),
-                dfactor_acc=((8, d), f32)) if s.attention else {}))
+        operands = backward_operands(s, dtype, len(stack), 1 if stack_o is None else len(stack_o))
+        call = kernel_call(mlp_backward_kernel, s, (s.tokens // s.block,), operands, interpret)
         results = call(stack=stack, stack_o=stack_o, W_o=W, **arrays)
-        return dict(dx=results["dx"], stack=results["dW"], stack_o=results["dW_o"], dy=results["dy"], dfactor=results["dfactor"])
+        return {dict(dW="stack", dW_o="stack_o").get(name, name): x for name, x in results.items()}
     return run
+
+
+def vmem_bytes(s: MLPShapes, dtype) -> int:
+    return max(forward_operands(s, dtype).vmem_bytes, backward_operands(s, dtype).vmem_bytes)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.attention import PROJECT_VMEM_LIMIT, Projection
-from kernels.tpu.common import EPS, LANES, Operand, by_strips, f32, kernel_call, matmul, normed, scalar, scaled, sigmoid, stream
+from kernels.attention import Projection
+from kernels.tpu.common import EPS, LANES, Operand, Operands, by_strips, f32, kernel_call, matmul, normed, scalar, scaled, sigmoid, stream
 
 
 def mixed(r):
@@ -180,13 +180,13 @@ def project_backward_kernel(r, shapes: Projection):
             dlambda[0] = r.dlambdas_acc[i].sum()
 
 
-def operands(s: Projection, dtype, block):
-    """What both kernels have: inputs and scratch. block: of program i of a row."""
+def shared(s: Projection, dtype, block):
+    """What both kernels have: inputs x to still, inputs ve to x0, scratch; operands by head and by token. block: of program i of a row."""
     R, H, T, D, bt, C = s.rows, s.heads, s.tokens, s.dim, s.block, s.heads * s.dim
     n, fixed = 2 if s.paired else 1, lambda *shape, dtype=dtype: Operand(shape, dtype, shape, lambda row, i, *_: (0,) * len(shape), True)
     x = Operand((R, T, C), dtype, (1, bt, C), lambda row, i, *_: (row, block(i), 0))
     factor = Operand((n, T, D), dtype, (n, bt, D), lambda row, i, *_: (0, block(i), 0))
-    inputs = dict(
+    first = dict(
         x=x,
         W=Operand((4 * C, C), dtype, (3 * C, C), lambda row, i, *_: (0, 0), True),  # its first three quarters: Q, K and V
         lambda_w=scalar(),
@@ -196,7 +196,7 @@ def operands(s: Projection, dtype, block):
         factor1=factor,
         factor2=factor,
         still=fixed(1, D, dtype=f32))
-    more = dict(
+    then = dict(
         ve=x if s.ve else None,
         ve_gate_w=fixed(H, s.gate) if s.ve else None,
         x0=x if s.mix else None)
@@ -206,7 +206,21 @@ def operands(s: Projection, dtype, block):
         gates=((2, H, LANES), dtype))  # weights of the gates, padded with zeros to the lanes of a register
     by_head = lambda n: Operand((R, n, T, D), dtype, (1, n, bt, D), lambda row, i, *_: (row, 0, block(i), 0))
     gate = Operand((R, H, T), f32, (1, H, bt), lambda row, i, *_: (row, 0, block(i)))
-    return inputs, more, scratch, by_head, gate
+    return first, then, scratch, by_head, gate
+
+
+def forward_operands(s: Projection, dtype) -> Operands:
+    first, then, scratch, by_head, gate = shared(s, dtype, lambda i: i)
+    return Operands(
+        inputs=first | then,
+        outputs=dict(
+            qkv=by_head(3 * s.heads),
+            gate=gate,
+            raw=by_head(2 * s.heads) if s.keep else None,
+            x_mixed=first["x"] if s.mix else None),
+        scratch=scratch,
+        large=dict(
+            x_normed=((s.block, s.heads * s.dim), f32)))
 
 
 def project(s: Projection, dtype, interpret=False):
@@ -215,17 +229,46 @@ def project(s: Projection, dtype, interpret=False):
     embeddings ve [R, T, C], ve_gate_w [H, n]; with a mix x0 [R, T, C], lambda_x, lambda_x0 [1] f32) -> qkv [R, 3H, T, D] for attention,
     its gate [R, H, T] f32, if s.keep raw, q and k before their norm [R, 2H, T, D], with a mix x_mixed [R, T, C].
     """
-    inputs, more, scratch, by_head, gate = operands(s, dtype, lambda i: i)
-    call = kernel_call(
-        project_kernel, s, "project_kernel", (s.rows, s.tokens // s.block), vmem_limit=PROJECT_VMEM_LIMIT, interpret=interpret,
-        inputs=inputs | more,
-        outputs=dict(
-            qkv=by_head(3 * s.heads),
+    return kernel_call(project_kernel, s, (s.rows, s.tokens // s.block), forward_operands(s, dtype), interpret)
+
+
+def backward_operands(s: Projection, dtype, slots: int = 1) -> Operands:
+    last, bt, C, H = s.tokens // s.block - 1, s.block, s.heads * s.dim, s.heads
+    first, then, scratch, by_head, gate = shared(s, dtype, lambda i: last - i)
+    return Operands(
+        prefetch=("slot",),
+        inputs=dict(
+            stack=Operand((slots, 4 * C, C), dtype),
+            **first,
+            raw=by_head(2 * H),
+            dq=by_head(H),
+            dk=by_head(H),
+            dv=by_head(H),
             gate=gate,
-            raw=by_head(2 * s.heads) if s.keep else None,
-            x_mixed=inputs["x"] if s.mix else None),
-        scratch=scratch)
-    return call
+            delta=gate,
+            **then,
+            dx_mixed=first["x"] if s.mix else None),
+        outputs=dict(
+            dx=first["x"],
+            dW=Operand((slots, 4 * C, C), dtype, (1, 3 * C, C), lambda row, i, slot: (slot[0], 0, 0), True),
+            dlambda_w=scalar(),
+            dlambda_x=first["lambda_x"],
+            dlambda_x0=first["lambda_x0"],
+            dgate_w=first["gate_w"],
+            dve=then["ve"],
+            dve_gate_w=then["ve_gate_w"],
+            dx0=then["x0"]),
+        in_place=dict(dW="stack"),
+        scratch=scratch | dict(
+            dqkv=((bt, 3 * C), dtype),
+            dx_acc=((bt, C), f32),
+            dw_acc=((C, 3 * C), f32),
+            dgates_acc=((2, H, LANES), f32),
+            dlambdas_acc=((3 if s.mix else 1, 8, C), f32)),
+        large=dict(
+            x_normed=((bt, C), f32),
+            x_T=((C, bt), dtype),
+            dw=((C, C), f32)))
 
 
 def project_backward(s: Projection, dtype, interpret=False):
@@ -234,37 +277,12 @@ def project_backward(s: Projection, dtype, interpret=False):
     dq, dk, dv [R, H, T, D], gate, delta [R, H, T] f32, the gate's gradient times the gate; with a mix dx_mixed [R, T, C], what came back to
     it by other ways) -> dx, stack and the gradients of project's inputs, under their names with a d before.
     """
-    last, bt, C, H = s.tokens // s.block - 1, s.block, s.heads * s.dim, s.heads
-    inputs, more, scratch, by_head, gate = operands(s, dtype, lambda i: last - i)
-
-    def run(slot, stack, **arrays):
-        call = kernel_call(
-            project_backward_kernel, s, "project_backward_kernel", (s.rows, s.tokens // s.block), vmem_limit=PROJECT_VMEM_LIMIT,
-            interpret=interpret, prefetch=("slot",), in_place=dict(dW="stack"),
-            inputs=dict(stack=Operand(stack.shape, dtype)) | inputs | dict(
-                raw=by_head(2 * H),
-                dq=by_head(H),
-                dk=by_head(H),
-                dv=by_head(H),
-                gate=gate,
-                delta=gate) | more | dict(
-                dx_mixed=inputs["x"] if s.mix else None),
-            outputs=dict(
-                dx=inputs["x"],
-                dW=Operand(stack.shape, dtype, (1, 3 * C, C), lambda row, i, slot: (slot[0], 0, 0), True),
-                dlambda_w=scalar(),
-                dlambda_x=inputs["lambda_x"],
-                dlambda_x0=inputs["lambda_x0"],
-                dgate_w=inputs["gate_w"],
-                dve=more["ve"],
-                dve_gate_w=more["ve_gate_w"],
-                dx0=more["x0"]),
-            scratch=scratch | dict(
-                dqkv=((bt, 3 * C), dtype),
-                dx_acc=((bt, C), f32),
-                dw_acc=((C, 3 * C), f32),
-                dgates_acc=((2, H, LANES), f32),
-                dlambdas_acc=((3 if s.mix else 1, 8, C), f32)))
-        results = call(slot=slot, stack=stack, **arrays)
+    def run(stack, **arrays):
+        operands = backward_operands(s, dtype, stack.shape[0])
+        results = kernel_call(project_backward_kernel, s, (s.rows, s.tokens // s.block), operands, interpret)(stack=stack, **arrays)
         return {"stack" if name == "dW" else name: x for name, x in results.items()}
     return run
+
+
+def vmem_bytes(s: Projection, dtype) -> int:
+    return max(forward_operands(s, dtype).vmem_bytes, backward_operands(s, dtype).vmem_bytes)

@@ -1,11 +1,10 @@
 """An empty stack of gradients: memory that kernels fill, one weight's gradient a slot."""
 import jax.numpy as jnp
 
-from kernels.mlp import MLP_VMEM_LIMIT
-from kernels.tpu.common import Operand, kernel_call
+from kernels.tpu.common import Operand, Operands, kernel_call
 
 
-def stack_kernel(r, shapes):
+def empty_stack_kernel(r, shapes):
     r.stack[...] = jnp.zeros_like(r.stack)
 
 
@@ -16,10 +15,7 @@ def empty_stack(shape: tuple[int, int, int, int], dtype, interpret=False):
     """
     n, used, *matrix = shape
     first = min(used, n - 1)
-    def run(weight):
-        return kernel_call(
-            stack_kernel, shape, "stack_kernel", (n - first,), vmem_limit=MLP_VMEM_LIMIT, interpret=interpret,
-            inputs=dict(weight=Operand(weight.shape, dtype)),
-            outputs=dict(stack=Operand((n, *matrix), dtype, (1, *matrix), lambda i: (first + i, 0, 0))),
-            scratch={})(weight=weight)
-    return run
+    operands = Operands(
+        inputs=dict(weight=Operand(tuple(matrix), dtype)),
+        outputs=dict(stack=Operand((n, *matrix), dtype, (1, *matrix), lambda i: (first + i, 0, 0))))
+    return kernel_call(empty_stack_kernel, shape, (n - first,), operands, interpret)

@@ -1,9 +1,9 @@
 """
-tools/aot_v6e.py and tools/hlo_cost.py: the reading of HLO and of bundles on small texts whose cost is known by hand, and small
+tools/aot.py and tools/hlo_cost.py: the reading of HLO and of bundles on small texts whose cost is known by hand, and small
 programs compiled for v6e here and now, no TPU needed. Each number below can be checked with a pencil.
 
-    python -m pytest -q tests/test_aot_v6e.py
-    python -m pytest -q tests/test_aot_v6e.py -m slow    also a graph of the rehearsal, from tracing to the report
+    python -m pytest -q tests/test_aot.py
+    python -m pytest -q tests/test_aot.py -m slow    also a graph of the rehearsal, from tracing to the report
 """
 import importlib.metadata
 import importlib.util
@@ -20,10 +20,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
-import aot_v6e
+import aot
 import hlo_cost
 from hlo_cost import Estimate, Module
 
+from chips import CHIPS, TPUS
+
+V6E = CHIPS["v6e"]
 MS = 1_750_000  # cycles of a millisecond
 
 def cycles(n):
@@ -190,7 +193,7 @@ def test_a_collective_that_is_carried_through_fusions_is_counted_once():
     assert not summary["not_estimated"]
 
 def test_prefetches_cost_what_is_waited_for():
-    size = int(hlo_cost.HBM_BYTES_PER_S / 4 * 2e-3)  # floats that take 2 ms
+    size = int(V6E.hbm_bandwidth / 4 * 2e-3)  # floats that take 2 ms
     estimate = Estimate(hlo([
         f"%x = f32[{size}]{{0}} parameter(0)", f"%s = (f32[{size}]{{0:S(1)}}, f32[{size}]{{0}}, u32[]) copy-start(%x)", WORK,
         f"%d = f32[{size}]{{0:S(1)}} copy-done(%s)"], BODY))
@@ -227,7 +230,7 @@ def test_kernels_cost_their_bundles_at_every_call():
     assert [x["op"] for x in without["not_estimated"]] == ["c"]
 
 def test_a_kernel_cannot_outrun_its_bytes():
-    n = int(hlo_cost.HBM_BYTES_PER_S / 4 * 1e-3)  # floats a millisecond
+    n = int(V6E.hbm_bandwidth / 4 * 1e-3)  # floats a millisecond
     line = KERNEL.format("a", "x", "QQ==").replace("1024", str(n))
     estimate = Estimate(hlo([f"%x = f32[{n}]{{0}} parameter(0)", line]), {"a": (MS, 0)})
     assert estimate.total_ms == pytest.approx(2)  # in and out
@@ -317,25 +320,25 @@ def test_largest_buffers():
     assert hlo_cost.largest_buffers("no ranges", module) == []
 
 # -----------------------------------------------------------------------------
-# The command: cache, totals, bad input
+# The command: cache, totals
 
 def graph(name="g", kind="train", steps=3, tokens=16384):
-    return SimpleNamespace(name=name, kind=kind, steps=steps, tokens=tokens)
+    return SimpleNamespace(name=name, kind=kind, steps=steps, times=1, tokens=tokens)
 
 def test_unchanged_graphs_are_not_compiled_again(tmp_path, monkeypatch):
     calls = []
-    def child(task, source, text, result, dump, log, env, stdin):
+    def child(task, tpu, source, text, result, dump, log, env, stdin):
         calls.append(env["LIBTPU_INIT_ARGS"])
         log.write_text("")
         Path(text).write_text("HloModule m")
         Path(result).write_text(json.dumps({"bundles": {}, "compile_s": 1}))
         return 0
-    monkeypatch.setattr(aot_v6e, "child", child)
-    run = lambda flags=("--a=1",), print_="x": aot_v6e.compiled("g", tmp_path, list(flags), print_)["cached"]
+    monkeypatch.setattr(aot, "child", child)
+    run = lambda flags=("--a=1",), print_="x": aot.compiled("g", TPUS["v6e-8"], tmp_path, list(flags), print_)["cached"]
     assert [run(), run()] == [False, True]
     assert [run(print_="y"), run(print_="y")] == [False, True]  # another program
     assert [run(flags=["--a=2"]), run(flags=["--a=2"])] == [False, True]  # other flags
-    monkeypatch.setitem(aot_v6e.PINS, "libtpu", "0.0.22")
+    monkeypatch.setitem(aot.PINS, "libtpu", "0.0.22")
     assert [run(), run()] == [False, True]  # another compiler
     (tmp_path / "g.tpu.txt").unlink()
     assert run() is False
@@ -345,20 +348,20 @@ def test_unchanged_graphs_are_not_compiled_again(tmp_path, monkeypatch):
 
 def test_programs_that_were_not_written_are_asked_for_by_name(tmp_path, monkeypatch):
     asked = []
-    def child(task, source, text, result, dump, log, env, stdin):
+    def child(task, tpu, source, text, result, dump, log, env, stdin):
         asked.append(stdin)
         log.write_text("")
         Path(text).write_text("HloModule m\n\nENTRY %main (x: f32[1024]) -> f32[1024] {\n  %x = f32[1024]{0} parameter(0)\n  "
                               + KERNEL.format("k.77", "x", "QQ==") + "\n}\n")
         Path(result).write_text(json.dumps({"bundles": {"k.77": [9, 0]} if "k.77" in stdin else {}, "unestimated": ["k.77"]}))
         return 0
-    monkeypatch.setattr(aot_v6e, "child", child)
-    assert aot_v6e.compiled("g", tmp_path, [], "x")["bundles"] == {"k.77": [9, 0]} and asked == ["", "k.77"]
-    assert aot_v6e.compiled("g", tmp_path, [], "y")["bundles"] and asked[2:] == ["k.77"]  # remembered
+    monkeypatch.setattr(aot, "child", child)
+    assert aot.compiled("g", TPUS["v6e-8"], tmp_path, [], "x")["bundles"] == {"k.77": [9, 0]} and asked == ["", "k.77"]
+    assert aot.compiled("g", TPUS["v6e-8"], tmp_path, [], "y")["bundles"] and asked[2:] == ["k.77"]  # remembered
 
 def test_names_of_programs():
     call = '  ROOT swa_fwd.3.2 = f32[8]{0} custom-call(x), custom_call_target="tpu_custom_call"'
-    flags = aot_v6e.dump_flags("/d", f'{call}\n{call}, metadata={{op_name="xla__a/jit(<lambda>)/pallas_call"}}\n', ["odd.9"])
+    flags = aot.dump_flags("/d", f'{call}\n{call}, metadata={{op_name="xla__a/jit(<lambda>)/pallas_call"}}\n', ["odd.9"])
     names = flags.split("matching_hlo=")[1].split(";")
     assert {"swa_fwd=true", "swa_fwd.71=true", "_lambda_.71=true", "odd.9=true", "sort=true", "fusion.8=true"} <= set(names)
     assert len(flags) < 100_000  # one string of the environment may have 131072
@@ -367,37 +370,115 @@ def test_a_compiler_that_dies_is_told_in_one_line(tmp_path, monkeypatch):
     def child(task, *paths, log, env, stdin):
         log.write_text("I1121 fine\nF1121 08:13:51 llo_dumper.cc:244] Check failed: x == y\n*** stack trace ***\n  @ 0x7f\n")
         return -6
-    monkeypatch.setattr(aot_v6e, "child", child)
-    found = aot_v6e.compiled("g", tmp_path, [], "x")
+    monkeypatch.setattr(aot, "child", child)
+    found = aot.compiled("g", TPUS["v6e-8"], tmp_path, [], "x")
     assert "status -6" in found["error"] and "Check failed: x == y" in found["error"]
     assert not (tmp_path / "g.json").exists()
 
 def entry(name, kind, steps, tokens, ms, compiled=True):
-    return {"name": name, "kind": kind, "steps": steps, "tokens_per_chip": tokens, "compiled": compiled, "fits": True, "why": "no",
-            "est_ms": {**dict.fromkeys(hlo_cost.KINDS, 0.0), "total": ms}, "not_estimated": [], "lower_bounds_ms": 0.0,
+    return {"name": name, "kind": kind, "steps": steps, "times": 1, "tokens_per_row": tokens, "compiled": compiled, "fits": True,
+            "why": "no", "est_ms": {**dict.fromkeys(hlo_cost.KINDS, 0.0), "total": ms}, "not_estimated": [], "lower_bounds_ms": 0.0,
             "hbm_gib": dict.fromkeys(["arguments", "outputs", "aliased", "temporaries", "code", "untouched", "total"], 0.0),
             "collectives": {"count": 0, "mib": 0.0, "ms": 0.0}}
 
 def test_totals_are_steps_times_milliseconds():
     graphs = [entry("a", "train", 300, 16384, 50.0), entry("b", "train", 100, 16384, 70.0), entry("c", "train", 10, 49152, 200.0),
               entry("v", "val", 2, 262144, 500.0)]
-    report = aot_v6e.build_report(graphs, "record", [], complete=True)
+    report = aot.build_report(graphs, TPUS["v6e-8"], "record", [], complete=True)
     assert report["total_est_s"] == pytest.approx(15 + 7 + 2) and report["validation_est_s"] == pytest.approx(1)
     assert report["total_est_s_calibrated"] == pytest.approx([24 / 1.3, 24 / 1.1])
     assert report["step_est_ms"] == {"16384": pytest.approx(55), "49152": pytest.approx(200)}
-    text = aot_v6e.table(report)
-    assert all(x in text for x in ["24.0 s est.", "18.5 to 21.8 s", "32.5", "86.0", "105.8"])
-    for incomplete in (aot_v6e.build_report(graphs[:2], "record", [], complete=False),
-                       aot_v6e.build_report([*graphs, entry("d", "train", 1, 49152, 0, compiled=False)], "record", [], complete=True)):
-        assert incomplete["total_est_s"] is None and "No total" in aot_v6e.table(incomplete)
+    text = aot.table(report)
+    assert all(x in text for x in ["24.0 s est.", "18.5 to 21.8 s", "32.5", "86.0", "105.8", "31.25", "1.75 GHz", "1638 GB/s"])
+    graphs[2]["times"] = 8  # a step in eighths
+    assert aot.build_report(graphs, TPUS["v6e-1"], "record", [], complete=True)["total_est_s"] == pytest.approx(15 + 7 + 16)
+    missing = [*graphs, entry("d", "train", 1, 49152, 0, compiled=False)]
+    for incomplete in (aot.build_report(graphs[:2], TPUS["v6e-8"], "record", [], complete=False),
+                       aot.build_report(missing, TPUS["v6e-8"], "record", [], complete=True)):
+        assert incomplete["total_est_s"] is None and "No total" in aot.table(incomplete)
+
+def test_each_tpu_has_its_own_figures_and_says_what_is_assumed():
+    """The same program, a millisecond of each kind on v6e: the clock, the memory and the links of the chip that was asked for."""
+    size = int(V6E.hbm_bandwidth / 4 * 1e-3)
+    module = hlo(["%x = f32[25000000]{0} parameter(0)", WORK, f"%s = (f32[{size}]{{0:S(1)}}, f32[{size}]{{0}}, u32[]) copy-start(%x)",
+                  f"%d = f32[{size}]{{0:S(1)}} copy-done(%s)",
+                  "%c = f32[25000000]{0} all-to-all(%x), replica_groups=[1,8]<=[8], dimensions={0}", KERNEL.format("a", "x", "QQ==")], BODY)
+    for name, elementwise, copies, links in (("v6e", 1, 1, 1), ("v5e", 1.75 / 1.5, 2, 2), ("v5p", 1, 1638 / 2765, 1)):
+        ms = Estimate(module, {"a": (MS, 0)}, CHIPS[name]).summary()["est_ms"]
+        assert (ms["elementwise"], ms["kernels"]) == (pytest.approx(elementwise),) * 2
+        assert (ms["copies"], ms["collectives"]) == (pytest.approx(copies), pytest.approx(links))
+    reports = [aot.build_report([entry("a", "train", 100, 16384, 50.0)], TPUS[name], "record", [], complete=True) for name in TPUS]
+    for report in reports:  # the calibration is of a v6e
+        assert bool(report["total_est_s_calibrated"]) == report["tpu"].startswith("v6e")
+        text = aot.table(report)
+        links = f"of {report['assumptions']['link_bytes_per_s'] / 1e9:.0f} GB/s through" if report["devices"] > 1 else "no links"
+        assert f"GiB of {report['hbm_limit_gib']:.2f}" in text and links in text
+        assert ("parallel dimension" in text) == report["tpu"].startswith(("v5p", "v4"))
+
+def test_the_table_of_all_tpus():
+    fits = aot.build_report([entry("a", "train", 600, 16384, 500.0)], TPUS["v5e-8"], "record", [], complete=True)
+    never = [{"name": "a", "kind": "train", "compiled": False, "why": "does not fit: 82.60G of 31.25G hbm"}]
+    rows = [aot.row(report) for report in (fits, aot.build_report(never, TPUS["v6e-1"], "record", [], complete=True))]
+    assert rows[0].items() >= {"tpu": "v5e-8", "fits": True, "hbm_gib": 0, "hbm_limit_gib": 15.75, "total_est_s": 300, "compiled_graphs": 1,
+                               "of": 1}.items()
+    assert rows[1].items() >= {"tpu": "v6e-1", "fits": False, "hbm_gib": None, "total_est_s": None, "compiled_graphs": 0, "of": 1}.items()
+    lines = aot.table_of_all(rows).splitlines()
+    assert "0.00 of 15.75" in lines[1] and "5.0 min" in lines[1] and "16384: 500.0" in lines[1] and "82.60G of 31.25G" in lines[2]
+    two = [{**entry(name, "train", 1, 16384, 1.0), "hbm_gib": {"total": 15.0, "code": code}} for name, code in (("a", 0.5), ("b", 1.0))]
+    full = aot.build_report(two, TPUS["v5e-8"], "record", [], complete=True)
+    assert full["hbm_gib_with_all_code"] == 16 and not full["fits"]  # each fits, but not with the code of the other
+
+# -----------------------------------------------------------------------------
+# Fingerprints
+
+def test_the_key_of_an_unchanged_graph_is_that_of_earlier_reports():
+    """Reports in records/ keep their keys: what a key is made of may grow for other TPUs only."""
+    assert aot.key_of("f" * 64, TPUS["v6e-8"], ["--b=2", "--a=1"]) == "2c9c89e8e5293d692d7f59f3233bff5d5554c5c180fb0888e6d05bb28bd1f37c"
+    others = {aot.key_of("f" * 64, tpu, ["--b=2", "--a=1"]) for tpu in TPUS.values()}
+    assert len(others | {aot.key_of("e" * 64, TPUS["v6e-8"], ["--b=2", "--a=1"]), aot.key_of("f" * 64, TPUS["v6e-8"], [])}) == len(TPUS) + 2
+
+def test_fingerprints_say_which_graphs_changed(tmp_path, monkeypatch, capsys):
+    prints = {"a": "1", "b": "2", "new": "4"}
+    monkeypatch.setattr(aot, "trace", lambda *_: {"flags": ["--f"], "fingerprints": prints})
+    key = lambda n: aot.key_of(n, TPUS["v6e-8"], ["--f"])
+    path = tmp_path / "report.json"
+    def write(graphs, topology="v6e:2x4"):
+        graphs = [{"name": n, "key": k} for n, k in graphs.items()]
+        path.write_text(json.dumps({"preset": "record", "topology": topology, "graphs": graphs}))
+    def compare(*names, complete=True, against=path):
+        changed = aot.compare([graph(n) for n in names], TPUS["v6e-8"], "record", tmp_path, against, complete)
+        return changed, dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    write({"a": key("1"), "b": key("2")})
+    assert compare("a", "b") == (0, {"a": "same", "b": "same", "2": f"of 2 graphs are those of {os.path.relpath(path)}"})
+    write({"a": key("1"), "b": key("3"), "old": key("5")})
+    changed, told = compare("a", "b", "new")
+    assert changed == 3 and told.items() >= {"a": "same", "b": "changed", "new": "not there before", "old": "gone"}.items()
+    assert compare("a", complete=False)[0] == 0  # graphs that were not asked for are not gone
+    for graphs, topology, words in (({"a": None}, "v6e:2x4", "has no keys"), ({"a": "k"}, "v5e:2x4", "not of record on v6e:2x4")):
+        write(graphs, topology)
+        with pytest.raises(aot.Refused, match=words):
+            compare("a")
+    for text in ("{half", "[]", '{"graphs": [{}]}', '{"graphs": 3}'):
+        path.write_text(text)
+        with pytest.raises(aot.Refused, match="report.json is no report"):
+            compare("a")
+    with pytest.raises(aot.Refused, match="no-such.json is no report.*No such file"):
+        compare("a", against=tmp_path / "no-such.json")
+    report, keys = aot.baseline(None, TPUS["v6e-8"], "record")  # of records/, whatever else lies there
+    assert report.parent.parent == ROOT / "records" and len(keys) == 14
+    with pytest.raises(aot.Refused, match="no report of rehearsal on v6e-8.*--against"):
+        aot.baseline(None, TPUS["v6e-8"], "rehearsal")
+
+# -----------------------------------------------------------------------------
+# Bad input
 
 def test_unknown_graph_gets_the_nearest_name():
     graphs = [graph("odd_16384_ws3"), graph("val_262144_ws3")]
-    assert aot_v6e.select(graphs, "all") == graphs and aot_v6e.select(graphs, "val_262144_ws3,odd_16384_ws3")[0].name == "val_262144_ws3"
-    with pytest.raises(aot_v6e.Refused, match="no graph 'odd_16834_ws3': did you mean 'odd_16384_ws3'"):
-        aot_v6e.select(graphs, "odd_16834_ws3")
-    with pytest.raises(aot_v6e.Refused, match="got no name"):
-        aot_v6e.select(graphs, ",")
+    assert aot.select(graphs, "all") == graphs and aot.select(graphs, "val_262144_ws3,odd_16384_ws3")[0].name == "val_262144_ws3"
+    with pytest.raises(aot.Refused, match="no graph 'odd_16834_ws3': did you mean 'odd_16384_ws3'"):
+        aot.select(graphs, "odd_16834_ws3")
+    with pytest.raises(aot.Refused, match="got no name"):
+        aot.select(graphs, ",")
 
 @pytest.mark.parametrize("installed, message", [
     (None, "no libtpu here.*libtpu==0.0.21"), ("0.0.17", "libtpu 0.0.17 is not libtpu==0.0.21.*jax 0.7.0"),
@@ -405,40 +486,40 @@ def test_unknown_graph_gets_the_nearest_name():
 def test_versions(installed, message, monkeypatch):
     def version(name):
         if name != "libtpu":
-            return aot_v6e.PINS[name] + "+cpu"
+            return aot.PINS[name] + "+cpu"
         if installed is None:
             raise importlib.metadata.PackageNotFoundError(name)
         return installed
     monkeypatch.setattr(importlib.metadata, "version", version)
-    with pytest.raises(aot_v6e.Refused, match=message):
-        aot_v6e.check_versions()
+    with pytest.raises(aot.Refused, match=message):
+        aot.check_versions()
 
 def test_pins_are_those_of_requirements():
     pins = dict(re.findall(r"^([\w-]+)(?:\[.*?\])?==(\S+)", (ROOT / "requirements.txt").read_text(), re.M))
-    assert {k: v for k, v in aot_v6e.PINS.items() if k != "libtpu"} == {k: pins[k] for k in aot_v6e.PINS if k != "libtpu"}
+    assert {k: v for k, v in aot.PINS.items() if k != "libtpu"} == {k: pins[k] for k in aot.PINS if k != "libtpu"}
 
 def test_a_held_lock_names_its_process(tmp_path, monkeypatch):
     lock = tmp_path / "lock"
-    monkeypatch.setattr(aot_v6e, "LOCK", str(lock))
+    monkeypatch.setattr(aot, "LOCK", str(lock))
     monkeypatch.delenv("ALLOW_MULTIPLE_LIBTPU_LOAD", raising=False)
-    aot_v6e.check_lock()
+    aot.check_lock()
     lock.write_text("")
-    aot_v6e.check_lock()
+    aot.check_lock()
     holder = subprocess.Popen([sys.executable, "-c", "import fcntl, sys\nf = open(sys.argv[1], 'w')\nfcntl.lockf(f, fcntl.LOCK_EX)\n"
                                "print(flush=True)\nsys.stdin.read()", str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         holder.stdout.readline()
-        with pytest.raises(aot_v6e.Refused, match=f"(?s)held by process {holder.pid} .*fcntl.*wait for it"):
-            aot_v6e.check_lock()
+        with pytest.raises(aot.Refused, match=f"(?s)held by process {holder.pid} .*fcntl.*wait for it"):
+            aot.check_lock()
         monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        aot_v6e.check_lock()
+        aot.check_lock()
     finally:
         holder.communicate()
 
 def test_no_disk(tmp_path):
-    aot_v6e.check_disk(tmp_path, gib=0)
-    with pytest.raises(aot_v6e.Refused, match="no disk: .* GiB free .*set --out or TMPDIR"):
-        aot_v6e.check_disk(tmp_path, gib=1e9)
+    aot.check_disk(tmp_path, gib=0)
+    with pytest.raises(aot.Refused, match="no disk: .* GiB free .*set --out or TMPDIR"):
+        aot.check_disk(tmp_path, gib=1e9)
 
 @pytest.mark.parametrize("error, message", [
     ("INTERNAL: Mosaic failed to compile TPU kernel: Unsupported version: expected <= 7 but got 8",
@@ -449,16 +530,24 @@ def test_no_disk(tmp_path):
     ("INVALID_ARGUMENT: something\n  else", "INVALID_ARGUMENT: something else"),
 ])
 def test_errors_of_the_compiler(error, message):
-    line = aot_v6e.why_not(error, "train")
+    line = aot.why_not(error, "train")
     assert re.search(message, line) and "\n" not in line
 
-def test_bad_input_is_one_line(tmp_path):
-    with pytest.raises(aot_v6e.Refused, match="no preset 'nope': there are record, rehearsal"):
-        aot_v6e.listing("nope")
-    command = [sys.executable, ROOT / "tools/aot_v6e.py", "--graphs", "nope", "--out", tmp_path]
+def test_bad_input_is_one_line(tmp_path, capsys):
+    for options, message in ((["--tpu", "v5e-9"], "no TPU 'v5e-9' here: did you mean v5e-8"), (["--tpu", "v4-8"], "v4-8: .* 16 MiB"),
+                             (["--tpu", "v2-8"], "no TPU 'v2-8' here: .*There are v6e-8, v6e-4")):
+        with pytest.raises(aot.Refused, match=message):
+            aot.main(options)
+    for options, message in ((["--tpu", "all", "--explain", "A"], "name it"), (["--against", "x"], "--against is for --fingerprints")):
+        with pytest.raises(SystemExit):
+            aot.main(options)
+        assert message in capsys.readouterr().err
+    with pytest.raises(aot.Refused, match="no preset 'nope': there are record, rehearsal"):
+        aot.listing("nope")
+    command = [sys.executable, ROOT / "tools/aot.py", "--graphs", "nope", "--out", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and not done.stdout and "Traceback" not in done.stderr
-    assert "aot_v6e: no graph 'nope': did you mean" in done.stderr.splitlines()[-1]
+    assert "aot: no graph 'nope': did you mean" in done.stderr.splitlines()[-1]
 
 # -----------------------------------------------------------------------------
 # Compiled for v6e. The programs are written by jax in a process of its own: how many CPU devices jax has is decided once.
@@ -513,13 +602,13 @@ def programs(tmp_path_factory):
     return write_programs(tmp_path_factory.mktemp("programs"))
 
 def entry_of(programs, name, flags=()):
-    found = aot_v6e.compiled(name, programs, list(flags), "any")
-    return aot_v6e.assess(graph(name), found, programs)
+    found = aot.compiled(name, TPUS["v6e-8"], programs, list(flags), "any")
+    return aot.assess(graph(name), found, TPUS["v6e-8"], programs)
 
 @compiles
 def test_a_matmul_costs_its_floor_and_an_all_reduce_its_bytes(programs):
     e = entry_of(programs, "matmul")
-    floor = 1e3 * 2 * 4096**3 / hlo_cost.BF16_FLOP_PER_CYCLE / hlo_cost.CLOCK_HZ
+    floor = 1e3 * 2 * 4096**3 / V6E.bf16_flops
     assert floor <= e["est_ms"]["matmuls"] <= 1.15 * floor
     assert e["collectives"]["count"] == 1 and e["collectives"]["mib"] == pytest.approx(2)
     assert e["collectives_ms"] == pytest.approx(2 * 7 / 8 * 2**21 / 200e9 * 1e3)
@@ -530,10 +619,10 @@ def test_a_matmul_costs_its_floor_and_an_all_reduce_its_bytes(programs):
 @compiles
 def test_a_loop_of_n_bodies_costs_n_bodies(programs):
     source = programs / "loop.hlo.pb"
-    source.write_bytes(aot_v6e.donate(source.read_bytes(), [0]))
+    source.write_bytes(aot.donate(source.read_bytes(), [0]))
     e = entry_of(programs, "loop")
     assert e["hbm_gib"]["aliased"] == e["hbm_gib"]["outputs"] == pytest.approx(8 / 1024)  # 2048 x 2048 in bf16
-    floor = 7e3 * 2 * 2048**3 / hlo_cost.BF16_FLOP_PER_CYCLE / hlo_cost.CLOCK_HZ
+    floor = 7e3 * 2 * 2048**3 / V6E.bf16_flops
     assert [x["trips"] for x in e["loops"]] == [7]
     assert floor <= e["est_ms"]["matmuls"] <= 1.4 * floor
     [matmul] = [op for op in e["dearest_ops"] if op["kind"] == "matmuls"]
@@ -567,8 +656,8 @@ def test_the_fingerprint_is_of_what_is_computed(programs, tmp_path):
     source = programs / "kernels.hlo.pb"
     moved = write_programs(tmp_path, "\n\n\n" + PROGRAMS) / "kernels.hlo.pb"
     moved.write_bytes(moved.read_bytes().replace(b"jit__lambda", b"jit__lambdb"))
-    (tmp_path / "donated").write_bytes(aot_v6e.donate(source.read_bytes(), [0]))
-    aot_v6e.child("fingerprints", source, moved, tmp_path / "donated", tmp_path / "matmul.hlo.pb", log=tmp_path / "log",
+    (tmp_path / "donated").write_bytes(aot.donate(source.read_bytes(), [0]))
+    aot.child("fingerprints", source, moved, tmp_path / "donated", tmp_path / "matmul.hlo.pb", log=tmp_path / "log",
                   env={"JAX_PLATFORMS": "cpu"})
     prints = (tmp_path / "log").read_text().split()[-4:]
     assert source.read_bytes() != moved.read_bytes()
@@ -577,7 +666,7 @@ def test_the_fingerprint_is_of_what_is_computed(programs, tmp_path):
 @compiles
 def test_a_graph_of_the_rehearsal(tmp_path):
     """From tracing to the report, with all that is promised of the command."""
-    run = lambda *options: subprocess.run([sys.executable, ROOT / "tools/aot_v6e.py", "--preset", "rehearsal", "--out", tmp_path, *options],
+    run = lambda *options: subprocess.run([sys.executable, ROOT / "tools/aot.py", "--preset", "rehearsal", "--out", tmp_path, *options],
                                           capture_output=True, text=True,
                                           env={**os.environ, "LIBTPU_INIT_ARGS": "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"})
     listed = [line.split() for line in run("--list").stdout.splitlines()]

@@ -1,18 +1,24 @@
 """
-Compiles every graph of the run for TPU v6e-8 on a machine without a TPU, and says what each one needs: HBM, milliseconds, why not.
+Compiles every graph of the run for a TPU on a machine without one, and says what each needs: HBM, milliseconds, why not.
 
-    python tools/aot_v6e.py                      all graphs of the real run (minutes each; unchanged ones are not compiled again)
-    python tools/aot_v6e.py --preset rehearsal   the small run
-    python tools/aot_v6e.py --list               the graphs and the steps that use them
-    python tools/aot_v6e.py --graphs A,B         these graphs only
-    python tools/aot_v6e.py --explain A          the ten dearest operations and the ten largest buffers of A, with their source lines
+    python tools/aot.py                      all graphs of the real run on v6e-8 (minutes each; unchanged ones are not compiled again)
+    python tools/aot.py --tpu v5e-8          on another TPU of chips.py; all: on each, one line a TPU at the end
+    python tools/aot.py --preset rehearsal   the small run
+    python tools/aot.py --list               the graphs and the steps that use them
+    python tools/aot.py --graphs A,B         these graphs only
+    python tools/aot.py --explain A          the ten dearest operations and the ten largest buffers of A, with their source lines
+    python tools/aot.py --fingerprints       only trace: are the graphs those of the newest report in records/ (or --against FILE)?
 
 The graphs are the ones that training runs: train_gpt_xla traces them with its own step functions, kernels for the TPU and donated
 buffers, and libtpu compiles them with the flags that torch_xla and train_gpt_xla set on a TPU. Nothing is executed. How a
 millisecond is arrived at is told in hlo_cost.py; these are estimates, to compare variants with. Writes DIR/report.json, and of
 each graph NAME.hlo.pb (as exported), NAME.tpu.txt (as optimised) and NAME.json (what the compiler said; the cache).
+
+A graph's key in the report is a hash of all that its program is made of, source lines left out. As long as --fingerprints finds the
+same keys, moving and renaming code has changed nothing.
 """
 import argparse
+import dataclasses
 import difflib
 import fcntl
 import glob
@@ -35,9 +41,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import hlo_cost  # noqa: E402
 
+from chips import TPUS, Refused, Tpu, tpu_named  # noqa: E402
+
 PINS = {"libtpu": "0.0.21", "jax": "0.7.0", "jaxlib": "0.7.0", "torch": "2.9.0", "torch_xla": "2.9.0"}  # as in requirements.txt
-TOPOLOGY = {"platform": "tpu", "topology_name": "v6e:2x4", "chips_per_host_bounds": (2, 4, 1)}
-HBM_GIB = 31.25  # what libtpu leaves of a v6e's 32 GiB
 RECIPE = 1  # raise it when compile_graph changes what it asks of libtpu or stores: cached results are then made again
 LOCK = "/tmp/libtpu_lockfile"
 BESIDE = "set ALLOW_MULTIPLE_LIBTPU_LOAD=1 to compile beside it"
@@ -48,10 +54,6 @@ CUDA_TOTAL_S = 105.8
 # The compiler's estimates of another record (nikolageorgiev2000/modded-nanogpt-jax, 336 and 558 ms a step) over what its log
 # measured on a v6e-8 (307 and 423 ms): that is all the calibration there is.
 CALIBRATION = (1.1, 1.3)
-
-
-class Refused(Exception):
-    """Bad input or a bad machine: one line that says what is wrong and the way out."""
 
 # -----------------------------------------------------------------------------
 # What the machine must have
@@ -100,7 +102,40 @@ def command_of(pid: int) -> str:
         return "of another user or container"
 
 # -----------------------------------------------------------------------------
-# Children: tracing needs torch_xla on 8 virtual CPU devices, compiling needs libtpu, which can take its process down with it
+# What this file knows of the kernels
+
+KERNEL_SOURCES = ("kernels/**/*.py",)
+
+
+def kernels_for(tpu: Tpu) -> list:
+    """Kernels that are traced from now on are traced for this TPU. Returns a list that takes up attention's calls: name, shapes."""
+    from kernels import dispatch
+    from kernels.attention import Band
+    lowered, calls = dispatch.lowered, []
+    def note_and_lower(call, shapes, *rest):
+        if isinstance(shapes, Band):
+            calls.append([call.__name__, *dataclasses.astuple(shapes)])
+        return lowered(call, shapes, *rest)
+    dispatch.lowered, dispatch.target = note_and_lower, tpu.chip
+    return calls
+
+
+def attention_program(name: str, *shapes) -> tuple:
+    """One of those calls by itself: (function, its arguments' names, shapes and dtypes, how many blocks a whole window has)."""
+    import jax.numpy as jnp
+
+    from kernels.attention import Band
+    from kernels.tpu import attention
+    band = Band(*shapes)
+    qkv = (band.rows, 3 * band.heads, band.tokens, band.dim), jnp.bfloat16
+    y, numbers = ((band.rows, band.tokens, band.heads * band.dim), jnp.bfloat16), ((band.rows, band.heads, band.tokens), jnp.float32)
+    arguments = dict(q=qkv, k=qkv, v=qkv, documents=((band.rows, band.tokens), jnp.int32), gate=numbers, scale=((1,), jnp.float32))
+    if name == "attention_backward":
+        arguments |= dict(y=y, sums=numbers, dy=y)
+    return getattr(attention, name)(band, jnp.bfloat16), arguments, max(1, band.reach)
+
+# -----------------------------------------------------------------------------
+# Children: tracing needs torch_xla on virtual CPU devices, compiling needs libtpu, which can take its process down with it
 
 def child(task: str, *arguments, log: Path, env: dict, stdin: str = "") -> int:
     """Runs one of the functions below in a process of its own; what it and libtpu print goes to the log."""
@@ -116,7 +151,7 @@ def last_words(log: Path) -> str:
     return (telling or lines or ["it left no message"])[-1][:600]
 
 
-def export_graphs(preset: str, out: str, *names: str):
+def export_graphs(tpu: str, preset: str, out: str, *names: str):
     """
     Traces graphs of the run and writes their HLO, NAME.hlo.pb, and as exported.json the flags of a TPU run, the bytes of
     state on a chip that each graph does not touch but that lie there all the same, and its calls of attention's kernels. In a child.
@@ -124,20 +159,18 @@ def export_graphs(preset: str, out: str, *names: str):
     import torch
     import torch_xla
     from jax._src.lib import xla_client as xc
-    from torch_xla._internal import tpu
+    from torch_xla._internal import tpu as this_machine
 
     import train_gpt_xla as train
-    from kernels import dispatch
     from replay import Recording
     from spmd import ROWS, to_device
 
-    # torch_xla adds its own flags where it finds a TPU; let it do the same here. (They depend on the generation: v6e is 6.)
+    # torch_xla adds its own flags where it finds a TPU, by its generation; let it do the same here.
     os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {train.LIBTPU_INIT_ARGS}"
-    tpu.version = lambda: 6
+    this_machine.version = lambda: TPUS[tpu].chip.generation
     torch_xla._setup_libtpu_flags()
     exported = {"flags": os.environ["LIBTPU_INIT_ARGS"].split(), "untouched": {}, "attention": {}}
-    dispatch.target = "TPU"
-    calls = []
+    calls = kernels_for(TPUS[tpu])
     train.setup_devices()
     args = train.presets[preset]()
     manager = train.build(args)
@@ -156,7 +189,7 @@ def export_graphs(preset: str, out: str, *names: str):
             raise ValueError(f"{graph.name}: the parameters of the exported graph are not in the order of the recording's inputs")
         donors = [k for k, i in enumerate(recording.sources) if i in set(recording.changed)]
         Path(out, f"{graph.name}.hlo.pb").write_bytes(donate(recording.hlo, donors))
-        share = lambda x: ROWS if "devices=" in torch_xla._XLAC._get_xla_sharding_spec(x) else 1
+        share = lambda x: TPUS[tpu].devices if "devices=" in torch_xla._XLAC._get_xla_sharding_spec(x) else 1
         exported["untouched"][graph.name] = sum(x.nbytes // share(x) for i, x in enumerate(state) if i not in recording.sources)
         exported["attention"][graph.name] = list(calls)
         print(f"traced {graph.name} in {time.perf_counter() - began:.1f} s", flush=True)
@@ -197,9 +230,9 @@ def fingerprints(*paths: str):
         print(hashlib.sha256(text.encode()).hexdigest(), flush=True)
 
 
-def compile_graph(source: str, text: str, result: str, dump: str):
+def compile_graph(tpu: str, source: str, text: str, result: str, dump: str):
     """
-    Compiles an HLO file for v6e-8 and writes the optimised HLO and, as JSON, what else libtpu says: memory, the buffers at
+    Compiles an HLO file for a TPU and writes the optimised HLO and, as JSON, what else libtpu says: memory, the buffers at
     their peak, the bundles of the programs that it makes no estimate of. In a child, with libtpu's flags in LIBTPU_INIT_ARGS
     and on stdin the names of programs to write that could not be guessed.
     """
@@ -212,7 +245,7 @@ def compile_graph(source: str, text: str, result: str, dump: str):
     hlo = xc.XlaComputation(Path(source).read_bytes())
     exported = hlo.get_hlo_module().to_string()
     os.environ["LIBTPU_INIT_ARGS"] += " " + dump_flags(dump, exported, sys.stdin.read().split())
-    devices = topologies.get_topology_desc(**TOPOLOGY).devices  # loads libtpu, which reads its flags now
+    devices = topologies.get_topology_desc(**TPUS[tpu].description).devices  # loads libtpu, which reads its flags now
     donors = re.search(r"^HloModule [^\n]*?buffer_donor=\{([^=]*)\}, entry", exported)
     donors = {int(n) for n in re.findall(r"\((\d+), \{\}\)", donors.group(1))} if donors else set()
     with jax_mlir.make_ir_context():
@@ -257,62 +290,55 @@ def compile_graph(source: str, text: str, result: str, dump: str):
     Path(result).write_text(json.dumps(found))
 
 
-def count_attention(source: str, result: str, dump: str):
+def count_attention(tpu: str, source: str, result: str, dump: str):
     """
     {call: ms} for calls of attention's kernels, as JSON, each compiled by itself and counted as if every query saw all of its window.
     How far its loop over blocks goes depends on the documents, so in a graph's report it goes around once. In a child.
     """
     import jax
-    import jax.numpy as jnp
-    import pallas_kernels as pk
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
     os.environ["LIBTPU_INIT_ARGS"] += (f" --xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
                                        "--xla_jf_dump_llo_pass_label_regex=final_bundles")
-    pk.import_jax()
-    chip = SingleDeviceSharding(topologies.get_topology_desc(**TOPOLOGY).devices[0])
+    chip = SingleDeviceSharding(topologies.get_topology_desc(**TPUS[tpu].description).devices[0])
     found = {}
-    for name, *fields in json.loads(Path(source).read_text()):
-        band = pk.Band(*fields[:-1], places=(0, 0, 0))
-        shape = lambda *s, dtype=jnp.bfloat16, band=band: jax.ShapeDtypeStruct((band.rows, *s), dtype, sharding=chip)
-        x, y = shape(band.heads, band.tokens, band.dim), shape(band.tokens, band.heads * band.dim)
-        numbers = shape(band.heads, band.tokens, dtype=jnp.float32)
-        args = [x, x, x, shape(band.tokens, dtype=jnp.int32), numbers, jax.ShapeDtypeStruct((1,), jnp.float32, sharding=chip)]
+    for call in json.loads(Path(source).read_text()):
+        function, arguments, blocks = attention_program(*call)
         for old in glob.glob(f"{dump}/*"):
             os.remove(old)
-        jax.jit(getattr(pk, name)(band, jnp.bfloat16)).lower(*args, *([y, numbers, y] if name == "backward_call" else [])).compile()
+        jax.jit(function).lower(**{name: jax.ShapeDtypeStruct(*x, sharding=chip) for name, x in arguments.items()}).compile()
         programs = [Path(program).read_text(errors="replace") for program in glob.glob(f"{dump}/*-final_bundles.txt")]
-        cycles = max(hlo_cost.bundle_cycles(text, max(1, band.reach))[0] for text in programs)  # the others make first_seen
-        found[json.dumps([name, *fields])] = 1e3 * cycles / hlo_cost.CLOCK_HZ
+        cycles = max(hlo_cost.bundle_cycles(text, blocks)[0] for text in programs)  # the others make first_seen
+        found[json.dumps(call)] = 1e3 * cycles / TPUS[tpu].chip.clock_hz
     Path(result).write_text(json.dumps(found))
 
 
-def whole_windows(calls: dict[str, list], out: Path, flags: list[str]) -> dict[str, dict[str, float]]:
+def whole_windows(calls: dict[str, list], tpu: Tpu, out: Path, flags: list[str]) -> dict[str, dict[str, float]]:
     """For each graph the ms of attention's forward and backward kernels over whole windows; from the cache where nothing changed."""
     wanted = sorted({json.dumps(call) for graph in calls.values() for call in graph})
     cache = out / "attention.json"
-    key = hashlib.sha256(json.dumps([wanted, flags, sorted(PINS.items()), *((ROOT / f).read_text() for f in (
-        "pallas_kernels.py", "tools/hlo_cost.py"))]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([wanted, flags, sorted(PINS.items()), tpu.description, sources(*KERNEL_SOURCES, "tools/hlo_cost.py")]
+                                    ).encode()).hexdigest()
     known = json.loads(cache.read_text()) if cache.exists() else {}
     if known.get("key") != key and wanted:
         if has_tpu():
             check_lock()
-        with tempfile.TemporaryDirectory(prefix="aot_v6e_") as folder:
+        with tempfile.TemporaryDirectory(prefix="aot_") as folder:
             source, result, dump, log = (Path(folder, name) for name in ("calls.json", "ms.json", "dump", "log"))
             source.write_text(json.dumps([json.loads(call) for call in wanted]))
             dump.mkdir()
-            if child("count_attention", source, result, dump, log=log, env=tpu_environment(flags)):
+            if child("count_attention", tpu.name, source, result, dump, log=log, env=tpu_environment(tpu, flags)):
                 raise Refused(f"attention's kernels could not be counted: {last_words(log)}")
             known = {"key": key, "ms": json.loads(result.read_text())}
         cache.write_text(json.dumps(known))
     return {graph: {kernel: sum(known["ms"][json.dumps(call)] for call in some if call[0] == kernel)
-                    for kernel in ("forward_call", "backward_call")} for graph, some in calls.items()}
+                    for kernel in ("attention_forward", "attention_backward")} for graph, some in calls.items()}
 
 
-def tpu_environment(flags: list[str]) -> dict[str, str]:
-    """Of a child that compiles for v6e-8."""
-    env = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v6e-8", "TPU_WORKER_HOSTNAMES": "localhost",
-           "LIBTPU_INIT_ARGS": " ".join(flags)}
+def tpu_environment(tpu: Tpu, flags: list[str]) -> dict[str, str]:
+    """Of a child that compiles for a TPU."""
+    env = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": tpu.name.replace("v5e", "v5litepod"),
+           "TPU_WORKER_HOSTNAMES": "localhost", "LIBTPU_INIT_ARGS": " ".join(flags)}
     # the lock guards chips; where there are none it guards nothing
     return env if has_tpu() else env | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
@@ -351,14 +377,19 @@ def kernel_names(text: str) -> dict:
 # -----------------------------------------------------------------------------
 # From a graph to its line in the report
 
-def key_of(fingerprint: str, flags: list[str]) -> str:
+def sources(*patterns: str) -> list[list[str]]:
+    """Name and text of files of the repository."""
+    return [[str(p.relative_to(ROOT)), p.read_text()] for pattern in patterns for p in sorted(ROOT.glob(pattern))]
+
+
+def key_of(fingerprint: str, tpu: Tpu, flags: list[str]) -> str:
     """The name of a compilation: everything that goes into it."""
-    return hashlib.sha256(json.dumps([RECIPE, fingerprint, sorted(flags), TOPOLOGY, sorted(PINS.items())]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([RECIPE, fingerprint, sorted(flags), tpu.description, sorted(PINS.items())]).encode()).hexdigest()
 
 
-def compiled(name: str, out: Path, flags: list[str], fingerprint: str) -> dict:
+def compiled(name: str, tpu: Tpu, out: Path, flags: list[str], fingerprint: str) -> dict:
     """What the compiler says of out/NAME.hlo.pb, from the cache where nothing has changed."""
-    cache, text, key = out / f"{name}.json", out / f"{name}.tpu.txt", key_of(fingerprint, flags)
+    cache, text, key = out / f"{name}.json", out / f"{name}.tpu.txt", key_of(fingerprint, tpu, flags)
     try:
         before = json.loads(cache.read_text())
     except (FileNotFoundError, ValueError):
@@ -367,29 +398,30 @@ def compiled(name: str, out: Path, flags: list[str], fingerprint: str) -> dict:
         return {**before, "cached": True}
     for stale in (cache, text):
         stale.unlink(missing_ok=True)
-    found = compile_in_child(name, out, flags, before.get("unestimated", []))
+    found = compile_in_child(name, tpu, out, flags, before.get("unestimated", []))
     if "bundles" not in found:
-        return {**found, "cached": False}  # it died; not kept: the next run tries again
+        return {**found, "key": key, "cached": False}  # it died; not kept: the next run tries again
     if "unestimated" in found:
         estimate = hlo_cost.Estimate(hlo_cost.Module(text.read_text()), found["bundles"])
         if any(r.how == "none" and (r.kind == "kernels" or r.bytes > 2**22) for r in estimate.rows):
-            found |= compile_in_child(name, out, flags, found["unestimated"])  # the names were guessed wrong; now they are known
+            found |= compile_in_child(name, tpu, out, flags, found["unestimated"])  # the names were guessed wrong; now they are known
     # Last, so that a cache entry always has its text.
+    found["key"] = key
     partial = cache.with_suffix(".partial")
-    partial.write_text(json.dumps({"key": key, **found}))
+    partial.write_text(json.dumps(found))
     partial.rename(cache)
     return {**found, "cached": False}
 
 
-def compile_in_child(name: str, out: Path, flags: list[str], programs: list[str]) -> dict:
+def compile_in_child(name: str, tpu: Tpu, out: Path, flags: list[str], programs: list[str]) -> dict:
     """Compiles out/NAME.hlo.pb to out/NAME.tpu.txt and returns what else there is to say."""
     if has_tpu():
         check_lock()
     log = out / f"{name}.log"
-    with tempfile.TemporaryDirectory(prefix="aot_v6e_") as dump:
+    with tempfile.TemporaryDirectory(prefix="aot_") as dump:
         result, optimised = Path(dump, "result.json"), Path(dump, "optimised.txt")
-        status = child("compile_graph", out / f"{name}.hlo.pb", optimised, result, dump, log=log, env=tpu_environment(flags),
-                       stdin=" ".join(programs))
+        status = child("compile_graph", tpu.name, out / f"{name}.hlo.pb", optimised, result, dump, log=log,
+                       env=tpu_environment(tpu, flags), stdin=" ".join(programs))
         if optimised.exists():
             shutil.move(optimised, out / f"{name}.tpu.txt")
         if result.exists():
@@ -425,72 +457,85 @@ def why_not(error: str, kind: str) -> str:
     return line[:300]
 
 
-def assess(graph, found: dict, out: Path, untouched: int = 0, attention: dict | None = None) -> dict:
+def assess(graph, found: dict, tpu: Tpu, out: Path, untouched: int = 0, attention: dict | None = None) -> dict:
     """
     A graph's entry in the report. untouched: bytes of state in HBM that the graph does not take. attention: ms of its kernels over
     whole windows (whole_windows), which take the place of what the graph's own count of them is.
     """
-    entry = {"name": graph.name, "kind": graph.kind, "steps": graph.steps, "tokens_per_chip": graph.tokens,
-             "compiled": "error" not in found, "cached": found["cached"], "key": found.get("key")}
+    entry = {"name": graph.name, "kind": graph.kind, "steps": graph.steps, "times": graph.times, "tokens_per_row": graph.tokens,
+             "compiled": "error" not in found, "cached": found["cached"], "key": found["key"]}
     if "error" in found:
         return {**entry, "why": why_not(found["error"], graph.kind), "error": found["error"][:4000],
                 "largest_buffers": found.get("buffers", [])}
     gib = {k: v / 2**30 for k, v in {**found["bytes"], "untouched": untouched}.items()}
     total = gib["arguments"] + gib["outputs"] - gib["aliased"] + gib["temporaries"] + gib["code"] + gib["untouched"]
-    if total > HBM_GIB:
-        entry["why"] = f"does not fit: {total:.2f} of {HBM_GIB} GiB"
+    limit = tpu.chip.hbm_bytes / 2**30
+    if total > limit:
+        entry["why"] = f"does not fit: {total:.2f} of {limit:.2f} GiB"
     module = hlo_cost.Module((out / f"{graph.name}.tpu.txt").read_text())
-    estimate = hlo_cost.Estimate(module, found["bundles"])
+    estimate = hlo_cost.Estimate(module, found["bundles"], tpu.chip)
     summary = estimate.summary(found["kernel_names"])
     for call, ms in (attention or {}).items():
-        kernel = summary["kernels"].get(f"window_attention_{call.removesuffix('_call')}_kernel", {"ms": math.inf})
+        kernel = summary["kernels"].get(f"{call}_kernel", {"ms": math.inf})
         more = max(0.0, ms - kernel["ms"])
         if more:
             kernel.update(ms=kernel["ms"] + more, how="bundles, whole windows")
             for k in ("kernels", "total"):
                 summary["est_ms"][k] += more
             summary["lower_bounds_ms"] += more
-    return {**entry, "fits": total <= HBM_GIB, "hbm_gib": {**gib, "total": total, "limit": HBM_GIB}, **summary,
+    return {**entry, "fits": total <= limit, "hbm_gib": {**gib, "total": total, "limit": limit}, **summary,
             "kernels_ms": summary["est_ms"]["kernels"], "collectives_ms": summary["collectives"]["ms"], "compile_s": found["compile_s"],
             "dearest_ops": estimate.dearest(), "dearest_lines": estimate.dearest_lines(), "largest_buffers": found.get("buffers", [])}
 
 
-def build_report(graphs: list[dict], preset: str, flags: list[str], complete: bool) -> dict:
+def build_report(graphs: list[dict], tpu: Tpu, preset: str, flags: list[str], complete: bool) -> dict:
     """The figures of the whole schedule and everything that they rest on."""
     totals = {}
     for kind in ("train", "val"):
         entries = [g for g in graphs if g["kind"] == kind]
         known = complete and entries and all(g["compiled"] for g in entries)
-        totals[kind] = sum(g["steps"] * g["est_ms"]["total"] for g in entries) / 1e3 if known else None
+        totals[kind] = sum(g["steps"] * g["times"] * g["est_ms"]["total"] for g in entries) / 1e3 if known else None
     stages = {}
     for g in graphs:
         if g["kind"] == "train" and g["compiled"]:
-            stages.setdefault(g["tokens_per_chip"], []).append((g["steps"], g["est_ms"]["total"]))
+            stages.setdefault(g["tokens_per_row"], []).append((g["steps"], g["times"] * g["est_ms"]["total"]))
     mean = lambda parts: sum(n * ms for n, ms in parts) / max(1, sum(n for n, _ in parts))
-    total, sizes = totals["train"], [g["hbm_gib"] for g in graphs if g["compiled"]]
+    total, sizes, chip = totals["train"], [g["hbm_gib"] for g in graphs if g["compiled"]], tpu.chip
+    with_code, limit = max((m["total"] - m["code"] for m in sizes), default=0) + sum(m["code"] for m in sizes), chip.hbm_bytes / 2**30
     return {
-        "preset": preset, "topology": "v6e:2x4", "versions": PINS, "flags": flags,
-        "total_est_s": total, "total_est_s_calibrated": total and [total / CALIBRATION[1], total / CALIBRATION[0]],
+        "tpu": tpu.name, "preset": preset, "topology": tpu.topology, "devices": tpu.devices, "versions": PINS, "flags": flags,
+        "fits": all(g.get("fits") for g in graphs) and with_code <= limit, "hbm_gib_with_all_code": with_code, "hbm_limit_gib": limit,
+        "total_est_s": total, "total_est_s_calibrated": [total / c for c in CALIBRATION[::-1]] if total and chip.name == "v6e" else None,
         "calibration": {"divide_by": CALIBRATION, "why": "another v6e-8 record: 336 and 558 ms a step estimated, 307 and 423 in its log"},
         "validation_est_s": totals["val"], "step_est_ms": {str(t): mean(parts) for t, parts in sorted(stages.items())},
-        "hbm_gib_with_all_code": max((m["total"] - m["code"] for m in sizes), default=0) + sum(m["code"] for m in sizes),
         "cuda_8xH100": {"step_ms": {str(k): v for k, v in CUDA_STEP_MS.items()}, "total_s": CUDA_TOTAL_S},
-        "assumptions": {"clock_hz": hlo_cost.CLOCK_HZ, "hbm_bytes_per_s": hlo_cost.HBM_BYTES_PER_S,
-                        "link_bytes_per_s": hlo_cost.LINK_BYTES_PER_S, "rings": hlo_cost.RINGS, "source": "Cloud TPU documentation, TPU "
-                        "v6e: 800 GBps of bidirectional ICI a chip over 4 ports; a 2x4 slice does not wrap, so one ring each way"},
+        "assumptions": {"clock_hz": chip.clock_hz, "hbm_bytes_per_s": chip.hbm_bandwidth, "link_bytes_per_s": chip.link_bytes_per_s,
+                        "rings": hlo_cost.RINGS, "source": assumed(tpu)},
         "graphs": graphs,
     }
+
+
+def assumed(tpu: Tpu) -> str:
+    """What the figures take for granted of this TPU, in a sentence."""
+    chip = tpu.chip
+    links = "no links" if tpu.chips == 1 else (f"a ring each way of {chip.link_bytes_per_s / 1e9:.0f} GB/s through the {tpu.chips} chips, "
+                                               f"because {tpu.topology} does not wrap")
+    cores = "" if chip.cores == 1 else (f"; a chip's {chip.cores} cores count as one, as libtpu sees them: a kernel uses both only where "
+                                        "its grid has a parallel dimension")
+    return (f"{tpu.name}: {chip.clock_hz / 1e9:g} GHz (the peak of {chip.bf16_flops / 1e12:.0f} TFLOP/s over what the matrix units do a "
+            f"cycle), {chip.hbm_bandwidth / 1e9:.0f} GB/s of HBM, {links}{cores}. Not measured; from Google's pages, see chips.py.")
 
 
 def table(report: dict) -> str:
     """The report for people: a line a graph, the totals, and what is missing from them."""
     memory = ("arguments", "outputs", "temporaries", "code", "untouched", "total")
-    lines = [f"{'':28} {'':>5} {'tokens':>6} | {f'HBM, GiB of {HBM_GIB}':^38} | {'estimated ms of a step':^49} | {'collectives':^16}",
-             f"{'graph':28} {'steps':>5} {'a chip':>6} | {'args':>6}{'outs':>6}{'temps':>7}{'code':>6}{'rest':>6}{'total':>7} | "
+    limit = f"HBM, GiB of {report['hbm_limit_gib']:.2f}"
+    lines = [f"{report['tpu']:28} {'':>5} {'tokens':>6} | {limit:^38} | {'estimated ms':^49} | {'collectives':^16}",
+             f"{'graph':28} {'steps':>5} {'a row':>6} | {'args':>6}{'outs':>6}{'temps':>7}{'code':>6}{'rest':>6}{'total':>7} | "
              f"{'matmul':>8}{'elemw':>8}{'copies':>8}{'kernels':>8}{'links':>8}{'total':>9} | {'n':>4}{'MiB':>6}{'ms':>6}"]
     notes, compiled = [], [g for g in report["graphs"] if g["compiled"]]
     for g in report["graphs"]:
-        start = f"{g['name']:28} {g['steps']:5} {g['tokens_per_chip']:6} | "
+        start = f"{g['name']:28} {g['steps']:5} {g['tokens_per_row']:6} | "
         if not g["compiled"]:
             lines.append(start + "not compiled: " + g["why"])
             continue
@@ -509,17 +554,19 @@ def table(report: dict) -> str:
               "attention's over whole windows; so are", f"gathers, scatters and sorts. Up to {bounds:.2f} ms of a step are such bounds."]
     if compiled:
         lines.append(f"With the code of all these graphs in HBM at once, the largest needs {report['hbm_gib_with_all_code']:.2f} GiB.")
+    lines.append("Assumed of a " + report["assumptions"]["source"])
     lines += ["Not in the totals:", *notes] if notes else ["Nothing is left out of the totals."] if compiled else []
     for tokens, ms in report["step_est_ms"].items():
         cuda = report["cuda_8xH100"]["step_ms"].get(tokens)
-        lines.append(f"{int(tokens):6} tokens a chip: {ms:7.1f} ms a step est."
+        lines.append(f"{int(tokens):6} tokens a row: {ms:7.1f} ms a step est."
                      + (f"; the CUDA record, measured on 8 H100: {cuda:.1f} ms" if cuda else ""))
     if total := report["total_est_s"]:
-        low, high = report["total_est_s_calibrated"]
-        cuda = f"; the CUDA record, measured: {CUDA_TOTAL_S} s" if report["preset"] == "record" else ""
-        lines += [f"Training, all steps: {total:.1f} s est.; divided by {CALIBRATION[1]} to {CALIBRATION[0]}, "
-                  f"{low:.1f} to {high:.1f} s{cuda}.",
-                  f"(The same estimates of another v6e-8 record are {CALIBRATION[0]} to {CALIBRATION[1]} times what its log measured.)"]
+        low, high = report["total_est_s_calibrated"] or (None, None)
+        lines += [f"Training, all steps: {total:.1f} s est."
+                  + (f"; divided by {CALIBRATION[1]} to {CALIBRATION[0]}, {low:.1f} to {high:.1f} s" if low else "")
+                  + (f"; the CUDA record, measured: {CUDA_TOTAL_S} s." if report["preset"] == "record" else "."),
+                  f"(The same estimates of another v6e-8 record are {CALIBRATION[0]} to {CALIBRATION[1]} times what its log measured"
+                  + (".)" if low else "; nothing is known of other TPUs.)")]
     else:
         lines.append("No total: that takes all graphs, compiled.")
     if val := report["validation_est_s"]:
@@ -527,11 +574,32 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
+def row(report: dict) -> dict:
+    """A TPU's line in the table of all."""
+    compiled = [g for g in report["graphs"] if g["compiled"]]
+    why = next((g["why"] for g in report["graphs"] if not g.get("fits")), None)
+    return {"tpu": report["tpu"], "fits": report["fits"], "hbm_gib": report["hbm_gib_with_all_code"] if compiled else None,
+            "hbm_limit_gib": report["hbm_limit_gib"], "total_est_s": report["total_est_s"], "step_est_ms": report["step_est_ms"],
+            "compiled_graphs": len(compiled), "of": len(report["graphs"]), "why": why, "assumptions": report["assumptions"]}
+
+
+def table_of_all(rows: list[dict]) -> str:
+    lines = [f"{'TPU':6} {'graphs':>8} {'HBM, GiB':>16} {'training, est.':>15}   ms a step est., by tokens a row"]
+    for r in rows:
+        hbm = "-" if r["hbm_gib"] is None else f"{r['hbm_gib']:.2f} of {r['hbm_limit_gib']:.2f}"
+        total = f"{r['total_est_s'] / 60:.1f} min" if r["total_est_s"] else "-"
+        steps = ", ".join(f"{tokens}: {ms:.1f}" for tokens, ms in r["step_est_ms"].items())
+        graphs = f"{r['compiled_graphs']} of {r['of']}"
+        lines.append(f"{r['tpu']:6} {graphs:>8} {hbm:>16} {total:>15}   " + (r["why"] or steps))
+    return "\n".join([*lines, "", "HBM: the largest graph, with the code of all. Compiled, not run; what is assumed of each:",
+                      *(r["assumptions"]["source"] for r in rows)])
+
+
 def explanation(g: dict) -> str:
     """What to change in a graph: its dearest operations and largest buffers."""
     lines = [f"{g['name']}: {g.get('why', '')}"]
     if g["compiled"]:
-        lines = [f"{g['name']}: {g['est_ms']['total']:.2f} ms a step est., {g['hbm_gib']['total']:.2f} GiB of HBM", "",
+        lines = [f"{g['name']}: {g['est_ms']['total']:.2f} ms est., {g['hbm_gib']['total']:.2f} GiB of HBM", "",
                  "The ten dearest operations: ms a step, times, kind, who says so"]
         for r in g["dearest_ops"]:
             lines += [f"{r['ms']:9.3f} ms  x{r['times']:<4} {r['kind']:11} {r['how']:9} {r['op']}  {r['shape'][:80]}",
@@ -556,14 +624,17 @@ def explanation(g: dict) -> str:
 # The command
 
 def listing(preset: str) -> list[SimpleNamespace]:
-    """The graphs of a run, in order of first use."""
+    """
+    The graphs of a run, in order of first use. steps: how many steps use it (of a validation, batches). times: how often each of them
+    runs it.
+    """
     os.environ.setdefault("PJRT_DEVICE", "CPU")  # importing must not open a TPU that is there
     import train_gpt_xla as train
     if preset not in train.presets:
         raise Refused(f"no preset {preset!r}: there are {', '.join(train.presets)}")
     args = train.presets[preset]()
     weigh = lambda g, steps: len(steps) if g.train else len(steps) * (args.val_tokens // args.val_batch_size)
-    return [SimpleNamespace(name=g.name, kind="train" if g.train else "val", steps=weigh(g, steps), tokens=g.tokens)
+    return [SimpleNamespace(name=g.name, kind="train" if g.train else "val", steps=weigh(g, steps), times=1, tokens=g.tokens)
             for g, steps in train.distinct_graphs(args).items()]
 
 
@@ -581,21 +652,22 @@ def select(graphs: list, wanted: str) -> list:
     return [by_name[n] for n in dict.fromkeys(names)]
 
 
-def trace(graphs: list, preset: str, out: Path) -> dict:
+def trace(graphs: list, tpu: Tpu, preset: str, out: Path) -> dict:
     """
     Exports the graphs to out; returns the flags of a TPU run and by graph its fingerprint and the state that it does not touch.
     Where no source file has changed since they were exported, neither have they.
     """
-    sources = hashlib.sha256(json.dumps([preset, sorted(PINS.items()), os.environ.get("LIBTPU_INIT_ARGS")] + [
-        [p.name, p.read_text()] for p in sorted([*ROOT.glob("*.py"), *ROOT.glob("kernels/**/*.py"), Path(__file__)])]).encode()).hexdigest()
+    code = hashlib.sha256(json.dumps([preset, tpu.description, sorted(PINS.items()), os.environ.get("LIBTPU_INIT_ARGS"),
+                                      sources("*.py", *KERNEL_SOURCES, "tools/aot.py")]).encode()).hexdigest()
     kept, log = out / "traced.json", out / "trace.log"
     known = json.loads(kept.read_text()) if kept.exists() else {}
-    known = known if known.get("sources") == sources else {"sources": sources, "fingerprints": {}, "untouched": {}, "attention": {}}
+    known = known if known.get("sources") == code else {"sources": code, "fingerprints": {}, "untouched": {}, "attention": {}}
     names = [g.name for g in graphs if g.name not in known["fingerprints"] or not (out / f"{g.name}.hlo.pb").exists()]
     if names:
-        # Source lines of every operation, for --explain. They do not change what is computed.
-        env = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "8", "XLA_HLO_DEBUG": "1", "XLA_IR_DEBUG": "1"}
-        if status := child("export_graphs", preset, out, *names, log=log, env=env):
+        # DEBUG: source lines of every operation, for --explain. They do not change what is computed. MALLOC: what is freed goes back at once.
+        env = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(tpu.devices), "XLA_HLO_DEBUG": "1", "XLA_IR_DEBUG": "1",
+               "MALLOC_MMAP_THRESHOLD_": "1048576"}
+        if status := child("export_graphs", tpu.name, preset, out, *names, log=log, env=env):
             why = "it was killed, as Linux does where memory runs out: the record's takes 12 GB" if status == -9 else last_words(log)
             raise Refused(f"tracing failed, the whole story is in {log}: {why}")
         exported = json.loads((out / "exported.json").read_text())
@@ -612,16 +684,90 @@ def trace(graphs: list, preset: str, out: Path) -> dict:
     return known
 
 
+def say(*words):
+    print(*words, file=sys.stderr, flush=True)
+
+
+def traced(graphs: list, tpu: Tpu, preset: str, out: Path) -> dict:
+    """What trace returns, with a word about it."""
+    out.mkdir(parents=True, exist_ok=True)
+    check_disk(out)
+    say(f"tracing {len(graphs)} graphs of the {preset} preset for {tpu.name} on {tpu.devices} virtual devices, where they have changed ...")
+    began = time.perf_counter()
+    known = trace(graphs, tpu, preset, out)
+    say(f"traced in {time.perf_counter() - began:.0f} s")
+    return known
+
+
+def examine(graphs: list, tpu: Tpu, preset: str, out: Path, complete: bool) -> dict:
+    """Traces and compiles the graphs; returns the report."""
+    known = traced(graphs, tpu, preset, out)
+    attention = whole_windows({g.name: known["attention"][g.name] for g in graphs}, tpu, out, known["flags"])
+    entries = []
+    for i, graph in enumerate(graphs, 1):
+        check_disk(out)
+        found = compiled(graph.name, tpu, out, known["flags"], known["fingerprints"][graph.name])
+        entries.append(assess(graph, found, tpu, out, known["untouched"][graph.name], attention[graph.name]))
+        e = entries[-1]
+        said = ", unchanged" if e["cached"] else f", compiled in {found['compile_s']:.0f} s" if e["compiled"] else ""
+        say(f"[{i}/{len(graphs)}] {graph.name}: " + (f"{e['est_ms']['total']:.1f} ms est." if e["compiled"] else e["why"]) + said)
+    return build_report(entries, tpu, preset, known["flags"], complete)
+
+
+def baseline(path: Path | None, tpu: Tpu, preset: str) -> tuple[Path, dict[str, str]]:
+    """A report's file and the key of each of its graphs; the newest of this TPU and preset in records/ if none is named."""
+    for report in [path] if path else sorted(ROOT.glob("records/*/report.json"), reverse=True):
+        try:
+            known = json.loads(report.read_text())
+            keys = {g["name"]: g["key"] for g in known.get("graphs", [])}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise Refused(f"{report} is no report of `aot`: {e}") from None
+        same_run = known.get("preset") == preset and known.get("topology") == tpu.topology
+        if same_run and all(keys.values()) and keys:
+            return report, keys
+        if path:
+            raise Refused(f"{report} is of {known.get('preset')} on {known.get('topology')}, not of {preset} on {tpu.topology}"
+                          if not same_run else f"{report} has no keys of its graphs: make it again with `aot`")
+    raise Refused(f"no report of {preset} on {tpu.name} in records/: name one with --against")
+
+
+def compare(graphs: list, tpu: Tpu, preset: str, out: Path, against: Path | None, complete: bool) -> int:
+    """Prints which graphs are those of an earlier report, without compiling; how many are not."""
+    report, keys = baseline(against, tpu, preset)
+    known = traced(graphs, tpu, preset, out)
+    verdicts = {}
+    for g in graphs:
+        key = key_of(known["fingerprints"][g.name], tpu, known["flags"])
+        verdicts[g.name] = "not there before" if g.name not in keys else "same" if key == keys[g.name] else "changed"
+    if complete:
+        verdicts |= dict.fromkeys(keys.keys() - verdicts.keys(), "gone")
+    for name, verdict in verdicts.items():
+        print(f"{name:28} {verdict}")
+    same = sum(verdict == "same" for verdict in verdicts.values())
+    print(f"{same} of {len(verdicts)} graphs are those of {os.path.relpath(report)}")
+    return len(verdicts) - same
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip(), allow_abbrev=False)
+    parser.add_argument("--tpu", default="v6e-8", metavar="NAME", help=f"{', '.join(t.name for t in TPUS.values() if t.compiles)} or all")
     parser.add_argument("--graphs", default="all", metavar="NAMES", help="comma-separated names, or all")
     parser.add_argument("--preset", default="record", help="record or rehearsal")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where reports and the cache are (default: aot/PRESET)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where reports and the cache are (default: aot/TPU/PRESET)")
     parser.add_argument("--json", action="store_true", help="print the report instead of the table")
     parser.add_argument("--list", action="store_true", help="print the graphs and stop")
     parser.add_argument("--explain", metavar="NAME", help="the dearest operations and largest buffers of one graph")
+    parser.add_argument("--fingerprints", action="store_true", help="only trace, and say which graphs are those of an earlier report")
+    parser.add_argument("--against", type=Path, metavar="FILE", help="that report (default: the newest in records/)")
     opts = parser.parse_args(argv)
-    say = lambda *words: print(*words, file=sys.stderr, flush=True)
+    tpus = [t for t in TPUS.values() if t.compiles] if opts.tpu == "all" else [tpu_named(opts.tpu)]
+    if len(tpus) > 1 and (opts.explain or opts.fingerprints):
+        parser.error("--explain and --fingerprints are of one TPU: name it")
+    if opts.against and not opts.fingerprints:
+        parser.error("--against is for --fingerprints")
+    if not all(t.compiles for t in tpus):
+        raise Refused(f"{tpus[0].name}: its kernels would need more than the {tpus[0].chip.vmem_bytes / 2**20:.0f} MiB of VMEM of a "
+                      f"{tpus[0].chip.name}; there are {', '.join(t.name for t in TPUS.values() if t.compiles)}")
     check_versions()
     everything = listing(opts.preset)
     if opts.list:
@@ -629,30 +775,35 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{g.name:28} {g.kind:5} {g.steps:6} steps  {g.tokens:7} tokens a row")
         return 0
     graphs = select(everything, opts.explain or opts.graphs)
-    out = opts.out or ROOT / "aot" / opts.preset
+    complete = len(graphs) == len(everything)
+    place = lambda tpu: opts.out or ROOT / "aot" / tpu.name / opts.preset
+    if len(tpus) > 1:
+        top = opts.out or ROOT / "aot"
+        place = lambda tpu: top / tpu.name / opts.preset
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        check_disk(out)
-        say(f"tracing {len(graphs)} graphs of the {opts.preset} preset on 8 virtual devices, where they have changed ...")
-        began = time.perf_counter()
-        traced = trace(graphs, opts.preset, out)
-        say(f"traced in {time.perf_counter() - began:.0f} s")
-        attention = whole_windows({g.name: traced["attention"][g.name] for g in graphs}, out, traced["flags"])
-        entries = []
-        for i, graph in enumerate(graphs, 1):
-            check_disk(out)
-            found = compiled(graph.name, out, traced["flags"], traced["fingerprints"][graph.name])
-            entries.append(assess(graph, found, out, traced["untouched"][graph.name], attention[graph.name]))
-            e = entries[-1]
-            said = ", unchanged" if e["cached"] else f", compiled in {found['compile_s']:.0f} s" if e["compiled"] else ""
-            say(f"[{i}/{len(graphs)}] {graph.name}: " + (f"{e['est_ms']['total']:.1f} ms est." if e["compiled"] else e["why"]) + said)
-        report = build_report(entries, opts.preset, traced["flags"], complete=len(graphs) == len(everything))
-        if not opts.explain:
-            (out / "report.json").write_text(json.dumps(report, indent=1))
+        if opts.fingerprints:
+            return int(bool(compare(graphs, tpus[0], opts.preset, place(tpus[0]), opts.against, complete)))
+        rows = []
+        for tpu in tpus:
+            try:
+                report = examine(graphs, tpu, opts.preset, place(tpu), complete)
+            except Refused as e:
+                if len(tpus) == 1:
+                    raise
+                say(f"{tpu.name}: {e}")
+                never = [{"name": g.name, "compiled": False, "why": str(e), "kind": g.kind} for g in graphs]
+                report = build_report(never, tpu, opts.preset, [], complete)
+            if not opts.explain:
+                (place(tpu) / "report.json").write_text(json.dumps(report, indent=1))
+            rows.append(row(report))
+        if len(tpus) > 1:
+            (top / "report.json").write_text(json.dumps({"tpus": rows}, indent=1))
+            print(json.dumps({"tpus": rows}, indent=1) if opts.json else table_of_all(rows))
+            return 0 if all(r["fits"] for r in rows) else 1
     except OSError as e:
-        raise Refused(f"cannot write to {out}: {e.strerror}: make room there, or choose another --out") from None
-    print(json.dumps(report, indent=1) if opts.json else explanation(entries[0]) if opts.explain else table(report))
-    return 0 if all(e.get("fits") for e in entries) else 1
+        raise Refused(f"cannot write to {e.filename or place(tpus[0])}: {e.strerror}: make room there, or choose another --out") from None
+    print(json.dumps(report, indent=1) if opts.json else explanation(report["graphs"][0]) if opts.explain else table(report))
+    return 0 if all(g.get("fits") for g in report["graphs"]) else 1
 
 
 if __name__ == "__main__":
@@ -662,6 +813,6 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except Refused as e:
-        sys.exit(f"aot_v6e: {e}")
+        sys.exit(f"aot: {e}")
     except KeyboardInterrupt:
         sys.exit(130)
