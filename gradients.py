@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 class Stack:
     """Gradients of `used` weights as one tensor [n, ...], zeros at its end. tensor: None before the first one is stored."""
-    def __init__(self, n: int, used: int):
-        self.n, self.used, self.tensor, self.stored = n, used, None, set()
+    def __init__(self, n: int, used: int, tensor: Tensor | None = None):
+        self.n, self.used, self.tensor, self.stored = n, used, tensor, set()
 
     def so_far(self, weight: Tensor) -> Tensor:
         """Memory for all slots, with what has been stored."""
@@ -69,9 +69,9 @@ class Slot:
 
 
 class Sum:
-    """A gradient that several kernels add to, on top of `before`, if there is one."""
-    def __init__(self, before: Tensor | None = None):
-        self.before, self.tensor = before, None
+    """A gradient that several kernels add to, on top of `before`, if there is one. tensor: None before the first of them."""
+    def __init__(self, before: Tensor | None = None, tensor: Tensor | None = None):
+        self.before, self.tensor = before, tensor
 
     def so_far(self) -> Tensor | None:
         return self.before if self.tensor is None else self.tensor
@@ -123,11 +123,15 @@ class Gradients:
             Gradients.receiving = None
 
     def __getitem__(self, p: nn.Parameter) -> Tensor | None:
-        return self.addresses[p].collect(self.leaves[p].grad)
+        return self.addresses[p].collect(self.found(p))
 
     def stack(self, params: list[nn.Parameter]) -> Tensor:
         """Those of parameters with slots 0, 1, ... of one stack, [n, ...]."""
-        return self.addresses[params[0]].stack.collect([self.leaves[p].grad for p in params])
+        return self.addresses[params[0]].stack.collect([self.found(p) for p in params])
+
+    def found(self, p: nn.Parameter) -> Tensor | None:
+        """What autograd has."""
+        return self.leaves[p].grad if p in self.leaves else None
 
 
 def slots(*weights: Tensor) -> list[Slot | None]:
