@@ -67,3 +67,10 @@ def run_train(folder: Path, corpus: Path, *options: str, devices: int = 8, patch
     argv = [sys.executable, *script, *options, *toy_options(corpus, **fields)]
     env = os.environ | dict(PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(devices), XLA_FLAGS="--xla_backend_optimization_level=0")
     return subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
+
+def one_line(tool, *argv) -> str:
+    """A tool refuses, with one line that names it."""
+    with pytest.raises(SystemExit) as e:
+        tool.main([str(x) for x in argv])
+    assert isinstance(e.value.code, str) and e.value.code.startswith(tool.__name__ + ".py: ") and "\n" not in e.value.code
+    return e.value.code
