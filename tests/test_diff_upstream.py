@@ -1,45 +1,61 @@
 """
-tools/diff_upstream.py: its table, its pages, and each bad input's one line.
+tools/diff_upstream.py: its map, what it makes of a record's source and of another's, and each bad input's one line.
     python -m pytest tests/test_diff_upstream.py
 """
-import hashlib
+import codecs
+import json
 import re
+import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, one_line
 
 sys.path.insert(0, str(ROOT / "tools"))
-import diff_upstream
+import diff_upstream as d
 
-TABLE = diff_upstream.MAP["definitions"]
+OURS = d.read_ours()
 
-def test_table_has_every_definition_of_record_60():
-    """The names themselves are the table's keys; what they must be is kept as a hash, so that neither can change alone."""
-    assert hashlib.sha256("\n".join(TABLE).encode()).hexdigest() == diff_upstream.MAP["names_sha256"], \
-        "a definition of record #60 is missing from tools/upstream_map.json, or there is one that it does not have"
+# -----------------------------------------------------------------------------
+# The map
 
-def test_table_is_not_stale():
-    ours, numbered = diff_upstream.read_ours(), diff_upstream.reasons()
-    used = set()
-    for name, (status, counterpart, why) in TABLE.items():
+def test_map_has_every_definition_of_the_record():
+    """The names are the map's keys; with what else comes from upstream's file they make a digest, so that neither can change alone."""
+    assert d.digest(d.TABLE) == d.MAP["digest"], "the map was changed by hand where --update_map writes it, or lost a line"
+
+def test_map_is_not_stale():
+    numbered, used = d.reasons(), set()
+    for name, (status, counterpart, why, _, _) in d.TABLE.items():
         assert status in ("same", "differs", "replaced", "dropped"), name
         used |= set(re.findall(r"\bD\d+\b", why))
+        assert set(counterpart.split()) <= set(OURS), f"{name}: {counterpart} is not here"
         if status in ("same", "differs"):
-            assert name in ours and not counterpart, f"{name} is said to be here under its own name"
+            assert name in OURS, f"{name} is said to be here under its own name"
             assert why or status == "same", f"{name} differs for no reason"
         elif status == "replaced":
-            assert counterpart and set(counterpart.split()) <= set(ours), f"{name}: {counterpart} is not here"
+            assert counterpart, name
         else:
-            assert why and not counterpart and name not in ours, f"{name} is said to be dropped"
-    assert used == set(numbered), "a D number without a reason in README.md, or one that no definition has"
+            assert why and not counterpart and name not in OURS, f"{name} is said to be dropped"
+    assert used == set(numbered), "a D number without a reason in DIFFERENCES.md, or one that no definition has"
     assert all(len(cells) == 3 for cells in numbered.values()) and len(numbered) >= 14
 
+def test_each_difference_is_marked_in_the_code():
+    text = "\n".join(line for x in OURS.values() if x.name != d.HEAD for line in x.lines)
+    assert [number for number in d.reasons() if not re.search(rf"\b{number}\b", text)] == []
+
+def test_no_long_definition_stands_beside_nothing(monkeypatch):
+    assert d.beside_nothing(OURS) == []
+    monkeypatch.setitem(OURS, "GPT.__init__", d.Ours("GPT.__init__", "a.py", 0, ["self.make()"]))
+    monkeypatch.setitem(d.TABLE, "XXT", d.TABLE["XXT"]._replace(counterpart=""))
+    assert [x.split(":")[0] for x in d.beside_nothing(OURS)] == ["XXT", "GPT.__init__"]
+
+# -----------------------------------------------------------------------------
+# A source with the definitions of record #60 by name, each with nothing in it: the real one is not ours to keep
+
 @pytest.fixture(scope="module")
-def upstream(tmp_path_factory):
-    """A source with the definitions of record #60 by name, each with nothing in it: the real one is not ours to keep."""
+def source() -> str:
     lines, script = ["import os", "code = 0", "os.environ['PYTORCH_ALLOC_CONF'] = 0", "dynamo.config.recompile_limit = 0"], False
-    for name in list(TABLE)[3:]:
+    for name in list(d.TABLE)[4:]:
         script |= name == "args"
         if "register_fake" in name:
             lines += ["@" + name[3:-1], "def _(x):", "    return x"]
@@ -48,71 +64,253 @@ def upstream(tmp_path_factory):
         elif script or name in ("polar_express_coeffs", "flash_attn_interface", "BOS_ID"):
             lines += [f"{name} = 0"]
         else:
-            lines += [f"class {name}:", "    '<b>&'"] if name[0].isupper() and name != "XXT" else [f"def {name}(x):", "    return x"]
-    path = tmp_path_factory.mktemp("upstream") / "train_gpt.py"
-    path.write_text("\n".join(lines) + "\n")
+            lines += [f"class {name}:", "    a = '<b>&'"] if name[0].isupper() and name != "XXT" else [f"def {name}(x):", "    return x"]
+    return "\n".join(lines) + "\n"
+
+@pytest.fixture
+def upstream(source, tmp_path, monkeypatch, capsys):
+    """The file, and a map that speaks of it."""
+    path = tmp_path / "train_gpt.py"
+    path.write_text(source)
+    monkeypatch.setattr(d, "MAP_FILE", tmp_path / "map.json")
+    monkeypatch.setattr(d, "read_ours", lambda: OURS)
+    d.main([str(path), "--update_map"])
+    assert "hashes of 145 definitions" in capsys.readouterr().out
+    monkeypatch.setattr(d, "TABLE", {name: d.Entry(*row) for name, row in json.loads(d.MAP_FILE.read_text())["definitions"].items()})
     return path
 
+@pytest.fixture
+def says(upstream, capsys, monkeypatch):
+    """What the tool says of a source: (its first line, the names under each heading, the tally)."""
+    monkeypatch.setenv("COLUMNS", "100000")
+    def run(text, encoding="utf-8"):
+        upstream.write_bytes(text.encode(encoding))
+        d.main([str(upstream), "--name", "get_bs"])
+        note, *lines = capsys.readouterr().out.split("\n\n")[-1].splitlines()
+        named = {head: re.split(r", (?![^(]*\))", names) for head, names in re.findall(r"^\d+ (.+?): (.*)", "\n".join(lines), re.M)}
+        return note, named, {status: int(n) for n, status in re.findall(r"^ *(\d+) (\w+)  ", "\n".join(lines), re.M)}
+    return run
+
+def test_the_record_is_told_as_the_record(says, source):
+    note, named, tally = says(source)
+    assert "is record #60 (0a43716d): each of its 145 definitions is the one that the map speaks of" in note and not named
+    statuses = [x.status for x in d.TABLE.values()]
+    assert {k: v for k, v in tally.items() if k != "new"} == {k: statuses.count(k) for k in ("same", "differs", "replaced", "dropped")}
+    assert tally["new"] > 100
+
+def test_a_changed_definition_is_told_as_changed(says, source):
+    _, _, before = says(source)
+    note, named, tally = says(source.replace("def norm(x):\n    return x", "def norm(x):\n    return 2 * x"))
+    assert "is not record #60's file (0a43716d)" in note
+    assert named.pop("changed") == ["norm"] and list(named) == ["still #60's"] and len(named["still #60's"]) == 144
+    assert tally == before | dict(same=before["same"] - 1, changed=1)
+
+def test_another_record_is_told_as_another(says, source):
+    """With a definition gone, one under another name, one that is new and an import more."""
+    _, _, before = says(source)
+    other = source.replace("def get_bs(x):", "def get_batch_size(x):").replace("def mm_op(x):\n    return x\n", "")
+    other += "import new\nclass New: pass\ndef get_bs_of_new(): pass\n"
+    note, named, tally = says(other.replace("def get_lr(x):", "def get_lr(x, get_bs):") + "def get_bs(): pass\n")
+    assert named["changed"] == ["imports", "get_lr", "get_bs"] and named["gone"] == ["mm_op"]
+    assert named["unknown"] == ["get_batch_size", "New", "get_bs_of_new"] and len(named["still #60's"]) == 141
+    same = sum(d.TABLE[x].status == "same" for x in named["still #60's"])
+    assert (tally["same"], tally["changed"], tally["unknown"], tally["gone"]) == (same, 3, 3, 1) and same < before["same"]
+
+def test_what_is_gone_stands_beside_our_counterpart(source, upstream):
+    text = source.replace("class BOSFinder:", "class Finder:")
+    units = {name: unit for unit in d.pair(text, OURS) for name in unit.names}
+    assert units["BOSFinder"].status == "gone" and "D11" in units["BOSFinder"].notes[0]
+    assert [x.name for x in units["BOSFinder"].right] == ["BOSFinder"] and units["Finder"].status == "unknown"
+
+def test_another_order_is_told(says, source):
+    a, b = "t0 = 0\n", "train_steps = 0\n"
+    assert a + b in source
+    assert says(source.replace(a + b, b + a))[0].endswith("speaks of, in another order")
+
+CODE = '''import os
+import sys
+
+RATE = 1e-3
+def f(x, y=1):
+    """What it does."""
+    # a comment
+    return g(x + y)  # another
+
+class C(Base):
+    """A class."""
+    size: int = 4
+    @property
+    def p(self):
+        return self.size
+
+args = C()
+for step in range(9):
+    last = step == 8
+    if last:
+        stop()
+        save(step)
+    else:
+        go(step)
+print("end")
+'''
+
+@pytest.mark.parametrize("old, new", [
+    ("# a comment\n    ", ""), ("    # a", "    # another"), ("What it does.", "What else."), ("A class.", "No class."),
+    ("g(x + y)", "g(x\n+y)"), ("\n\nclass", "\n\n# -----\n\n\nclass"), ("        return", "          return"), ('"end"', "'end'"),
+    ("1e-3", "0.001")])
+def test_layout_and_comments_do_not_count(old, new):
+    hashes = [{name: x.hash for name, x in d.definitions(text).items()} for text in (CODE, CODE.replace(old, new, 1))]
+    assert old in CODE and CODE.replace(old, new, 1) != CODE and hashes[0] == hashes[1]
+
+@pytest.mark.parametrize("old, new, name", [
+    ("1e-3", "1e-4", "RATE"), ("y=1", "y=2", "f"), ("x + y", "x - y", "f"), ("def f", "async def f", "f"), ("(Base)", "()", "C"),
+    ("= 4", "= 5", "C"), ("@property\n    ", "", "C.p"), ("import sys", "import sys as s", "imports"), ("range(9)", "range(8)", "last"),
+    ("if last", "if not last", "last"), ("    else:\n        go", "    go", "last"),
+    ("    else:\n        go", "    if 1:\n        go", "last"), ("go(step)", "go(0)", "last"),
+    ('print("end")', "", "last"), ("        go(step)\nprint", "        go(step)\n    print", "last"),
+    ("        stop()\n        save(step)", "        save(step)\n        stop()", "last")])
+def test_anything_else_counts(old, new, name):
+    assert CODE.count(old) == 1
+    before, after = (d.definitions(text) for text in (CODE, CODE.replace(old, new)))
+    assert [x for x in before if before[x].hash != after[x].hash] == [name] and list(before) == list(after)
+
+# -----------------------------------------------------------------------------
+# Pages
+
 def test_page_stands_alone_and_is_complete(upstream, tmp_path, capsys):
-    diff_upstream.main([str(upstream), "--html", str(tmp_path / "a.html")])
-    out, page = capsys.readouterr().out, (tmp_path / "a.html").read_text()
-    assert "not the file of commit 0a43716d. Unknown to the table: 0 definitions; gone: 0" in out
-    assert re.findall(r"^ +(\d+) (\w+)", out, re.M)[:4] == [
-        (str(sum(row[0] == status for row in TABLE.values())), status) for status in ("same", "differs", "replaced", "dropped")]
+    d.main([str(upstream), "--html", str(tmp_path / "a.html")])
+    page = (tmp_path / "a.html").read_text()
     assert not re.search(r"<(img|link|script|iframe)|@import|url\(|(src|href)=.?http", page), "something is loaded from elsewhere"
     ids = re.findall(r'id="([^"]+)"', page)
     assert len(ids) == len(set(ids)) and set(re.findall(r'href="#([^"]+)"', page)) <= set(ids), "a link that leads nowhere"
-    for name in TABLE:
+    for name in d.TABLE:
         assert f"</i>{name}</a>" in page, f"{name} is not in the table of contents"
-    # every line of both sources has its place, once and in order
+    # every line of upstream has its place, once and in order; every line of ours has one
     rows = re.findall(r'^<tr><td class="n">(\d*)</td>.*<td class="n">(\d*)</td>', page, re.M)
     left, right = ([int(row[side]) for row in rows if row[side]] for side in (0, 1))
     assert left == list(range(1, len(upstream.read_text().splitlines()) + 1))
-    ours = [x.start + k + 1 for x in diff_upstream.read_ours().values() for k in range(len(x.lines))]
-    assert sorted(right) == sorted(ours) and len(ours) > 1500
+    ours = [x.start + k + 1 for x in OURS.values() for k in range(len(x.lines))]
+    assert set(right) == set(ours) and len(right) >= len(ours) > 1500
     assert "&lt;b&gt;&amp;" in page and "<b>&'" not in page, "code must be escaped"
     assert '<a href="#D2">D2</a>' in page
 
+def test_each_counterpart_is_shown(source, upstream):
+    """Beside every definition that has one, also where it is the counterpart of several."""
+    units = d.pair(source.rstrip(), OURS)
+    assert [unit.names for unit in units if not unit.right and set(unit.statuses) != {"dropped"}] == []
+    assert {x.name for unit in units for x in unit.right} == set(OURS)
+
 def test_text_pairs_by_name(upstream, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    diff_upstream.main([str(upstream), "--name", "TrainingManager._build_mtp_schedule"])
+    d.main([str(upstream), "--name", "TrainingManager._build_mtp_schedule"])
     out = capsys.readouterr().out
-    assert "== TrainingManager._build_mtp_schedule\n   replaced: D13: precompute calls it for each step" in out
+    assert "== TrainingManager._build_mtp_schedule\n   replaced by get_mtp_weights: D13: precompute calls it for each step" in out
     assert "return 'TrainingManager._build_mtp_schedule'" in out and "def get_mtp_weights(" in out and "def get_lr" not in out
-    diff_upstream.main([str(upstream)])
+    d.main([str(upstream)])
     everything = capsys.readouterr().out
-    assert re.findall(r"^== (\w+)", everything, re.M)[:3] == ["code", "mm_op", "_"]
+    assert re.findall(r"^== (\w+)", everything, re.M)[:3] == ["imports", "mm_op", "_"]
     assert everything.count("def step_optimizers") == 2, "once on each side"
 
 def test_align():
     left = ["a = 1", "for x in xs:", "    y = f(x, 1)", "    return y", "else:", "gone()"]
     right = ["    a = 1", "    for x in xs:", "        y = f(x, 2)", "        new()", "        return y"]
-    assert diff_upstream.align(left, right) == [(0, 0, True), (1, 1, True), (2, 2, False), (None, 3, False), (3, 4, True),
-                                                (4, None, False), (5, None, False)]
-    assert diff_upstream.marked("f(x, 1)", "f(x, 2)") == ("f(x, <mark>1</mark>)", "f(x, <mark>2</mark>)")
+    assert d.align(left, right) == [(0, 0, True), (1, 1, True), (2, 2, False), (None, 3, False), (3, 4, True),
+                                    (4, None, False), (5, None, False)]
+    assert d.marked("f(x, 1)", "f(x, 2)") == ("f(x, <mark>1</mark>)", "f(x, <mark>2</mark>)")
 
-def test_readme_commands_run(upstream, tmp_path, monkeypatch, capsys):
+def test_names_that_two_files_have(tmp_path, monkeypatch):
+    """A folder stands for its files; the second definition of a name is not lost."""
+    (tmp_path / "kernels" / "tpu").mkdir(parents=True)
+    (tmp_path / "a.py").write_text("def f(): pass\n")
+    (tmp_path / "kernels" / "b.py").write_text("import a\ndef f(): return 1\n")
+    (tmp_path / "kernels" / "tpu" / "c.py").write_text("def g(): pass\n")
+    monkeypatch.setattr(d, "ROOT", tmp_path)
+    monkeypatch.setattr(d, "FILES", ("a.py", "kernels"))
+    assert {name: x.file for name, x in d.read_ours().items()} == {
+        "f": "a.py", "imports": "kernels/b.py", "kernels/b.py:f": "kernels/b.py", "g": "kernels/tpu/c.py"}
+
+def test_readme_commands_run(upstream, tmp_path, monkeypatch):
     """Each command of README.md for this tool, on a file made here."""
     monkeypatch.chdir(tmp_path)
     commands = re.findall(r"^    python tools/diff_upstream\.py ([^#\n]*)", (ROOT / "README.md").read_text(), re.M)
     for options in commands:
-        diff_upstream.main(options.replace("/tmp/train_gpt.py", str(upstream)).split())
+        d.main(options.replace("/tmp/train_gpt.py", str(upstream)).split())
     assert commands and (tmp_path / "diff.html").exists()
-    out = capsys.readouterr().out
-    counts = [line.strip() for line in out.splitlines() if re.match(r" +\d+ (same|differs|replaced|dropped|new) ", line)]
-    assert len(counts) == 5 and all(line in (ROOT / "README.md").read_text() for line in counts), "README.md shows other counts"
 
-def test_a_log_holds_the_source(upstream, tmp_path):
-    log = tmp_path / "log.txt"
-    log.write_text(upstream.read_text() + "\n" + "=" * 100 + "\nRunning Python 3.12\n")
-    assert diff_upstream.definitions(diff_upstream.read_upstream(str(log))) == diff_upstream.definitions(upstream.read_text())
+# -----------------------------------------------------------------------------
+# What people give it
 
-def test_bad_upstream(tmp_path, upstream):
-    bad = tmp_path / "bad.py"
-    assert "no such file" in one_line(diff_upstream, bad) and "git show 0a43716d:train_gpt.py" in one_line(diff_upstream, bad)
-    for content in ("", "step:0/4 val_loss:10\n", "def main():\n    pass\n", "\0"):
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_encodings(says, source, encoding):
+    """With a mark or without, with the line ends of Windows."""
+    assert "is record #60" in says("# d’où\n" + source.replace("\n", "\r\n"), encoding)[0]
+    assert len(codecs.BOM_UTF16) == 2 and says("# d’où\n" + source.replace("x", "y"), encoding)[1]["changed"]
+
+def test_a_log_holds_the_source(says, source):
+    rule = "\n" + "=" * 100 + "\n"
+    for rest in ("Running Python 3.12" + rule + "step:0/4 val_loss:10.8\n", ""):
+        assert "is record #60" in says(source + rule + rest)[0]
+    # later records have their kernels in further files, which their logs hold too
+    first, kernels = source.split("def get_bs")
+    kernels = "import triton\ndef get_bs" + kernels
+    text = first + "\n\n" + "-" * 40 + "\n# triton_kernels.py\n" + "-" * 40 + "\n\n" + kernels
+    assert says(text + rule)[1]["changed"] == ["imports"]
+    # logs of 2024 have a rule above the source, too
+    assert "is record #60" in says(rule.lstrip() + source + rule)[0]
+    # a log that breaks off
+    assert says(source[:source.index("args = 0")] + rule)[1]["gone"][0] == "args"
+
+def test_files_of_kernels(source, upstream, tmp_path, capsys):
+    first, kernels = source.split("def get_bs")
+    (tmp_path / "a.py").write_text(first)
+    (tmp_path / "b.py").write_text("def get_bs" + kernels)
+    d.main([str(tmp_path / "a.py"), str(tmp_path / "b.py"), "--name", "norm"])
+    assert f"{tmp_path / 'a.py'} is record #60" in capsys.readouterr().out
+
+def test_a_clone_knows_its_commit(upstream, source, tmp_path, monkeypatch):
+    git = lambda *words: subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a", *words], check=True,
+                                        capture_output=True, text=True).stdout.strip()
+    assert d.commit_of(str(upstream)) == ""
+    git("init", "-q")
+    assert d.commit_of(str(upstream)) == "", "not a clone of upstream"
+    git("add", "train_gpt.py")
+    git("commit", "-qm", "New record")
+    monkeypatch.setattr(d, "COMMIT", git("rev-parse", "HEAD"))
+    assert re.fullmatch(r"[0-9a-f]{7,}, New record", d.commit_of(str(upstream)))
+    (tmp_path / "other.py").write_text(source)
+    assert d.commit_of(str(tmp_path / "other.py")) == ""
+    upstream.write_text(source + "x = 1\n")
+    assert d.commit_of(str(upstream)) == "", "it was changed since"
+
+def test_the_map_moves_only_when_it_is_complete(upstream, source, capsys):
+    before = d.MAP_FILE.read_text()
+    upstream.write_text(source.replace("def norm(", "def rms("))
+    said = one_line(d, upstream, "--update_map")
+    assert "it lacks rms; the file lacks norm" in said and d.MAP_FILE.read_text() == before
+    upstream.write_text(source.replace("def norm(x)", "def norm(y)"))
+    d.main([str(upstream), "--update_map"])
+    assert capsys.readouterr().out.strip().endswith("read again what the map says of them: norm")
+    old, new = (json.loads(text) for text in (before, d.MAP_FILE.read_text()))
+    assert new["digest"] != old["digest"] and [x for x in old["definitions"] if old["definitions"][x] != new["definitions"][x]] == ["norm"]
+
+def test_bad_upstream(tmp_path, upstream, source):
+    bad = tmp_path / "a [1].py"
+    assert "no such file" in one_line(d, bad) and "git show 0a43716d:train_gpt.py" in one_line(d, bad)
+    for content, words in {"": "has 0 of record #60's 144 def", "def main():\n    pass\n": "is another script",
+                           "\0": "is not upstream's train_gpt.py",
+                           source + "step:0/4 val_loss:10\n": f"line {source.count(chr(10)) + 1} is no Python",
+                           source[:source.index("class NorMuon")]: "a record too old"}.items():
         bad.write_text(content)
-        assert "is not upstream's train_gpt.py" in one_line(diff_upstream, bad)
-    assert "this project's own" in one_line(diff_upstream, ROOT / "train_gpt_xla.py")
-    assert "Is a directory" in one_line(diff_upstream, tmp_path)
-    assert "did you mean GPT.forward?" in one_line(diff_upstream, upstream, "--name", "GPT.fowrard")
+        assert words in one_line(d, bad) and "git show 0a43716d:train_gpt.py" in one_line(d, bad)
+    assert "this project's own" in one_line(d, ROOT / "train_gpt_xla.py")
+    assert "Is a directory" in one_line(d, tmp_path)
+    assert "did you mean GPT.forward?" in one_line(d, upstream, "--name", "GPT.fowrard")
+    assert "would overwrite" in one_line(d, upstream, "--html", upstream) and upstream.read_text() == source
+    bad.write_text(source)
+    d.main([str(bad), "--html", str(tmp_path / "[a].html")])
+    assert (tmp_path / "[a].html").exists()
+
+def test_a_pipe_may_close(upstream):
+    run = subprocess.run(["bash", "-c", '"$0" "$@" | head -1', sys.executable, ROOT / "tools" / "diff_upstream.py", upstream],
+                         capture_output=True, text=True, timeout=60)
+    assert run.stderr == ""

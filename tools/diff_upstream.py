@@ -7,66 +7,131 @@ order, with what became of it (same, differs, replaced, dropped) and why.
     python tools/diff_upstream.py /tmp/train_gpt.py --html diff.html    # one page, two columns
     python tools/diff_upstream.py /tmp/train_gpt.py --name GPT.forward  # one definition, in the terminal
 
-The file may also be a log of upstream's, which begins with the source, or /dev/stdin. What belongs to what is written down in
-upstream_map.json, by name: [status, counterpart where it has another name, why]. The reasons D1, D2, ... are README.md's.
+The file may also be a log of upstream's, which begins with the source, or /dev/stdin; files of kernels follow it, as they do in later
+logs. What belongs to what is written down in upstream_map.json, by name: [status, counterpart where it has another name, why, hash,
+lines]. The hash is of the definition's syntax, so comments, docstrings and layout may change; where anything else does, in this or
+another record, the definition is told as changed. The reasons D1, D2, ... are DIFFERENCES.md's.
+
+To move the map to another record: write its commit into the map, and a line [status, counterpart, why] for each new definition. Then
+--update_map fills in hashes and lines, or says which definitions are missing or gone.
 """
 import argparse
 import ast
 import difflib
+import functools
 import hashlib
 import html
 import itertools
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
+import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("train_gpt_xla.py", "muon_xla.py", "pallas_kernels.py", "replay.py")
-MAP = json.loads((ROOT / "tools" / "upstream_map.json").read_text())
-GET = (f"'git clone https://github.com/KellerJordan/modded-nanogpt', then in it 'git show {MAP['commit']}:train_gpt.py > train_gpt.py'; "
+FILES = ("train_gpt_xla.py", "muon_xla.py", "pallas_kernels.py", "replay.py")  # a folder stands for its .py files
+IN_ORDER = FILES[:2]  # where what is only here is shown after the definition above it; that of other files is shown at the end
+
+class Entry(NamedTuple):
+    """What became of one definition of upstream's."""
+    status: str
+    counterpart: str  # names here, where they are not upstream's, or not only
+    why: str
+    hash: str = ""
+    lines: int = 0
+
+MAP_FILE = ROOT / "tools" / "upstream_map.json"
+MAP = json.loads(MAP_FILE.read_text(encoding="utf-8"))
+TABLE = {name: Entry(*row) for name, row in MAP["definitions"].items()}
+RECORD, COMMIT = MAP["record"], MAP["commit"]
+GET = (f"'git clone https://github.com/KellerJordan/modded-nanogpt', then in it 'git show {COMMIT}:train_gpt.py > train_gpt.py'; "
        "a log of that record will do too")
 STATUSES = dict(same="computes the same, in these or other words", differs="differs as the numbered reason says",
-                replaced="done elsewhere, or by other means", dropped="has no counterpart", new="exists only here")
-HEAD = "imports"  # the lines above the first definition
+                replaced="done elsewhere, or by other means", dropped="has no counterpart",
+                changed=f"not as in record {RECORD}, so what the map says of it may not hold", unknown=f"not in record {RECORD}",
+                gone=f"in record {RECORD}, but not in this file", new="exists only here")
+HEAD = "imports"  # the lines above the first function or class, and every import
 
 # -----------------------------------------------------------------------------
 # The two sources
 
-def definitions(text: str) -> dict[str, tuple[int, int]]:
+class Definition(NamedTuple):
+    start: int  # lines [start, stop), from 0
+    stop: int
+    hash: str
+
+def syntax(node) -> str:
+    """A node of the syntax tree, the same in each version of Python: no layout, no comments, no docstrings."""
+    if isinstance(node, list):
+        return f"[{','.join(map(syntax, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    found = dict(ast.iter_fields(node))
+    if isinstance(node, FUNCTION | ast.ClassDef) and ast.get_docstring(node, clean=False) is not None:
+        found["body"] = node.body[1:]
+    return f"{type(node).__name__}({','.join(f'{k}={syntax(v)}' for k, v in found.items() if v not in (None, []))})"
+
+FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
+
+@functools.cache
+def definitions(text: str) -> dict[str, Definition]:
     """
-    Classes, methods, functions and module-level assignments of a source, in order: name -> its lines [start, stop), from 0.
+    Classes, methods, functions and module-level assignments of a source, in order, after its HEAD.
     Comments above belong to what follows; a class ends where its first method begins; statements that define nothing belong to
-    the definition before them. A name that is assigned again goes on where it began.
+    the definition before them, the head of a loop to the one after it. A name that is assigned again goes on where it began.
+    Each statement is in the hash of one definition, so nothing can change unseen.
     """
-    found, stop, last = {}, 0, ""
-    def add(name, end):
+    body = ast.parse(text).body
+    spans, said, heads = {}, {HEAD: []}, []
+    stop, last = 0, HEAD
+    def add(name, end, *nodes):
         nonlocal stop, last
-        start, _ = found.get(name, (stop, 0))
-        found[name] = start, end
+        start, _ = spans.get(name, (stop, 0))
+        spans[name] = start, end
+        said.setdefault(name, []).extend([*heads, *map(syntax, nodes)])
+        heads.clear()
         stop, last = end, name
     def walk(body, prefix=""):
+        nonlocal stop
         for node in body:
-            if isinstance(node, ast.FunctionDef):
-                decorators = f" ({ast.unparse(node.decorator_list[0])})" if node.name == "_" else ""
-                add(prefix + node.name + decorators, node.end_lineno)
+            if isinstance(node, FUNCTION):
+                decorators = f" ({ast.unparse(node.decorator_list[0])})" if node.name == "_" and node.decorator_list else ""
+                add(prefix + node.name + decorators, node.end_lineno, node)
             elif isinstance(node, ast.ClassDef):
-                methods = [x for x in node.body if isinstance(x, ast.FunctionDef)]
+                methods = [x for x in node.body if isinstance(x, FUNCTION)]
+                rest = ast.ClassDef(**{**dict(ast.iter_fields(node)), "body": [x for x in node.body if x not in methods]})
                 add(node.name, node.body[node.body.index(methods[0]) - 1].end_lineno if methods and methods[0] is not node.body[0]
-                    else node.lineno if methods else node.end_lineno)
+                    else node.lineno if methods else node.end_lineno, rest)
                 walk(methods, f"{node.name}.")
             elif isinstance(node, ast.Assign | ast.AnnAssign):
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                    add(ast.unparse(target), node.end_lineno)
-            elif isinstance(node, ast.If | ast.For | ast.With):
-                walk(node.body)
-            if last and node.end_lineno > stop:
-                add(last, node.end_lineno)
-    walk(ast.parse(text).body)
-    return found
+                    add(ast.unparse(target), node.end_lineno, node)
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                said[HEAD].append(syntax(node))
+            elif isinstance(node, ast.If | ast.For | ast.While | ast.With):
+                blocks = [node.body, getattr(node, "orelse", [])]
+                heads.append(syntax(type(node)(**{**dict(ast.iter_fields(node)), "body": [], "orelse": []})))
+                for block in blocks:
+                    walk(block)
+                    heads.append("end")
+            else:
+                said[last].extend([*heads, syntax(node)])
+                heads.clear()
+            if last != HEAD and node.end_lineno > stop:
+                spans[last] = spans[last][0], node.end_lineno
+                stop = node.end_lineno
+    walk(body)
+    said[last] += heads
+    i = next((i for i, node in enumerate(body) if isinstance(node, FUNCTION | ast.ClassDef)), len(body))
+    spans = {HEAD: (0, body[i - 1].end_lineno if i else 0), **spans}
+    return {name: Definition(*span, hashlib.sha256("\n".join(said[name]).encode()).hexdigest()[:8]) for name, span in spans.items()}
 
 @dataclass
 class Ours:
@@ -77,107 +142,145 @@ class Ours:
     lines: list[str]
 
 def read_ours() -> dict[str, Ours]:
-    """All definitions of this project by name, in the order of FILES; and the lines above the first one."""
+    """
+    All definitions of this project by name, in the order of FILES, and the first file's HEAD. A name that an earlier file has, too,
+    goes by "FILE:NAME".
+    """
     found = {}
-    for file in FILES:
-        text = (ROOT / file).read_text()
-        lines = text.splitlines()
-        spans = definitions(text)
-        first = head(text)
-        for name, (start, stop) in {HEAD: (0, first), **spans}.items():
-            start = max(start, first) if name != HEAD else 0
+    for path in (path for file in FILES for path in (sorted((ROOT / file).rglob("*.py")) if (ROOT / file).is_dir() else [ROOT / file])):
+        file, text = str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
+        lines, spans = text.splitlines(), definitions(text)
+        for name, (start, stop, _) in spans.items():
+            start = max(start, spans[HEAD].stop) if name != HEAD else 0
             while start < stop and not lines[start].strip():
                 start += 1
-            if stop > start and name not in found:
+            if stop > start and (name != HEAD or HEAD not in found):
+                name = f"{file}:{name}" if name in found else name
                 found[name] = Ours(name, file, start, lines[start:stop])
     return found
 
-def head(text: str) -> int:
-    """How many lines there are above the first function or class, and the comment on it."""
-    body = ast.parse(text).body
-    i = next(i for i, node in enumerate(body) if isinstance(node, ast.FunctionDef | ast.ClassDef))
-    return body[i - 1].end_lineno
-
 def reasons() -> dict[str, list[str]]:
-    """README.md's table of differences: "D1" -> [what the CUDA record has, what is here, why]."""
-    rows = re.findall(r"^\| (D\d+) \| (.*) \| (.*) \| (.*) \|$", (ROOT / "README.md").read_text(), re.M)
+    """The table of DIFFERENCES.md: "D1" -> [what the CUDA record has, what is here, why]."""
+    rows = re.findall(r"^\| (D\d+) \| (.*) \| (.*) \| (.*) \|$", (ROOT / "DIFFERENCES.md").read_text(encoding="utf-8"), re.M)
     return {number: cells for number, *cells in rows}
 
-def read_upstream(path: str) -> str:
-    """The source in upstream's script or log; ValueError with the way to get it."""
-    try:
-        text = Path(path).read_text(errors="replace")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file. It is upstream's: {GET}") from None
-    text = re.split(r"^={100}$", text, maxsplit=1, flags=re.M)[0]
-    if "import torch_xla" in text:
+def read_upstream(paths: list[str]) -> str:
+    """The source in upstream's script or log, followed by its files of kernels as in a log; ValueError with the way to get it."""
+    text = read_source(paths[0]) + "".join(f"\n\n\n{RULE}\n# {Path(x).name}\n{RULE}\n\n{read_source(x)}" for x in paths[1:])
+    path = " + ".join(paths)
+    if re.search(r"^import torch_xla", text, re.M):
         raise ValueError(f"{path} is this project's own source or log. The other half is upstream's: {GET}")
     try:
-        known = definitions(text).keys() & MAP["definitions"].keys()
-    except (SyntaxError, ValueError):
-        known = ()
-    if len(known) < len(MAP["definitions"]) / 4:
-        raise ValueError(f"{path} is not upstream's train_gpt.py, nor a log of it. To get that: {GET}")
+        known = definitions(text).keys() & TABLE.keys() - {HEAD}
+    except (SyntaxError, ValueError, RecursionError) as e:
+        where = f": line {e.lineno} is no Python {sys.version_info[0]}.{sys.version_info[1]} ({e.msg})" if getattr(e, "lineno", 0) else ""
+        raise ValueError(f"{path} is not upstream's train_gpt.py, nor a log that begins with it{where}. To get that: {GET}") from None
+    if len(known) < len(TABLE) // 4:
+        raise ValueError(f"{path} has {len(known)} of record {RECORD}'s {len(TABLE) - 1} definitions: it is another script, or a record "
+                         f"too old to stand beside this port. To get {RECORD}'s: {GET}")
     return text
+
+RULE = "# " + "-" * 38
+
+def read_source(path: str) -> str:
+    """What a file or a log has above its first double rule, in any encoding of Unicode: older PowerShells' `>` writes UTF-16."""
+    try:
+        raw = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file. It is upstream's: {GET}") from None
+    text = re.sub(r"\r\n?", "\n", raw.decode(json.detect_encoding(raw), errors="replace"))
+    text = re.split(r"^={100}$", re.sub(r"\A={100}\n", "", text), maxsplit=1, flags=re.M)[0].rstrip()
+    return re.sub(r"^-{40}$", RULE, text, flags=re.M)  # around the name of each further file in a log
+
+def commit_of(path: str) -> str:
+    """The commit and subject of a file that stands unchanged in a clone of upstream, otherwise ""."""
+    folder, name = os.path.split(os.path.realpath(path))
+    git = lambda *words: subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, errors="replace")
+    try:
+        if git("cat-file", "-e", COMMIT).returncode or git("diff", "--quiet", "HEAD", "--", f":(literal){name}").returncode:
+            return ""
+        return git("log", "-1", "--format=%h, %s", "--", f":(literal){name}").stdout.strip()
+    except OSError:
+        return ""  # no git
 
 # -----------------------------------------------------------------------------
 # Pairs
 
 @dataclass
 class Unit:
-    """Upstream's lines beside ours: some definitions of upstream, each with its entry of the table."""
+    """Upstream's lines beside ours: some definitions of upstream, with what became of each."""
     names: list[str]
-    status: str
-    notes: list[str]  # why, one for each name
+    statuses: list[str]  # one for each name, as are the notes
+    notes: list[str]
     start: int
     left: list[str]
     right: list[Ours]
-    see: list[str]  # counterparts that are shown elsewhere
+
+    @property
+    def status(self) -> str:
+        return next((x for x in ("changed", "unknown") if x in self.statuses), self.statuses[-1])
+
+def target(name: str, ours: dict[str, Ours]) -> list[str]:
+    """The names here that stand beside one of upstream's."""
+    if name not in TABLE:
+        return [name] if name in ours else []
+    return [name] * (TABLE[name].status in ("same", "differs")) + TABLE[name].counterpart.split()
 
 def pair(text: str, ours: dict[str, Ours]) -> list[Unit]:
-    """Upstream's whole source in units, in its order; what is only here follows what stands above it here."""
-    lines, spans, table, units = text.splitlines(), definitions(text), MAP["definitions"], []
-    first = head(text)
-    entry = lambda name: table.get(name, ["dropped", "", f"not in record #60 ({MAP['commit']}), so the table does not know it"])
-    target = lambda name: entry(name)[1].split() or ([name] if entry(name)[0] in ("same", "differs") else [])
-    taken = {x for name in spans for x in target(name)} | {HEAD}
+    """
+    Upstream's whole source in units, in its order; what is only here follows what stands above it here. A counterpart of several is
+    shown beside each of them.
+    """
+    lines, spans, units = text.split("\n"), definitions(text), []
+    first = spans[HEAD].stop
     shown = set()
+    targets = {name: target(name, ours) for name in [*spans, *TABLE]}
+    taken = {x for names in targets.values() for x in names}
 
+    def judge(name):
+        """(status, note) of one definition."""
+        if name not in TABLE:
+            return "unknown", ""
+        status, _, why, hash, _ = TABLE[name]
+        if name not in spans or spans[name].hash != hash:
+            return "changed" if name in spans else "gone", f"of record {RECORD}'s the map says: {status}" + (f", {why}" if why else "")
+        return status, why
     def add(names, start, stop, rights):
-        notes = [entry(n)[2] for n in names] if names else [""]
-        see = [x for x in rights if x in shown or x not in names and x in spans]
-        right = [ours[x] for x in rights if x not in see]
-        shown.update(x.name for x in right)
         while start < stop and not lines[start].strip():
             start += 1
-        status = entry(names[-1])[0] if names else "new"
-        units.append(Unit(names or rights, status, notes, start, lines[start:stop], right, see))
-        for x in right:
-            follow(x)
+        units.append(Unit(names, *map(list, zip(*map(judge, names))), start, lines[start:stop], [ours[x] for x in rights]))
+        shown.update(rights)
+        for x in rights:
+            if x in names or x not in spans:
+                follow(ours[x])
+    def add_new(x):
+        shown.add(x.name)
+        units.append(Unit([x.name], ["new"], [""], 0, [], [x]))
     def follow(x):
         """What is only here and stands next in the same file."""
         everything = list(ours)
         for name in everything[everything.index(x.name) + 1:]:
-            if name in taken or name in shown or ours[name].file != x.file or x.file not in FILES[:2]:
+            if name in taken or name in shown or ours[name].file != x.file or x.file not in IN_ORDER:
                 break
-            shown.add(name)
-            units.append(Unit([name], "new", [""], 0, [], [ours[name]], []))
+            add_new(ours[name])
 
-    above = [n for n, (start, _) in spans.items() if start < first]
+    above = [n for n, x in spans.items() if x.start < first]
     add(above, 0, first, [HEAD])
-    units[0].status = "differs"
     i, rest = 0, [n for n in spans if n not in above]
-    starts = [max(first, spans[n][0]) for n in rest] + [len(lines)]
+    starts = [max(first, spans[n].start) for n in rest] + [len(lines)]
     while i < len(rest):
         # neighbours with one counterpart, which bears no name of upstream's, are one unit: upstream's script and train
         j = i + 1
-        while j < len(rest) and target(rest[i]) and target(rest[j]) == target(rest[i]) and target(rest[i])[0] not in spans:
+        rights = targets[rest[i]]
+        while j < len(rest) and rights and targets[rest[j]] == rights and rights[0] not in spans:
             j += 1
-        add(rest[i:j], starts[i], starts[j], target(rest[i]))
+        add(rest[i:j], starts[i], starts[j], rights)
         i = j
+    for rights, names in itertools.groupby((n for n in TABLE if n not in spans), targets.get):
+        add(list(names), 0, 0, [x for x in rights if x not in shown])
     for name, x in ours.items():
         if name not in shown:
-            units.append(Unit([name], "new", [""], 0, [], [x], []))
+            add_new(x)
     return units
 
 def align(left: list[str], right: list[str]) -> list[tuple[int | None, int | None, bool]]:
@@ -211,31 +314,73 @@ def right_lines(unit: Unit) -> list[tuple[str, int, str]]:
     return [(x.file, x.start + k + 1, line) for x in unit.right for k, line in enumerate(x.lines)]
 
 def counts(units: list[Unit]) -> dict[str, int]:
-    known = Counter(MAP["definitions"][name][0] for name in MAP["definitions"])
-    return {**{status: known[status] for status in STATUSES}, "new": sum(unit.status == "new" for unit in units)}
+    """How many definitions of the file that was given have which status, in the order of STATUSES."""
+    found = Counter(status for unit in units for status in unit.statuses)
+    return {status: found[status] for status in STATUSES if found[status] or status not in ("changed", "unknown", "gone")}
 
-def summary(text: str, units: list[Unit]) -> list[str]:
-    lines = []
-    if hashlib.sha256(text.strip().encode()).hexdigest() != MAP["sha256"]:
-        names, known = definitions(text), MAP["definitions"]
-        lines += [f"Note: this is not the file of commit {MAP['commit']}. Unknown to the table: {len(names.keys() - known.keys())} "
-                  f"definitions; gone: {len(known.keys() - names.keys())}"]
-    lines += [f"{n:4} {status:9} {STATUSES[status]}" for status, n in counts(units).items()]
+def verdict(path: str, units: list[Unit]) -> list[str]:
+    """Whether this is the record that the map speaks of, and if it is not, what still is."""
+    by_status = {status: [] for status in STATUSES}
+    for unit in units:
+        for name, status in zip(unit.names, unit.statuses):
+            by_status[status].append(name)
+    order = [name for unit in units for name in unit.names if name in TABLE]
+    changed, unknown, gone = (by_status[status] for status in ("changed", "unknown", "gone"))
+    still = [name for name in order if name not in changed + gone]
+    if not changed + unknown + gone:
+        moved = "" if order == list(TABLE) else ", in another order"
+        return [f"{path} is record {RECORD} ({COMMIT}): each of its {len(TABLE)} definitions is the one that the map speaks of{moved}"]
+    commit = commit_of(path)
+    lines = [f"Note: {path} is not record {RECORD}'s file ({COMMIT})" + (f", but that of commit {commit}" if commit else "")]
+    for words, names in ((f"still {RECORD}'s", still), ("changed", changed), ("unknown", unknown), ("gone", gone)):
+        lines += [f"{len(names)} {words}: {', '.join(names)}"] if names else []
     return lines
+
+def tally(units: list[Unit]) -> list[str]:
+    return [f"{n:4} {status:9} {STATUSES[status]}" for status, n in counts(units).items()]
+
+# -----------------------------------------------------------------------------
+# The map
+
+def beside_nothing(ours: dict[str, Ours]) -> list[str]:
+    """Long definitions that are not dropped, but have no counterpart; or one of their own name whose body has moved elsewhere."""
+    here = {name: sum(len(ours[x].lines) for x in target(name, ours)) for name in TABLE}
+    return [f"{name}: {x.lines} lines beside {here[name]}" for name, x in TABLE.items() if x.lines > 20 and (
+        here[name] < x.lines / 5 if x.status in ("same", "differs") else x.status == "replaced" and not here[name])]
+
+def digest(table: dict[str, Entry]) -> str:
+    """Of what comes from upstream's file, so that no line of the map is lost or altered by hand."""
+    return hashlib.sha256(repr([(name, x.hash, x.lines) for name, x in table.items()]).encode()).hexdigest()[:16]
+
+def update_map(text: str) -> list[str]:
+    """Writes this source's hashes and lines into the map, in its order; ValueError unless both have the same definitions."""
+    spans = definitions(text)
+    lacks = {"it lacks": [n for n in spans if n not in TABLE], "the file lacks": [n for n in TABLE if n not in spans]}
+    lost = [f"{words} {', '.join(names)}" for words, names in lacks.items() if names]
+    if lost:
+        raise ValueError(f"{MAP_FILE.name} and this file must have the same definitions, but {'; '.join(lost)}")
+    stops = [x.start for x in spans.values()][1:] + [len(text.split("\n"))]
+    table = {name: TABLE[name]._replace(hash=x.hash, lines=stop - x.start) for (name, x), stop in zip(spans.items(), stops)}
+    rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row, ensure_ascii=False)}" for name, row in table.items())
+    head = "".join(f"{json.dumps(k)}: {json.dumps(v)},\n" for k, v in (MAP | dict(digest=digest(table))).items() if k != "definitions")
+    MAP_FILE.write_text(f'{{\n{head}"definitions": {{\n{rows}\n}}}}\n', encoding="utf-8")
+    changed = [name for name, x in table.items() if TABLE[name].hash not in ("", x.hash)]
+    return [f"{MAP_FILE.name} has the hashes of {len(table)} definitions now",
+            f"their text changed, so read again what the map says of them: {', '.join(changed) or 'none'}"]
 
 # -----------------------------------------------------------------------------
 # Text
 
 def title(unit: Unit) -> str:
-    return ", ".join(dict.fromkeys(unit.names))
+    return ", ".join(unit.names)
 
 def explain(unit: Unit) -> list[str]:
     """Status and reason in words, a line for each name of the unit that has one."""
-    see = f" by {', '.join(unit.see)}" if unit.see and unit.status == "replaced" else ""
     if len(unit.names) == 1:
-        return [f"{unit.status}{see}" + (f": {unit.notes[0]}" if unit.notes[0] else "")]
-    return [f"{name}: {MAP['definitions'].get(name, [unit.status])[0]}" + (f", {note}" if note else "")
-            for name, note in zip(unit.names, unit.notes) if note]
+        by = f" by {', '.join(x.name for x in unit.right)}" if unit.status == "replaced" else ""
+        return [f"{unit.status}{by}" + (f": {unit.notes[0]}" if unit.notes[0] else "")]
+    return [f"{name}: {status}" + (f", {note}" if note else "") for name, status, note in zip(unit.names, unit.statuses, unit.notes)
+            if note or status in ("changed", "unknown")]
 
 def print_text(units: list[Unit], width: int):
     column = (width - 15) // 2
@@ -288,7 +433,8 @@ table.plain { margin: .8rem 0 } :target > td { background: var(--head); font-wei
 b.tag { display: inline-block; min-width: 4.6rem; text-align: center; border-radius: 4px; color: #fff;
         font: 600 11px/1.6 system-ui, sans-serif }
 i.dot { display: inline-block; width: .6rem; height: .6rem; border-radius: 50%; margin-right: .35rem }
-.same { background: #57606a } .differs { background: #9a6700 } .replaced { background: #0969da } .dropped { background: #cf222e }
+.changed, .unknown, .gone { background: #8250df } .same { background: #57606a } .differs { background: #9a6700 }
+.replaced { background: #0969da } .dropped { background: #cf222e }
 .tag.new, .dot.new { background: #1a7f37 }
 """
 
@@ -316,9 +462,7 @@ def marked(old: str, new: str) -> tuple[str, str]:
 def html_unit(unit: Unit, anchor: str) -> str:
     right = right_lines(unit)
     where = ", ".join(f"{x.file}:{x.start + 1}" for x in unit.right)
-    see = ", ".join(f'<a href="#{anchors(x)}">{escape(x)}</a>' for x in unit.see)
-    notes = explain(unit) if len(unit.names) > 1 else [note for note in unit.notes if note]
-    notes = [f"<p>{linked(note)}</p>" for note in notes] + ([f"<p>shown at {see}</p>"] if see else [])
+    notes = [f"<p>{linked(note)}</p>" for note in (explain(unit) if len(unit.names) > 1 else filter(None, unit.notes))]
     name = title(unit) if len(unit.names) < 4 else f"{unit.names[0]} ... {unit.names[-1]}"
     out = [f'<section id="{anchor}"><header><h2><b class="tag {unit.status}">{unit.status}</b> <a href="#{anchor}">{escape(name)}</a></h2>',
            *notes, '</header><table class="code"><colgroup><col class="n"><col><col class="n"><col></colgroup>',
@@ -338,51 +482,63 @@ def html_unit(unit: Unit, anchor: str) -> str:
 def anchors(name: str) -> str:
     return "d-" + re.sub(r"\W+", "-", name)
 
-def page(text: str, units: list[Unit]) -> str:
+def page(path: str, text: str, units: list[Unit]) -> str:
     """The whole HTML page; nothing is loaded from elsewhere."""
     toc, body = [], []
     for unit in units:
-        anchor = anchors(unit.right[0].name if unit.right and unit.right[0].name not in unit.names else unit.names[0])
-        for name in dict.fromkeys(unit.names):
-            status = "new" if unit.status == "new" else MAP["definitions"].get(name, [unit.status])[0]
+        anchor = anchors(unit.names[0])
+        for name, status in zip(unit.names, unit.statuses):
             method = ' class="inner"' if re.match("[A-Z][a-z]?[A-Za-z]*[.]", name) else ""
             toc.append(f'<a href="#{anchor}"{method} title="{status}"><i class="dot {status}"></i>{escape(name)}</a>')
         body.append(html_unit(unit, anchor))
     table = "".join(f'<tr id="{number}"><td>{number}</td>' + "".join(f"<td>{code(cell)}</td>" for cell in cells) + "</tr>"
                     for number, cells in reasons().items())
-    note = "".join(f"<p><strong>{escape(line)}</strong></p>" for line in summary(text, units) if line.startswith("Note"))
-    tally = "".join(f'<tr><td><b class="tag {status}">{status}</b></td><td>{n}</td><td>{STATUSES[status]}</td></tr>'
+    first, *more = map(escape, verdict(path, units))
+    note = f"<p><strong>{first}</strong></p>" + "".join(f"<p>{line}</p>" for line in more)
+    rows = "".join(f'<tr><td><b class="tag {status}">{status}</b></td><td>{n}</td><td>{STATUSES[status]}</td></tr>'
                     for status, n in counts(units).items())
     return "\n".join([
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
-        f"<title>Record #60 beside its XLA port</title><style>{STYLE}</style>",
-        f"<nav><strong>Definitions</strong>{''.join(toc)}</nav><main><h1>Record #60 beside its XLA port</h1>",
+        f"<title>The CUDA record beside its XLA port</title><style>{STYLE}</style>",
+        f"<nav><strong>Definitions</strong>{''.join(toc)}</nav><main><h1>The CUDA record beside its XLA port</h1>",
         f"<p>Left: <code>train_gpt.py</code> of modded-nanogpt, {len(text.splitlines())} lines. Right: this project. In upstream's order;",
         f"lines that differ are coloured, and where two are similar, the words.</p>{note}",
-        f'<table class="plain" style="width: auto">{tally}</table>',
+        f'<table class="plain" style="width: auto">{rows}</table>',
         f'<table class="plain"><tr><th></th><th>CUDA record</th><th>here</th><th>why</th></tr>{table}</table>',
         *body, "</main></html>", ""])
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", metavar="train_gpt.py", help="upstream's script, or a log that begins with it")
-    parser.add_argument("--html", metavar="FILE", help="write one self-contained page instead of text")
-    parser.add_argument("--name", help="only this definition, of upstream's or ours")
+    parser.add_argument("paths", nargs="+", metavar="train_gpt.py", help="upstream's script, then its files of kernels; or a log")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--html", metavar="FILE", help="write one self-contained page instead of text")
+    what.add_argument("--name", help="only this definition, of upstream's or ours")
+    what.add_argument("--update_map", action="store_true", help="write the hashes of this source into upstream_map.json")
     args = parser.parse_args(argv)
+    width = shutil.get_terminal_size((200, 50)).columns
     try:
-        text = read_upstream(args.path)
+        text = read_upstream(args.paths)
+        if args.update_map:
+            return print("\n".join(update_map(text)))
         units = pair(text, read_ours())
+        chosen = [u for u in units if args.name in (None, *u.names, *(x.name for x in u.right))]
+        if not chosen:
+            near = difflib.get_close_matches(args.name, [n for u in units for n in u.names], 1)
+            raise ValueError(f"{args.name} is no definition of either side" + (f": did you mean {near[0]}?" if near else ""))
         if args.html:
-            Path(args.html).write_text(page(text, units))
+            if any(os.path.exists(args.html) and os.path.samefile(args.html, path) for path in args.paths):
+                raise ValueError(f"--html {args.html} would overwrite upstream's source")
+            Path(args.html).write_text(page(args.paths[0], text, units), encoding="utf-8")
         else:
-            chosen = [u for u in units if not args.name or args.name in u.names or args.name in [x.name for x in u.right]]
-            if not chosen:
-                near = difflib.get_close_matches(args.name, [n for u in units for n in u.names], 1)
-                raise ValueError(f"{args.name} is no definition of either side" + (f": did you mean {near[0]}?" if near else ""))
-            print_text(chosen, shutil.get_terminal_size((200, 50)).columns)
+            print_text(chosen, width)
     except (ValueError, OSError) as e:
         sys.exit(f"diff_upstream.py: {e}")
-    print("\n".join(["", *summary(text, units)] if not args.html else [*summary(text, units), f"written: {args.html}"]))
+    if not args.html:
+        print()
+    for line in verdict(args.paths[0], units):
+        print(textwrap.fill(line, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False))
+    print("\n".join(tally(units) + ([f"written: {args.html}"] if args.html else [])))
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     main()
