@@ -2,7 +2,6 @@
 tools/diff_upstream.py: its map, what it makes of a record's source and of another's, and each bad input's one line.
     python -m pytest tests/test_diff_upstream.py
 """
-import codecs
 import json
 import re
 import subprocess
@@ -242,9 +241,10 @@ def test_readme_commands_run(upstream, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_encodings(says, source, encoding):
-    """With a mark or without, with the line ends of Windows."""
-    assert "is record #60" in says("# d’où\n" + source.replace("\n", "\r\n"), encoding)[0]
-    assert len(codecs.BOM_UTF16) == 2 and says("# d’où\n" + source.replace("x", "y"), encoding)[1]["changed"]
+    """With a mark or without, scripts and logs, with the line ends of Windows."""
+    for text in (source, source + "\n" + "=" * 100 + "\nstep:0/4 val_loss:10.8\n"):
+        assert "is record #60" in says("# d’où\n" + text.replace("\n", "\r\n"), encoding)[0]
+    assert says("# d’où\n" + source.replace("def norm(x)", "def norm(y)"), encoding)[1]["changed"] == ["norm"]
 
 def test_a_log_holds_the_source(says, source):
     rule = "\n" + "=" * 100 + "\n"
@@ -272,9 +272,9 @@ def test_a_clone_knows_its_commit(upstream, source, tmp_path, monkeypatch):
                                         capture_output=True, text=True).stdout.strip()
     assert d.commit_of(str(upstream)) == ""
     git("init", "-q")
-    assert d.commit_of(str(upstream)) == "", "not a clone of upstream"
     git("add", "train_gpt.py")
     git("commit", "-qm", "New record")
+    assert d.commit_of(str(upstream)) == "", "not a clone of upstream"
     monkeypatch.setattr(d, "COMMIT", git("rev-parse", "HEAD"))
     assert re.fullmatch(r"[0-9a-f]{7,}, New record", d.commit_of(str(upstream)))
     (tmp_path / "other.py").write_text(source)
