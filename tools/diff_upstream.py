@@ -37,7 +37,6 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("train_gpt_xla.py", "muon_xla.py", "pallas_kernels.py", "replay.py")  # a folder stands for its .py files
-IN_ORDER = FILES[:2]  # where what is only here is shown after the definition above it; that of other files is shown at the end
 
 class Entry(NamedTuple):
     """What became of one definition of upstream's."""
@@ -143,20 +142,25 @@ class Ours:
 
 def read_ours() -> dict[str, Ours]:
     """
-    All definitions of this project by name, in the order of FILES, and the first file's HEAD. A name that an earlier file has, too,
-    goes by "FILE:NAME".
+    All definitions of this project by name, in the order of FILES, and the first file's HEAD. Of a name that several files have, the
+    one in a folder goes by "FILE:NAME".
     """
-    found = {}
+    everything = []
     for path in (path for file in FILES for path in (sorted((ROOT / file).rglob("*.py")) if (ROOT / file).is_dir() else [ROOT / file])):
-        file, text = str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
         lines, spans = text.splitlines(), definitions(text)
         for name, (start, stop, _) in spans.items():
             start = max(start, spans[HEAD].stop) if name != HEAD else 0
             while start < stop and not lines[start].strip():
                 start += 1
-            if stop > start and (name != HEAD or HEAD not in found):
-                name = f"{file}:{name}" if name in found else name
-                found[name] = Ours(name, file, start, lines[start:stop])
+            if stop > start and (name != HEAD or not everything):
+                everything.append(Ours(name, path.relative_to(ROOT).as_posix(), start, lines[start:stop]))
+    files = Counter(x.name for x in everything)
+    found = {}
+    for x in everything:
+        if files[x.name] > 1 and ("/" in x.file or x.name in found):
+            x.name = f"{x.file}:{x.name}"
+        found[x.name] = x
     return found
 
 def reasons() -> dict[str, list[str]]:
@@ -236,6 +240,8 @@ def pair(text: str, ours: dict[str, Ours]) -> list[Unit]:
     shown = set()
     targets = {name: target(name, ours) for name in [*spans, *TABLE]}
     taken = {x for names in targets.values() for x in names}
+    if taken - ours.keys():
+        raise ValueError(f"{MAP_FILE.name} speaks of what {', '.join(FILES)} no longer have: {', '.join(sorted(taken - ours.keys()))}")
 
     def judge(name):
         """(status, note) of one definition."""
@@ -260,7 +266,7 @@ def pair(text: str, ours: dict[str, Ours]) -> list[Unit]:
         """What is only here and stands next in the same file."""
         everything = list(ours)
         for name in everything[everything.index(x.name) + 1:]:
-            if name in taken or name in shown or ours[name].file != x.file or x.file not in IN_ORDER:
+            if name in taken or name in shown or ours[name].file != x.file:
                 break
             add_new(ours[name])
 
@@ -344,7 +350,7 @@ def tally(units: list[Unit]) -> list[str]:
 
 def beside_nothing(ours: dict[str, Ours]) -> list[str]:
     """Long definitions that are not dropped, but have no counterpart; or one of their own name whose body has moved elsewhere."""
-    here = {name: sum(len(ours[x].lines) for x in target(name, ours)) for name in TABLE}
+    here = {name: sum(len(ours[x].lines) for x in target(name, ours) if x in ours) for name in TABLE}
     return [f"{name}: {x.lines} lines beside {here[name]}" for name, x in TABLE.items() if x.lines > 20 and (
         here[name] < x.lines / 5 if x.status in ("same", "differs") else x.status == "replaced" and not here[name])]
 
