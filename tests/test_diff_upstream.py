@@ -128,7 +128,8 @@ def test_another_order_is_told(says, source):
     assert a + b in source
     assert says(source.replace(a + b, b + a))[0].endswith("speaks of, in another order")
 
-CODE = '''import os
+CODE = '''"""A module."""
+import os
 import sys
 
 RATE = 1e-3
@@ -157,6 +158,7 @@ print("end")
 
 @pytest.mark.parametrize("old, new", [
     ("# a comment\n    ", ""), ("    # a", "    # another"), ("What it does.", "What else."), ("A class.", "No class."),
+    ("A module.", "No module."),
     ("g(x + y)", "g(x\n+y)"), ("\n\nclass", "\n\n# -----\n\n\nclass"), ("        return", "          return"), ('"end"', "'end'"),
     ("1e-3", "0.001")])
 def test_layout_and_comments_do_not_count(old, new):

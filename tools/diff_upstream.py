@@ -56,6 +56,7 @@ STATUSES = dict(same="computes the same, in these or other words", differs="diff
                 replaced="done elsewhere, or by other means", dropped="has no counterpart",
                 changed=f"not as in record {RECORD}, so what the map says of it may not hold", unknown=f"not in record {RECORD}",
                 gone=f"in record {RECORD}, but not in this file", new="exists only here")
+FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
 HEAD = "imports"  # the lines above the first function or class, and every import
 
 # -----------------------------------------------------------------------------
@@ -77,8 +78,6 @@ def syntax(node) -> str:
         found["body"] = node.body[1:]
     return f"{type(node).__name__}({','.join(f'{k}={syntax(v)}' for k, v in found.items() if v not in (None, []))})"
 
-FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
-
 @functools.cache
 def definitions(text: str) -> dict[str, Definition]:
     """
@@ -87,7 +86,8 @@ def definitions(text: str) -> dict[str, Definition]:
     the definition before them, the head of a loop to the one after it. A name that is assigned again goes on where it began.
     Each statement is in the hash of one definition, so nothing can change unseen.
     """
-    body = ast.parse(text).body
+    module = ast.parse(text)
+    body = module.body
     spans, said, heads = {}, {HEAD: []}, []
     stop, last = 0, HEAD
     def add(name, end, *nodes):
@@ -126,7 +126,7 @@ def definitions(text: str) -> dict[str, Definition]:
             if last != HEAD and node.end_lineno > stop:
                 spans[last] = spans[last][0], node.end_lineno
                 stop = node.end_lineno
-    walk(body)
+    walk(body[1:] if ast.get_docstring(module, clean=False) is not None else body)
     said[last] += heads
     i = next((i for i, node in enumerate(body) if isinstance(node, FUNCTION | ast.ClassDef)), len(body))
     spans = {HEAD: (0, body[i - 1].end_lineno if i else 0), **spans}
@@ -168,6 +168,8 @@ def reasons() -> dict[str, list[str]]:
     rows = re.findall(r"^\| (D\d+) \| (.*) \| (.*) \| (.*) \|$", (ROOT / "DIFFERENCES.md").read_text(encoding="utf-8"), re.M)
     return {number: cells for number, *cells in rows}
 
+RULE = "# " + "-" * 38
+
 def read_upstream(paths: list[str]) -> str:
     """The source in upstream's script or log, followed by its files of kernels as in a log; ValueError with the way to get it."""
     text = read_source(paths[0]) + "".join(f"\n\n\n{RULE}\n# {Path(x).name}\n{RULE}\n\n{read_source(x)}" for x in paths[1:])
@@ -176,15 +178,13 @@ def read_upstream(paths: list[str]) -> str:
         raise ValueError(f"{path} is this project's own source or log. The other half is upstream's: {GET}")
     try:
         known = definitions(text).keys() & TABLE.keys() - {HEAD}
-    except (SyntaxError, ValueError, RecursionError) as e:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
         where = f": line {e.lineno} is no Python {sys.version_info[0]}.{sys.version_info[1]} ({e.msg})" if getattr(e, "lineno", 0) else ""
         raise ValueError(f"{path} is not upstream's train_gpt.py, nor a log that begins with it{where}. To get that: {GET}") from None
     if len(known) < len(TABLE) // 4:
         raise ValueError(f"{path} has {len(known)} of record {RECORD}'s {len(TABLE) - 1} definitions: it is another script, or a record "
                          f"too old to stand beside this port. To get {RECORD}'s: {GET}")
     return text
-
-RULE = "# " + "-" * 38
 
 def read_source(path: str) -> str:
     """What a file or a log has above its first double rule, in any encoding of Unicode: older PowerShells' `>` writes UTF-16."""
@@ -249,7 +249,7 @@ def pair(text: str, ours: dict[str, Ours]) -> list[Unit]:
             return "unknown", ""
         status, _, why, hash, _ = TABLE[name]
         if name not in spans or spans[name].hash != hash:
-            return "changed" if name in spans else "gone", f"of record {RECORD}'s the map says: {status}" + (f", {why}" if why else "")
+            return "changed" if name in spans else "gone", f"the map says of {RECORD}'s: {status}" + (f", {why}" if why else "")
         return status, why
     def add(names, start, stop, rights):
         while start < stop and not lines[start].strip():
