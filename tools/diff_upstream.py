@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("train_gpt_xla.py", "muon_xla.py", "pallas_kernels.py", "replay.py")  # a folder stands for its .py files
+FILES = ("train_gpt_xla.py", "muon_xla.py", "gradients.py", "spmd.py", "kernels", "replay.py")  # a folder stands for its .py files
 
 class Entry(NamedTuple):
     """What became of one definition of upstream's."""
