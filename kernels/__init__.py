@@ -11,7 +11,7 @@ Importing it imports neither JAX nor torch_xla.
 from torch import Tensor
 
 from kernels.attention import attention_refuses, fused_attention, window_attention
-from kernels.dispatch import for_tpu, warn_once
+from kernels.dispatch import takes
 from kernels.embedding import lookup
 from kernels.lm_head import lm_head_losses, takes_lm_head
 from kernels.mlp import mlp_refuses, residual_mlp
@@ -20,13 +20,5 @@ __all__ = ["fused_attention", "lm_head_losses", "lookup", "residual_mlp", "takes
 
 
 def takes_block(x: Tensor, W1: Tensor, W2: Tensor, attention: tuple[int, int, bool] | None) -> bool:
-    """
-    Whether a block's kernels, fused_attention and residual_mlp, run here; a warning says why not where one would expect it to.
-    attention: heads, window, paired.
-    """
-    if not for_tpu(x):
-        return False
-    why_not = mlp_refuses(x, W1, W2) or (attention and attention_refuses(x, *attention))
-    if why_not:
-        warn_once(f"no TPU kernels for a block of {tuple(x.shape)}, {why_not}: plain torch instead, several times slower")
-    return not why_not
+    """Whether a block's kernels, fused_attention and residual_mlp, run here. attention: heads, window, paired."""
+    return takes(x, f"a block of {tuple(x.shape)}", lambda: mlp_refuses(x, W1, W2) or (attention and attention_refuses(x, *attention)))

@@ -43,9 +43,19 @@ def largest_fitting(choices: list, vmem_bytes: Callable):
     return next((shapes for shapes in choices if vmem_bytes(shapes) <= vmem_limit()), None)
 
 
+def takes(x: Tensor, what: str, why_not: Callable[[], str | None]) -> bool:
+    """Whether the kernels of `what` run where x is. A warning says why_not() where one would expect them to."""
+    if not for_tpu(x):
+        return False
+    reason = why_not()
+    if reason:
+        warn_once(f"no TPU kernels for {what}, {reason}: plain torch instead, several times slower")
+    return not reason
+
+
 @functools.cache
 def warn_once(text: str):
-    warnings.warn(text, stacklevel=3)
+    warnings.warn(text, stacklevel=4)
 
 
 def call_kernel(call: Callable, shapes, **tensors: Tensor | None) -> SimpleNamespace:

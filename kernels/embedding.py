@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradients import sum_of
-from kernels.dispatch import call_kernel, for_tpu
+from kernels.dispatch import call_kernel, takes
 
 
 @dataclass(frozen=True)
@@ -40,5 +40,15 @@ class Embedding(torch.autograd.Function):
 
 def lookup(ids: Tensor, weight: Tensor) -> Tensor:
     """F.embedding of ids [B, T] in weight [V, d], on a TPU with the kernel's gradient."""
-    fits = weight.dtype == torch.bfloat16 and ids.size(1) % 128 == 0 == weight.size(1) % 128
-    return Embedding.apply(ids, weight, sum_of(weight)) if for_tpu(weight) and fits else F.embedding(ids, weight)
+    if takes(weight, f"the gradient of an embedding {tuple(weight.shape)}", lambda: embedding_refuses(ids, weight)):
+        return Embedding.apply(ids, weight, sum_of(weight))
+    return F.embedding(ids, weight)
+
+
+def embedding_refuses(ids: Tensor, weight: Tensor) -> str | None:
+    """What keeps these tensors from the TPU kernel, or None."""
+    if weight.dtype != torch.bfloat16:
+        return "they take bfloat16"
+    if ids.size(1) % 128 or weight.size(1) % 128:
+        return "they take multiples of 128 tokens and dimensions"
+    return None

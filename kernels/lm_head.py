@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradients import sum_of
-from kernels.dispatch import call_kernel, for_tpu, largest_fitting
+from kernels.dispatch import call_kernel, largest_fitting, takes
 
 SOFTCAP_A, SOFTCAP_B, SOFTCAP_C = 23.0, 5.0, 7.5  # A * sigmoid((logits + B) / C)
 LM_HEAD_KEPT = 49152  # tokens of a device whose P is kept: 4.6 GiB at the record's vocabulary
@@ -49,7 +49,7 @@ def get_lm_head(x: Tensor, weight: Tensor, targets: int, gradients: bool = True)
 
 def takes_lm_head(x: Tensor, weight: Tensor) -> bool:
     """Whether lm_head_losses runs here."""
-    return for_tpu(x) and lm_head_refuses(x, weight) is None
+    return takes(x, f"lm_head of {tuple(x.shape)}", lambda: lm_head_refuses(x, weight))
 
 
 def lm_head_refuses(x: Tensor, weight: Tensor) -> str | None:

@@ -1,0 +1,78 @@
+"""
+A whole Block on the plain path and by its kernels: the result and the gradient of every input and weight.
+
+    python -m pytest -q tests/test_block.py
+"""
+import eager
+import pytest
+import torch
+
+import train_gpt_xla as train
+from gradients import Gradients, Slot, Stack
+
+B, T, H, D = 2, 384, 4, 32  # blocks of 128 tokens; of four heads, pairs are not the even and the odd ones
+C = H * D
+SHORT, LONG = 100, 250
+WEIGHTS = "attn.qkvo_w", "mlp.c_fc", "mlp.c_proj"
+
+# As the record wires them: layer, paired, window
+LAYERS = {
+    "first: paired, values, no mix": dict(layer=0, paired=True, values=True, mix=False),
+    "short window, values": dict(layer=1, values=True),
+    "paired": dict(layer=2, paired=True),
+    "long window, key offset": dict(layer=3, window=LONG),
+    "no attention": dict(layer=6),
+    "no attention, no mix": dict(layer=6, mix=False),
+    "long window, key offset, values": dict(layer=10, window=LONG, values=True),
+}
+
+def gradients_of(block: train.Block, weights: dict[str, torch.Tensor], x, attn_args, dout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The block's result and its weights' gradients, wherever they go; those of the other leaves are in .grad."""
+    squares, mlp, params = Stack(3, 2), Stack(5, 4), dict(block.named_parameters())
+    slots = dict(zip(WEIGHTS, (Slot(squares, 1), Slot(mlp, 2), Slot(mlp, 3)), strict=True))
+    gradients = Gradients({p: slots[name] for name, p in params.items()})
+    with gradients.receive({p: weights[name] for name, p in params.items()}):
+        out = torch.func.functional_call(block, weights, (x, attn_args))
+        out.backward(dout)
+    return out.detach(), {name: gradients[p] for name, p in params.items()}
+
+def run(kernels: bool, dtype: torch.dtype, layer: int, paired=False, values=False, mix=True, window=SHORT) -> dict[str, torch.Tensor]:
+    """Every result by name."""
+    generator = torch.Generator().manual_seed(layer)
+    randn = lambda *shape: torch.randn(*shape, generator=generator).bfloat16().to(dtype)
+    block = train.Block(C, D, H, layer, paired)
+    weights = {name: randn(*p.shape) * p.size(1)**-0.5 for name, p in block.named_parameters()}
+    tokens = torch.logspace(-1, 1, T)[torch.randperm(T, generator=generator), None].to(dtype)  # from small to large
+    leaves = dict(x=randn(B, T, C) * tokens, attn_gate_w=randn(H, 12), lambda_qkv=torch.tensor(0.625), lambda_o=torch.tensor(-0.75))
+    if mix:
+        leaves |= dict(x0=randn(B, T, C), lambda_x=torch.tensor(0.875), lambda_x0=torch.tensor(-1.5))
+    if values:
+        leaves |= dict(ve=randn(B, T, C), ve_gate_w=randn(H, 12))
+    dout = randn(B, T, C)
+    for leaf in (*weights.values(), *leaves.values()):
+        leaf.requires_grad_()
+    documents = torch.zeros(B, T, dtype=torch.int32)
+    for row, starts in zip(documents, ((5, 127, 129, 300), (40, 256)), strict=True):
+        for start in starts:
+            row[start:] = start
+    yarn = (train.YarnPairedHead if paired else train.Yarn)(D, 16)
+    *freq, scale = yarn.numbers()
+    take = leaves.get
+    attn_args = train.AttnArgs(
+        mix=((take("lambda_x"), take("lambda_x0")), take("x0")) if mix else ((), None), ve=take("ve"),
+        sa_lambdas=(take("lambda_qkv"), take("lambda_o")), documents=documents, bm_size=window if layer != 6 else None,
+        factors=yarn.factors(T, torch.tensor(freq), dtype), attn_scale=torch.tensor(scale), key_offset=window == LONG,
+        attn_gate_w=take("attn_gate_w"), ve_gate_w=take("ve_gate_w"))
+    with eager.eager(kernels):
+        out, gradients = gradients_of(block, weights, take("x"), attn_args, dout)
+        assert bool(eager.calls) == kernels
+    gradients |= {name: leaf.grad for name, leaf in leaves.items()}
+    return dict(out=out) | {name: gradient.float() for name, gradient in gradients.items() if gradient is not None}
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_block(layer):
+    want, got = (run(kernels, torch.float32, **LAYERS[layer]) for kernels in (False, True))
+    assert got.keys() == want.keys()
+    errors = {name: float((got[name] - want[name]).abs().max() / want[name].abs().max()) for name in want}
+    print(errors)
+    assert max(errors.values()) < 1e-4, errors
