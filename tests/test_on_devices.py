@@ -1,0 +1,61 @@
+"""
+The kernels inside torch_xla's SPMD graph: on virtual CPU devices, interpreted, against the plain path; and compiled by libtpu for v6e,
+without a collective or a copy around them.
+
+    python -m pytest -q tests/test_on_devices.py               about a minute
+    python -m pytest -q tests/test_on_devices.py -m slow       1, 4 and 8 devices
+"""
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from chips import CHIPS
+from kernels import dispatch, takes_block
+
+TPU = dict(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v6e-8", TPU_WORKER_HOSTNAMES="localhost",
+           ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+
+def program(name: str, *args, **environment) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, ROOT / "tests/programs" / name, *map(str, args)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-3000:]
+    return result
+
+@pytest.mark.parametrize("n", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
+def test_run(n):
+    program("two_blocks.py", "run", PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(n), XLA_FLAGS="--xla_backend_optimization_level=0")
+
+@pytest.mark.parametrize("n", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 2, 1))])
+def test_compiles_for_v6e(n, tmp_path):
+    graph = tmp_path / "graph.hlo.pb"
+    traced = program("two_blocks.py", "export", graph, PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(n))
+    assert traced.stderr.count("no TPU kernels for a block of (2, 256, 384), they take heads of 128") == 1, "the fallback must say so, once"
+    hlo = program("compile_for_v6e.py", n, graph, **TPU).stdout
+    # of two blocks three kernels forward and three backward; the embedding's, lm_head's two; an empty stack for each of two
+    assert hlo.count('custom_call_target="tpu_custom_call"') == 17
+    for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter"):
+        assert f" {word}" not in hlo, f"a {word}: the kernel left its device's rows"
+    # of an array by head, and of a stack, no copy may be made around the kernels
+    large = r"= bf16\[2,(2|4|6),256,128\]|= bf16\[[35],1024,256\]"
+    copies = [line.strip()[:200] for line in hlo.splitlines() if re.search(large, line)
+              and any(f" {op}(" in line for op in ("copy", "pad", "transpose", "concatenate"))]
+    assert not copies, copies
+
+def test_import_is_light():
+    command = [sys.executable, "-c", "import sys, kernels, gradients; assert not {'jax', 'torch_xla'} & set(sys.modules)"]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+def test_training_imports_no_jax():
+    command = [sys.executable, "-c", "import sys, train_gpt_xla; assert 'jax' not in sys.modules"]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+def test_cpu_tensors_take_the_plain_path(monkeypatch, recwarn):
+    monkeypatch.setattr(dispatch, "target", CHIPS["v6e"])
+    x, W = torch.zeros(1, 256, 256, dtype=torch.bfloat16), torch.zeros(1024, 256, dtype=torch.bfloat16)
+    assert not takes_block(x, W, W, (2, 128, False)) and not recwarn.list
