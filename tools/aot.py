@@ -662,7 +662,7 @@ def trace(graphs: list, tpu: Tpu, preset: str, out: Path) -> dict:
     known = known if known.get("sources") == code else {"sources": code, "fingerprints": {}, "untouched": {}, "attention": {}}
     names = [g.name for g in graphs if g.name not in known["fingerprints"] or not (out / f"{g.name}.hlo.pb").exists()]
     if names:
-        # DEBUG: source lines of every operation, for --explain. They do not change what is computed. MALLOC: what is freed goes back at once.
+        # DEBUG: source lines of every operation, for --explain; they do not change what is computed. MALLOC: what is freed goes back.
         env = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(tpu.devices), "XLA_HLO_DEBUG": "1", "XLA_IR_DEBUG": "1",
                "MALLOC_MMAP_THRESHOLD_": "1048576"}
         if status := child("export_graphs", tpu.name, preset, out, *names, log=log, env=env):
