@@ -25,11 +25,11 @@ class Chip:
     name: str
     pci: str  # device id; the vendor is 0x1ae0
     bf16_flops: float  # FLOP/s, all cores
-    clock_hz: float  # of a core: the peak over what its matrix units do a cycle (v6e: 2 of 256 x 256, the others: 4 of 128 x 128)
+    clock_hz: float  # the peak over what the compiler counts a cycle for a product: 524288 FLOP on v6e, 131072 a core on the others
     hbm_bytes: int  # granted to programs, a little less than there is
     hbm_bandwidth: float  # bytes/s
     vmem_bytes: int  # of a core; libtpu keeps 64 KiB of it
-    cores: int  # TensorCores, which show as one device. A kernel uses the second where its grid has a "parallel" dimension
+    cores: int  # they show as one device. XLA splits its work over both, a kernel only along a dimension that is "parallel"
     links: int  # to other chips
     link_bytes_per_s: float  # of a link, one way: Google's "bidirectional bandwidth" over 2 x links
     megacore: str | None = None  # chip_config_name, where libtpu would show each core as a device without it

@@ -518,9 +518,9 @@ def assumed(tpu: Tpu) -> str:
     chip = tpu.chip
     links = "no links" if tpu.chips == 1 else (f"a ring each way of {chip.link_bytes_per_s / 1e9:.0f} GB/s through the {tpu.chips} chips, "
                                                f"because {tpu.topology} does not wrap")
-    cores = "" if chip.cores == 1 else (f"; a chip's {chip.cores} cores count as one, as libtpu sees them: a kernel uses both only where "
-                                        "its grid has a parallel dimension")
-    return (f"{tpu.name}: {chip.clock_hz / 1e9:g} GHz (the peak of {chip.bf16_flops / 1e12:.0f} TFLOP/s over what the matrix units do a "
+    cores = "" if chip.cores == 1 else (f"; {chip.cores} cores a chip, the second used by a kernel only where its grid has a parallel "
+                                        "dimension")
+    return (f"{tpu.name}: {chip.clock_hz / 1e9:g} GHz (the peak of {chip.bf16_flops / 1e12:.0f} TFLOP/s over what libtpu counts for a "
             f"cycle), {chip.hbm_bandwidth / 1e9:.0f} GB/s of HBM, {links}{cores}. Not measured; from Google's pages, see chips.py.")
 
 
