@@ -25,11 +25,11 @@ class Chip:
     name: str
     pci: str  # device id; the vendor is 0x1ae0
     bf16_flops: float  # FLOP/s, all cores
-    clock_hz: float  # of a core: the peak over what its matrix units do a cycle (v6e: 2 of 256 x 256, the others: 4 of 128 x 128)
+    clock_hz: float  # the peak over what the compiler counts a cycle for a product: 524288 FLOP on v6e, 131072 a core on the others
     hbm_bytes: int  # granted to programs, a little less than there is
     hbm_bandwidth: float  # bytes/s
     vmem_bytes: int  # of a core; libtpu keeps 64 KiB of it
-    cores: int  # TensorCores, which show as one device. A kernel uses the second where its grid has a "parallel" dimension
+    cores: int  # they show as one device. XLA splits its work over both, a kernel only along a dimension that is "parallel"
     links: int  # to other chips
     link_bytes_per_s: float  # of a link, one way: Google's "bidirectional bandwidth" over 2 x links
     megacore: str | None = None  # chip_config_name, where libtpu would show each core as a device without it
@@ -102,24 +102,25 @@ def tpu_named(name: str) -> Tpu:
     return tpu
 
 # -----------------------------------------------------------------------------
-# This machine
+# This machine's
 
-# Google's virtual disks and network cards have its vendor id too: in each of its VMs. (Class 0x12 is an accelerator, 0xff unassigned.)
+# Google's virtual disks and network cards have its vendor id too, in each of its VMs. (Class 0x12 is an accelerator, 0xff unassigned.)
 NOT_TPUS, TPU_CLASSES = ("0x001f", "0x0042"), ("0x12", "0xff")
+
+
+def read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").replace("\0", " ").strip()
+    except OSError:
+        return ""
 
 
 def ids_on_bus(sys_root: str = "/sys") -> list[str]:
     """The PCI device id of each TPU chip of this machine."""
-    def read(path):
-        try:
-            return path.read_text().strip().lower()
-        except OSError:
-            return ""
-
     found = []
     for device in sorted(Path(sys_root).glob("bus/pci/devices/*")):
-        if read(device / "vendor") == "0x1ae0":
-            pci, kind = read(device / "device"), read(device / "class")
+        if read(device / "vendor").lower() == "0x1ae0":
+            pci, kind = read(device / "device").lower(), read(device / "class").lower()
             known = pci in OTHERS or pci in (chip.pci for chip in CHIPS.values())
             if known or (pci and pci not in NOT_TPUS and (not kind or kind.startswith(TPU_CLASSES))):
                 found.append(pci)
@@ -131,12 +132,11 @@ def this_chip(sys_root: str = "/sys") -> Chip | None:
     ids = sorted(set(ids_on_bus(sys_root)))
     if not ids:
         return None
-    chip = {chip.pci: chip for chip in CHIPS.values()}.get(ids[0])
-    if chip is None or len(ids) > 1:
-        names = {chip.pci: chip.name for chip in CHIPS.values()}
-        what = " and ".join(names.get(pci) or OTHERS.get(pci) or f"an unknown chip (PCI 0x1ae0:{pci})" for pci in ids)
-        raise Refused(f"this machine's TPU is {what}, which is not supported: {supported()}")
-    return chip
+    chips = {chip.pci: chip for chip in CHIPS.values()}
+    if len(ids) > 1 or ids[0] not in chips:
+        names = [chips[pci].name if pci in chips else OTHERS.get(pci, f"an unknown chip (PCI 1ae0:{pci[2:]})") for pci in ids]
+        raise Refused(f"this machine's TPU is {' and '.join(names)}: {supported()}")
+    return chips[ids[0]]
 
 
 def supported() -> str:

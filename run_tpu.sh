@@ -9,11 +9,11 @@ The one entrance. Makes its own Python environment; later calls find it in a sec
     bash run_tpu.sh --seeds N         N such runs in a row, seeds 0 to N - 1, then tools/record_stats.py on their logs
     bash run_tpu.sh setup             only make or check the environment
     bash run_tpu.sh test [options]    ruff, then the quick tests; options go to pytest (-m slow: the slow ones)
-    bash run_tpu.sh aot [options]     compile the record's steps for v6e-8, no TPU needed (tools/aot_v6e.py)
+    bash run_tpu.sh aot [options]     compile the record's steps for a TPU that need not be there (tools/aot.py; --tpu v6e-8)
     bash run_tpu.sh bench [options]   time the step (tools/bench_step.py)
     bash run_tpu.sh data [N]          download FineWeb10B: the validation shard and N train shards
 
-Options of training: .venv/bin/python train_gpt_xla.py --help. A run with --save_every N --run_id NAME goes on after any stop by the
+Options of training: .venv/bin/python train_gpt_xla.py --help (--wandb is installed when it is asked for). A run with --save_every N --run_id NAME goes on after any stop by the
 same command; stopped by SIGTERM it exits with 75. Knobs, in the environment:
 
     PYTHON         a Python 3.11 or 3.12 to build from      (default: the first on the PATH that fits, else uv brings 3.12)
@@ -29,7 +29,8 @@ VENV=${VENV:-.venv}
 TRAIN_CHUNKS=${TRAIN_CHUNKS:-9}
 TORCH_INDEX=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
 UV_PIN=uv==0.13.8
-SYS_ROOT=${SYS_ROOT:-}   # tests put a made-up /sys, /dev and /proc here
+PYTHONS=(python3 python python3.12 python3.11 python3.10)  # of any version
+later=  # train shards that will be fetched after setup, if any: there must be room for them too
 
 say() { printf 'run_tpu.sh: %s\n' "$*"; }
 die() { say "$@" >&2; exit 1; }
@@ -72,40 +73,62 @@ print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, torch_xla {t
 STATE='
 import hashlib, re, sys
 from importlib.metadata import version
-text = open("requirements.txt").read()
+text = "".join(open(path).read() for path in sys.argv[1:])
 for name, pin in re.findall(r"^([\w-]+)(?:\[.*?\])?==(\S+)", text, re.M):
     assert version(name).split("+")[0] == pin, name
 print(hashlib.sha256((sys.version + text).encode()).hexdigest())
 '
 REACHABLE='
-import sys, urllib.request
-urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=5).read(1)
+import sys, urllib.error, urllib.request
+try:
+    urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=5).read(1)
+except urllib.error.HTTPError:
+    sys.exit(2)  # there is a network
 '
-
-setup() (  # a subshell: its lock and its scratch folder go when it ends
+setup() (  # `setup -wandb` installs requirements-wandb.txt, too. A subshell: its lock and its scratch folder go when it ends
+  extra=${1:-}
+  [[ -e requirements$extra.txt ]] || extra=
   exec 9<requirements.txt
   flock -n 9 || { say "another setup is at work, waiting for it"; flock 9; }
-  if [[ -s $VENV/.complete && $(state) == "$(<"$VENV/.complete")" ]]; then exit 0; fi
+  if complete "" && { [[ -z $extra ]] || complete "$extra"; }; then exit 0; fi
+  scratch=$(mktemp -d)
+  trap 'rm -rf -- "$scratch"' EXIT
+  uv=
+  complete "" || make
+  [[ -z $extra ]] || add "$extra"
+  say "$VENV is complete, after $SECONDS s"
+)
+
+complete() { [[ -s $VENV/.complete$1 && $(state "$1") == "$(<"$VENV/.complete$1")" ]]; }
+
+state() { "$py" -c "$STATE" "requirements$1.txt" 2>/dev/null || true; }
+
+finish() {
+  state "$1" > "$scratch/complete"
+  [[ -s $scratch/complete ]] || die "what was installed is not what requirements$1.txt says"
+  mv -- "$scratch/complete" "$VENV/.complete$1"
+}
+
+make() {
   if [[ -e $VENV/pyvenv.cfg ]]; then
     say "$VENV is incomplete, broken or of other versions: making it anew"
     rm -rf -- "$VENV"
   elif [[ -e $VENV && -n $(ls -A -- "$VENV") ]]; then
     die "$VENV exists and is no virtual environment: remove it, or set VENV to another place"
   fi
-  scratch=$(mktemp -d)
-  trap 'rm -rf -- "$scratch"' EXIT
-  uv=
   make_venv
   say "installing requirements.txt (under a minute with uv, 2 to 5 with pip)"
-  install
+  torch_without_cuda
+  install -r requirements.txt || give_up
   PJRT_DEVICE=CPU "$py" -c "$FINISH" || die "what was installed does not import, for the reason above; TORCH_INDEX=none takes PyPI's torch"
-  state > "$scratch/complete"
-  [[ -s $scratch/complete ]] || die "what was installed is not what requirements.txt says"
-  mv -- "$scratch/complete" "$VENV/.complete"
-  say "$VENV is complete, after $SECONDS s"
-)
+  finish ""
+}
 
-state() { "$py" -c "$STATE" 2>/dev/null || true; }
+add() {
+  say "installing requirements$1.txt"
+  install -r "requirements$1.txt" -r requirements.txt || give_up
+  finish "$1"
+}
 
 make_venv() {
   local p candidates=(python3.12 python3.11 python3 python)
@@ -121,6 +144,7 @@ make_venv() {
   [[ -z $PYTHON ]] || die "PYTHON=$PYTHON does not run, or is not $needs"
   say "no $needs on the PATH: getting 3.12 through uv"
   if get_uv && UV_PYTHON_PREFERENCE=only-managed "$uv" venv -q --seed --python 3.12 "$VENV"; then return; fi
+  ! offline || die "no $needs, and none can be fetched: $NO_INTERNET"
   die "no $needs, and uv could not bring one: install one (Ubuntu: python3.12-venv and libpython3.12) or set PYTHON=/path/to/python3.12"
 }
 
@@ -128,77 +152,74 @@ get_uv() {  # sets uv; false where there is none and pip cannot bring it. A pip 
   local p
   [[ -z $uv ]] || return 0
   if uv --version >/dev/null 2>&1; then uv=uv; return 0; fi
-  for p in "$py" python3 python python3.12 python3.11 python3.10; do
-    if "$p" -m pip install -q --target "$scratch/uv" "$UV_PIN" >/dev/null 2>&1; then uv=$scratch/uv/bin/uv; return 0; fi
+  for p in "$py" "${PYTHONS[@]}"; do
+    if "$p" -m pip install -q --target "$scratch/uv" --retries 1 "$UV_PIN" >/dev/null 2>&1; then uv=$scratch/uv/bin/uv; return 0; fi
   done
   return 1
 }
 
-install() {
-  if get_uv; then  # a quarter of pip's time
-    if install_with "$uv" pip install -q --python "$py"; then return; fi
-    say "uv failed, for the reason above: trying pip"
+torch_without_cuda() {  # PyPI's torch brings CUDA packages and does not load without them; a TPU needs none
+  if timeout 10 "$py" -c "$REACHABLE" "$TORCH_INDEX" 2>/dev/null; then
+    room 3
+    install --no-deps --index-url "$TORCH_INDEX" "$(grep -o '^torch==[^ ]*' requirements.txt)" ||
+      { cat "$scratch/why" >&2; say "no such torch at $TORCH_INDEX: taking PyPI's"; }
+  else
+    room 9 "; $TORCH_INDEX does not answer, and PyPI's torch brings 6 GB of CUDA packages"
+    say "$TORCH_INDEX does not answer: taking PyPI's torch, with 6 GB of CUDA packages that nothing here uses"
   fi
-  install_with "$py" -m pip install -q || die "the installation failed, for the reason above; what is there is kept out of use"
 }
 
-install_with() {
-  # PyPI's torch brings 3 GB of CUDA packages and does not load without them; a TPU needs none.
-  if timeout 10 "$py" -c "$REACHABLE" "$TORCH_INDEX" 2>/dev/null; then
-    "$@" --no-deps --index-url "$TORCH_INDEX" "$(grep -o '^torch==[^ ]*' requirements.txt)" ||
-      say "no such torch at $TORCH_INDEX: taking PyPI's"
-  else
-    say "$TORCH_INDEX does not answer: taking PyPI's torch, with 8 GB of CUDA packages that nothing here uses"
+install() {  # by uv in a quarter of pip's time, else by pip
+  if get_uv; then
+    if "$uv" pip install -q --python "$py" "$@" 2>"$scratch/why"; then return; fi
+    offline || { cat "$scratch/why" >&2; say "uv failed, for the reason above: trying pip"; }
   fi
-  "$@" -r requirements.txt
+  "$py" -m pip install -q "$@" 2>"$scratch/why"
+}
+
+NO_INTERNET="pypi.org does not answer: there is no internet here. In a notebook switch it on (Kaggle: Settings > Turn on internet); behind a \
+proxy set HTTPS_PROXY, with a mirror PIP_INDEX_URL"
+
+give_up() {
+  ! offline || die "the installation failed: $NO_INTERNET"
+  cat "$scratch/why" >&2
+  die "the installation failed, for the reason above; what is there is kept out of use"
+}
+
+offline() {  # where nothing but PyPI is set up to install from, and it does not answer
+  local p status=0
+  p=$(some_python)
+  ! compgen -e | grep -qE '^(PIP|UV)_(NO_INDEX|FIND_LINKS|.*INDEX.*)$' || return 1
+  [[ -n $p && -z $("$p" -m pip config list 2>/dev/null) ]] || return 1
+  timeout 10 "$p" -c "$REACHABLE" https://pypi.org/simple 2>/dev/null || status=$?
+  ((status == 1 || status == 124))
 }
 
 # ---- the TPU -----------------------------------------------------------------------------------------------------------------
 
-find_tpu() {  # sets chips, how many, and kind
-  local vendor
-  chips=0 kind=
-  for vendor in "$SYS_ROOT"/sys/bus/pci/devices/*/vendor; do
-    [[ -r $vendor && $(<"$vendor") == 0x1ae0 ]] || continue
-    case $(<"${vendor%vendor}device") in  # every Google VM has network and disk controllers of that vendor too
-      0x0027) kind=v2/v3 ;;
-      0x005e) kind=v4 ;;
-      0x0062) kind=v5p ;;
-      0x0063) kind=v5e ;;
-      0x006f) kind=v6e ;;
-      0x0076) kind=7x ;;
-      *) continue ;;
-    esac
-    chips=$((chips + 1))
+some_python() {  # one that can run tools/machine.py, before there is an environment
+  local p
+  for p in "$py" "${PYTHONS[@]}"; do
+    if "$p" -c 'import sys; sys.exit(sys.version_info < (3, 8))' >/dev/null 2>&1; then echo "$p"; return; fi
   done
 }
 
-check_free() {  # one process at a time can hold a chip
-  local fd pid cmd pids="" who=""
-  compgen -G "$SYS_ROOT/dev/vfio/[0-9]*" >/dev/null || compgen -G "$SYS_ROOT/dev/accel[0-9]*" >/dev/null ||
-    die "$chips TPU chips on the PCI bus but no /dev/vfio/N or /dev/accelN:" \
-      "a container needs --privileged; PJRT_DEVICE=CPU does without them"
-  while IFS= read -r fd; do
-    pid=${fd%/fd} pid=${pid##*/}
-    cmd=$(tr '\0' ' ' 2>/dev/null <"${fd%/fd}/cmdline" || true)
-    pids+=" $pid" who+="${who:+, }process $pid (${cmd:0:100})"
-  done < <(find "$SYS_ROOT"/proc/[0-9]*/fd -maxdepth 1 \( -lname '/dev/vfio/[0-9]*' -o -lname '/dev/accel[0-9]*' \) \
-    -printf '%h\n' 2>/dev/null | sort -u)
-  [[ -z $pids ]] || die "the TPU is busy: $who holds it. Wait for that, or stop it: kill$pids"
-}
+machine() { "$(some_python)" tools/machine.py "$@"; }
 
-pick_device() {  # exports PJRT_DEVICE
-  find_tpu
+room() { machine room "$1" "$VENV" "${later:--1}" "${DATA_PATH:-.}" "${2:-}" || exit 1; }  # GB that the environment still takes
+
+pick_device() {  # exports PJRT_DEVICE, sets tpu: its name, or nothing
+  tpu=
   if [[ ${PJRT_DEVICE:-TPU} != TPU ]]; then
     say "PJRT_DEVICE=$PJRT_DEVICE is set: no TPU is used"
-  elif ((chips)); then
-    check_free
-    say "TPU found: $chips $kind chips"
-    export PJRT_DEVICE=TPU
-    return
-  elif [[ -n ${PJRT_DEVICE:-} ]]; then
-    die "PJRT_DEVICE=TPU is set, but this machine has no TPU; unset it for the rehearsal on CPU"
   else
+    [[ $(some_python) ]] || setup
+    tpu=$(machine find) || exit 1
+    if [[ $tpu ]]; then
+      export PJRT_DEVICE=TPU
+      return
+    fi
+    [[ -z ${PJRT_DEVICE:-} ]] || die "PJRT_DEVICE=TPU is set, but this machine has no TPU; unset it for the rehearsal on CPU"
     say "no TPU on this machine: 8 virtual CPU devices stand in for its chips"
   fi
   on_cpu
@@ -251,9 +272,12 @@ case $word in
   train)
     take_seeds "$@"
     pick_device
-    setup
+    [[ -z $tpu ]] || later=$TRAIN_CHUNKS
+    [[ -z $tpu ]] || room 0
+    if [[ " ${options[*]} " =~ \ --wandb[=\ ] ]]; then setup -wandb; else setup; fi
     huge_pages
-    if [[ $PJRT_DEVICE == TPU ]]; then
+    if [[ $tpu ]]; then
+      "$py" tools/machine.py open "$tpu" --runs "${seeds:-1}" "${options[@]}" || exit 1
       "$py" data/cached_fineweb10B.py "$TRAIN_CHUNKS"
       train record
     fi
@@ -266,22 +290,23 @@ case $word in
     setup
     ;;
   test)
-    setup
+    setup -wandb
     on_cpu
     "$py" -m ruff check .
     exec "$py" -m pytest -q -n 2 --dist loadfile -m "not slow" "$@"
     ;;
   aot)
     setup
-    exec "$py" tools/aot_v6e.py "$@"
+    exec "$py" tools/aot.py "$@"
     ;;
   bench)
-    pick_device
     setup
+    on_cpu
     huge_pages
     exec "$py" tools/bench_step.py "$@"
     ;;
   data)
+    later=${1:-$TRAIN_CHUNKS}
     setup
     exec "$py" data/cached_fineweb10B.py "${@:-$TRAIN_CHUNKS}"
     ;;

@@ -1,6 +1,6 @@
 """
 run_tpu.sh in a scratch repository: which Python, which installer, which device, which script. Nothing is downloaded: stand-ins
-for python and uv write down what they are asked to do, and /sys, /dev and /proc are made up.
+for python and uv write down what they are asked to do, and /sys, /dev and /proc are made up. What may be in a TPU's way: test_machine.py.
 
     python -m pytest -q tests/test_run_tpu.py
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "run_tpu.sh"
+ROOT = Path(__file__).resolve().parent.parent
 TOOLS = "cat cp dirname env find flock grep ls mkdir mktemp mv readlink rm sleep sort timeout touch tr".split()
 BASH = shutil.which("bash")
 FITTING = tuple(sys.version_info)
@@ -28,6 +28,7 @@ SO = f"libpython3.{sys.version_info[1]}.so.1.0"
 PYTHON = """#!{bash}
 case $1 in
   -c) exec {real!r} -c {patch!r}$'\\n'"$2" "${{@:3}}" ;;
+  tools/machine.py) exec {real!r} "$@" ;;
 esac
 if [[ "$1 $2" == "-m venv" ]]; then
   mkdir -p "$3/bin" && touch "$3/pyvenv.cfg" && cp "$0" "$3/bin/python"
@@ -35,8 +36,9 @@ if [[ "$1 $2" == "-m venv" ]]; then
 fi
 echo "$PJRT_DEVICE|$CPU_NUM_DEVICES|$DATA_PATH|${{0##*/}} $*" >> {log!r}
 case $* in
+  "-m pip config"*) echo ;;
   *--target*) [[ -z ${{PIP_BRINGS_UV:-}} ]] && exit 1; mkdir -p "$6/bin"; cp {uv!r} "$6/bin/uv" ;;
-  *"-r requirements.txt") touch {log!r}.installing; sleep "${{PIP_TAKES:-0}}"; exit "${{PIP_FAILS:-0}}" ;;
+  *"-r requirements.txt") touch {log!r}.installing; sleep "${{PIP_TAKES:-0}}"; echo "${{PIP_SAYS:-}}" >&2; exit "${{PIP_FAILS:-0}}" ;;
 esac
 """
 UV = """#!{bash}
@@ -55,11 +57,15 @@ class Repo:
         self.dir, self.bin, self.root, self.log = tmp / "a repo", tmp / "bin", tmp / "root", tmp / "log"
         for folder in (self.dir, self.bin, self.root, tmp / "stand-ins"):
             folder.mkdir()
-        shutil.copy(SCRIPT, self.dir)
+        (self.dir / "tools").mkdir()
+        for name in ("run_tpu.sh", "chips.py", "tools/machine.py"):
+            shutil.copy(ROOT / name, self.dir / name)
         pins = "".join(f"{name}=={version(name).split('+')[0]}  # a pin\n" for name in ("torch", "pytest"))
         (self.dir / "requirements.txt").write_text(pins)
-        for name in ("jax", "torch", "torch_xla"):  # importing the real ones takes seconds
+        for name in ("jax", "torch", "torch_xla/__init__"):  # importing the real ones takes seconds
+            (self.dir / f"{name}.py").parent.mkdir(exist_ok=True)
             (self.dir / f"{name}.py").write_text("__version__ = 'made up'\n")
+        self.devices(8)
         for tool in TOOLS:
             (self.bin / tool).symlink_to(shutil.which(tool))
         self.uv = tmp / "stand-ins/uv"
@@ -70,6 +76,10 @@ class Repo:
         lib.mkdir(parents=True)
         for minor in (10, 11, 12, 13):
             (lib / f"libpython3.{minor}.so.1.0").touch()
+
+    def devices(self, n):
+        """What torch_xla will find on the TPU."""
+        (self.dir / "torch_xla/runtime.py").write_text(f"global_runtime_device_count, device_type = lambda: {n}, lambda: 'TPU'\n")
 
     def write(self, path, text):
         path.write_text(text)
@@ -104,8 +114,10 @@ class Repo:
         (fds / "3").symlink_to(target)
 
     def env(self, **more):
-        env = {"PATH": str(self.bin), "HOME": str(self.root), "SYS_ROOT": str(self.root), "TORCH_INDEX": "http://127.0.0.1:9"}
-        return env | more
+        nowhere = "http://127.0.0.1:9"
+        env = {"PATH": str(self.bin), "HOME": str(self.root), "SYS_ROOT": str(self.root), "TORCH_INDEX": nowhere, "PIP_INDEX_URL": nowhere,
+               "TPU_SKIP_MDS_QUERY": "1"}
+        return {name: value for name, value in (env | more).items() if value is not None}
 
     def run(self, *args, cwd="/", script=None, **env):
         """(exit status, output) of `bash run_tpu.sh args`."""
@@ -157,11 +169,11 @@ def test_help_starts_nothing(repo):
 def test_tpu_trains_the_record(ready):
     ready.tpu()
     ready.process(77, "/dev/vfio/vfio")  # the control node: holds no chip
-    status, out = ready.run("--seed", "2", PJRT_DEVICE="TPU")
-    assert status == 0 and "8 v6e chips" in out
+    status, out = ready.run("--seed", "2", "--price", "36", PJRT_DEVICE="TPU")
+    assert status == 0 and "TPU found: 8 v6e chips, a v6e-8" in out and "no estimate for v6e-8" in out  # no records/ here
     data, train = ready.asked()
     assert data.endswith("data/cached_fineweb10B.py 9")
-    assert train.startswith("TPU|") and train.endswith("train_gpt_xla.py --preset record --seed 2")
+    assert train.startswith("TPU|") and train.endswith("train_gpt_xla.py --preset record --seed 2 --price 36")
     assert ready.run()[0] == 0 and ready.asked()[1].startswith("TPU|")  # unasked, too
 
 
@@ -208,21 +220,32 @@ def test_pjrt_device_is_respected(ready):
     assert ready.asked()[1].endswith("--preset rehearsal")
 
 
-@pytest.mark.parametrize("nodes", ["vfio/{}", "accel{}"])
-def test_busy_tpu_names_the_holder(ready, nodes):
-    ready.tpu(chips=4, nodes=nodes)
-    ready.process(4242, "/dev/" + nodes.format(2))
-    ready.process(4300, "/dev/null")
-    for word in ((), ("bench",)):
-        status, out = ready.run(*word)
-        assert status == 1 and "process 4242 (python train me.py" in out and "kill 4242" in out and "4300" not in out
-        assert out.count("\n") == 1 and not ready.asked()
+def test_what_is_in_a_tpus_way_is_told_before_anything_is_made(repo):
+    """One line each, no "TPU found" before it, and nothing installed, fetched or trained."""
+    repo.python("python3", version_info=(3, 10, 12, "final", 0))  # a TPU image's own
+    def refused(words, **env):
+        status, out = repo.run(**env)
+        assert status == 1 and words in out and out.startswith("run_tpu.sh: ") and out.count("\n") == 1, out
+        assert "TPU found" not in out and not repo.asked() and not repo.venv.exists()
+    repo.tpu(nodes=None)
+    refused("--privileged")
+    shutil.rmtree(repo.root / "sys")
+    repo.tpu()
+    refused("a slice of 4 machines", TPU_WORKER_HOSTNAMES="a,b,c,d")
+    refused("200000000.0 GB for FineWeb's shards", TRAIN_CHUNKS="999999999")
+    repo.process(4242, "/dev/vfio/2")
+    refused("process 4242 (python train me.py) holds it")
+    shutil.rmtree(repo.root / "sys")
+    repo.tpu(device="0x0027", nodes=None)
+    refused("v2 or v3: the record trains on v6e-8")
+    assert repo.run("setup", PIP_BRINGS_UV="1")[0] == 0  # a TPU is not looked at for the other words
 
 
-def test_chips_without_device_nodes_are_told(ready):
-    ready.tpu(nodes=None)
+def test_a_tpu_that_does_not_open_ends_before_data(ready):
+    ready.tpu()
+    ready.devices(4)
     status, out = ready.run()
-    assert status == 1 and "--privileged" in out and not ready.asked()
+    assert status == 1 and "torch_xla finds 4 TPU devices on a v6e-8" in out and "TPU found" not in out and not ready.asked()
 
 
 # ---- which Python ------------------------------------------------------------------------------------------------------------
@@ -294,9 +317,56 @@ def test_failed_install_is_not_complete(repo):
     assert repo.run("setup")[0] == 0 and repo.complete()
 
 
+def test_no_internet_is_told_in_one_line(repo):
+    repo.python("python3")
+    offline = dict(PIP_INDEX_URL=None, HTTPS_PROXY="http://127.0.0.1:9", PIP_FAILS="1", PIP_SAYS="WARNING: Retrying")
+    status, out = repo.run("setup", **offline)
+    assert status == 1 and "there is no internet here" in out.splitlines()[-1] and "WARNING" not in out and not repo.complete()
+    for known in ({"UV_DEFAULT_INDEX": "http://mirror"}, {"PIP_FIND_LINKS": "wheels"}):
+        status, out = repo.run("setup", **{**offline, **known})  # then it is not PyPI that counts
+        assert status == 1 and "no internet" not in out and "WARNING" in out
+    (repo.bin / "python3").unlink()
+    repo.python("python3", version_info=(3, 10, 12, "final", 0))
+    shutil.rmtree(repo.venv)
+    assert "none can be fetched: pypi.org does not answer" in repo.run("setup", **offline)[1]
+
+
+def test_no_room_is_told_before_installing(repo):
+    """PyPI's torch needs more of it."""
+    repo.python("python3")
+    df = repo.dir / "sitecustomize.py"  # of a small disk
+    df.write_text("import collections, shutil\nshutil.disk_usage = lambda _: collections.namedtuple('usage', 'free')(4e9)\n")
+    status, out = repo.run("setup", PYTHONPATH=str(repo.dir))
+    assert status == 1 and "no room on disk: 4.0 GB are free" in out and "9.0 GB for the environment" in out
+    assert not any("-r requirements.txt" in line for line in repo.asked()) and not repo.complete()
+    df.write_text(df.read_text().replace("4e9", "10e9"))
+    assert repo.run("setup", PYTHONPATH=str(repo.dir))[0] == 0
+
+
+def test_wandb_is_installed_when_it_is_asked_for(repo):
+    repo.python("python3")
+    wanted = repo.dir / "requirements-wandb.txt"
+    assert repo.run("--wandb", "mine")[0] == 0 and repo.complete()  # no such file: nothing to do
+    repo.asked()
+    wanted.write_text(f"ruff=={version('ruff')}  # stands in for it\n")
+    installs = lambda: [line for line in repo.asked() if "pip install" in line and "--target" not in line]
+    assert repo.run()[0] == 0 and not installs()
+    for options in (["--lr", "1", "--wandb"], ["--wandb=mine"], ["test"]):
+        (repo.venv / ".complete-wandb").unlink(missing_ok=True)
+        assert repo.run(*options)[0] == 0
+        [line] = installs()
+        assert line.endswith("install -q -r requirements-wandb.txt -r requirements.txt")
+    for options in (["--wandb", "mine"], []):  # it is there, and in no one's way
+        assert repo.run(*options)[0] == 0 and not installs()
+    wanted.write_text("ruff==0.0.1\n")
+    status, out = repo.run("--wandb")
+    assert status == 1 and "not what requirements-wandb.txt says" in out and repo.complete()
+    assert repo.run()[0] == 0
+
+
 def test_install_that_does_not_import_is_not_complete(repo):
     repo.python("python3")
-    (repo.dir / "torch_xla.py").write_text("raise ImportError('undefined symbol')\n")
+    (repo.dir / "torch_xla/__init__.py").write_text("raise ImportError('undefined symbol')\n")
     status, out = repo.run("setup")
     assert status == 1 and "undefined symbol" in out and not repo.complete()
 
@@ -379,8 +449,8 @@ def test_words_run_their_scripts(ready):
     ready.tpu()
     for args, expected in {
         ("test", "-k", "x y"): ["CPU|8||python -m ruff check .", "CPU|8||python -m pytest -q -n 2 --dist loadfile -m not slow -k x y"],
-        ("aot", "--T", "1"): ["|||python tools/aot_v6e.py --T 1"],
-        ("bench", "--n", "1"): ["TPU|||python tools/bench_step.py --n 1"],
+        ("aot", "--T", "1"): ["|||python tools/aot.py --T 1"],
+        ("bench", "--n", "1"): ["CPU|8||python tools/bench_step.py --n 1"],
         ("data",): ["|||python data/cached_fineweb10B.py 9"],
         ("data", "1"): ["|||python data/cached_fineweb10B.py 1"],
     }.items():

@@ -520,9 +520,9 @@ def assumed(tpu: Tpu) -> str:
     chip = tpu.chip
     links = "no links" if tpu.chips == 1 else (f"a ring each way of {chip.link_bytes_per_s / 1e9:.0f} GB/s through the {tpu.chips} chips, "
                                                f"because {tpu.topology} does not wrap")
-    cores = "" if chip.cores == 1 else (f"; a chip's {chip.cores} cores count as one, as libtpu sees them: a kernel uses both only where "
-                                        "its grid has a parallel dimension")
-    return (f"{tpu.name}: {chip.clock_hz / 1e9:g} GHz (the peak of {chip.bf16_flops / 1e12:.0f} TFLOP/s over what the matrix units do a "
+    cores = "" if chip.cores == 1 else (f"; {chip.cores} cores a chip, the second used by a kernel only where its grid has a parallel "
+                                        "dimension")
+    return (f"{tpu.name}: {chip.clock_hz / 1e9:g} GHz (the peak of {chip.bf16_flops / 1e12:.0f} TFLOP/s over what libtpu counts for a "
             f"cycle), {chip.hbm_bandwidth / 1e9:.0f} GB/s of HBM, {links}{cores}. Not measured; from Google's pages, see chips.py.")
 
 
@@ -664,7 +664,7 @@ def trace(graphs: list, tpu: Tpu, preset: str, out: Path) -> dict:
     known = known if known.get("sources") == code else {"sources": code, "fingerprints": {}, "untouched": {}, "attention": {}}
     names = [g.name for g in graphs if g.name not in known["fingerprints"] or not (out / f"{g.name}.hlo.pb").exists()]
     if names:
-        # DEBUG: source lines of every operation, for --explain. They do not change what is computed. MALLOC: what is freed goes back at once.
+        # DEBUG: source lines of every operation, for --explain; they do not change what is computed. MALLOC: what is freed goes back.
         env = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(tpu.devices), "XLA_HLO_DEBUG": "1", "XLA_IR_DEBUG": "1",
                "MALLOC_MMAP_THRESHOLD_": "1048576"}
         if status := child("export_graphs", tpu.name, preset, out, *names, log=log, env=env):
