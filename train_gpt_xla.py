@@ -293,8 +293,8 @@ class Block(nn.Module):
         lambda_qkv, lambda_o = (factor.view(1) for factor in attn_args.sa_lambdas)
         y, x = fused_attention(
             x, lambda_x, x0, lambda_x0, attn.qkvo_w, lambda_qkv, attn_args.attn_gate_w, attn_args.ve, attn_args.ve_gate_w,
-            *attn_args.factors, still_dims(attn.head_dim, x.device), attn_args.documents, attn_args.bm_size, attn_args.attn_scale,
-            attn_args.key_offset, attn.paired)
+            *attn_args.factors, still_dims(attn.head_dim, x.device) if attn_args.key_offset else None, attn_args.documents,
+            attn_args.bm_size, attn_args.attn_scale, attn.paired)
         return residual_mlp(x, self.mlp.c_fc, self.mlp.c_proj, y, attn.qkvo_w, lambda_o)
 
 # -----------------------------------------------------------------------------

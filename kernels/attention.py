@@ -177,11 +177,10 @@ def fused_attention(
         ve_gate_w: Tensor | None,  # [H, n]
         factor1: Tensor,  # rotary, [T, D] or, paired, [2, T, D]
         factor2: Tensor,
-        still: Tensor,  # [D] bool, the dims of the key offset
+        still: Tensor | None,  # [D] bool, the dims of the key offset; None without one
         documents: Tensor,  # the rest as window_attention
         window: int,
         scale: Tensor,
-        key_offset: bool,
         paired: bool) -> tuple[Tensor, Tensor]:
     """
     All that comes before attention, window_attention and its gate, by two kernels.
@@ -189,24 +188,26 @@ def fused_attention(
     """
     (into,) = slots(W)
     return FusedAttention.apply(x, lambda_x, x0, lambda_x0, W, lambda_w, gate_w, ve, ve_gate_w, factor1, factor2, still, documents, window,
-                                scale, key_offset, paired, torch.is_grad_enabled(), into)
+                                scale, paired, torch.is_grad_enabled(), into)
 
 
 class FusedAttention(torch.autograd.Function):
     """fused_attention. keep: there will be a backward pass. into: where the gradient of W goes (gradients.Slot)."""
     @staticmethod
     def forward(ctx, x, lambda_x, x0, lambda_x0, W, lambda_w, gate_w, ve, ve_gate_w, factor1, factor2, still, documents, window, scale,
-                key_offset, paired, keep, into):
+                paired, keep, into):
         from kernels.tpu import attention, projection
         (B, T, _), H, D = x.shape, gate_w.size(0), factor1.size(-1)
-        shapes = ctx.shapes = get_projection(B, H, T, D, paired, key_offset, ve is not None, x0 is not None, keep, gate_w.size(1))
+        shapes = ctx.shapes = get_projection(B, H, T, D, paired, still is not None, ve is not None, x0 is not None, keep, gate_w.size(1))
         band = ctx.band = get_band(B, H, T, D, window, paired)
         ctx.into, scale = into, scale.float().reshape(1)
-        inputs = dict(x=x, W=W, lambda_w=lambda_w, lambda_x=lambda_x, lambda_x0=lambda_x0, gate_w=gate_w, factor1=factor1.view(-1, T, D),
-                      factor2=factor2.view(-1, T, D), still=still.view(1, D).float(), ve=ve, ve_gate_w=ve_gate_w, x0=x0)
+        factor1, factor2 = factor1.view(-1, T, D), factor2.view(-1, T, D)
+        still = None if still is None else still.view(1, D).float()
+        inputs = dict(x=x, W=W, lambda_w=lambda_w, lambda_x=lambda_x, lambda_x0=lambda_x0, gate_w=gate_w, factor1=factor1, factor2=factor2,
+                      still=still, ve=ve, ve_gate_w=ve_gate_w, x0=x0)
         before = call_kernel(projection.project, shapes, **inputs)
         qkv = before.qkv
-        after = call_kernel(attention.attention_forward, band, q=qkv, k=qkv, v=qkv, documents=documents, gate=before.gate, scale=scale)
+        after = call_kernel(attention.attention_forward, band, qkv=qkv, documents=documents, gate=before.gate, scale=scale)
         saved = inputs | dict(documents=documents, scale=scale, qkv=qkv, gate=before.gate, y=after.y, sums=after.sums, raw=before.raw)
         ctx.names = list(saved)
         ctx.save_for_backward(*saved.values())
@@ -218,11 +219,10 @@ class FusedAttention(torch.autograd.Function):
         s = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         documents, scale, qkv, gate, y, sums, raw = (s.pop(name) for name in ("documents", "scale", "qkv", "gate", "y", "sums", "raw"))
         ve, ve_gate_w, x0 = (s.pop(name) for name in ("ve", "ve_gate_w", "x0"))
-        d = call_kernel(attention.attention_backward, ctx.band, q=qkv, k=qkv, v=qkv, documents=documents, gate=gate, scale=scale, y=y,
-                        sums=sums, dy=dy)
+        d = call_kernel(attention.attention_backward, ctx.band, qkv=qkv, documents=documents, gate=gate, scale=scale, y=y, sums=sums, dy=dy)
         d = call_kernel(
             projection.project_backward, ctx.shapes, slot=ctx.into.index(dy), stack=ctx.into.so_far(s["W"]), **s, raw=raw, dq=d.dq, dk=d.dk,
             dv=d.dv, gate=gate, delta=d.delta, ve=ve, ve_gate_w=ve_gate_w, x0=x0, dx_mixed=dx_mixed if ctx.shapes.mix else None)
         dx = d.dx if ctx.shapes.mix else d.dx + dx_mixed
         dW = ctx.into.store(d.stack, "qkv")
-        return dx, d.dlambda_x, d.dx0, d.dlambda_x0, dW, d.dlambda_w, d.dgate_w, d.dve, d.dve_gate_w, *[None] * 10
+        return dx, d.dlambda_x, d.dx0, d.dlambda_x0, dW, d.dlambda_w, d.dgate_w, d.dve, d.dve_gate_w, *[None] * 9

@@ -81,7 +81,7 @@ def kernels(q, k, v, dy, documents, window, paired, block):
     from kernels.tpu import attention
     B, H, T, D = q.shape
     band, qkv = Band(B, H, T, D, window, paired, block), torch.cat([q, k, v], dim=1)
-    args = dict(q=qkv, k=qkv, v=qkv, documents=documents, gate=torch.full((B, H, T), 0.5), scale=torch.tensor([SCALE]))
+    args = dict(qkv=qkv, documents=documents, gate=torch.full((B, H, T), 0.5), scale=torch.tensor([SCALE]))
     r = eager.call_kernel(attention.attention_forward, band, **args)
     dy = 2 * dy.transpose(1, 2).flatten(2)
     d = eager.call_kernel(attention.attention_backward, band, **args, y=r.y, sums=r.sums, dy=dy)

@@ -129,7 +129,7 @@ def attention_program(name: str, *shapes) -> tuple:
     band = Band(*shapes)
     qkv = (band.rows, 3 * band.heads, band.tokens, band.dim), jnp.bfloat16
     y, numbers = ((band.rows, band.tokens, band.heads * band.dim), jnp.bfloat16), ((band.rows, band.heads, band.tokens), jnp.float32)
-    arguments = dict(q=qkv, k=qkv, v=qkv, documents=((band.rows, band.tokens), jnp.int32), gate=numbers, scale=((1,), jnp.float32))
+    arguments = dict(qkv=qkv, documents=((band.rows, band.tokens), jnp.int32), gate=numbers, scale=((1,), jnp.float32))
     if name == "attention_backward":
         arguments |= dict(y=y, sums=numbers, dy=y)
     return getattr(attention, name)(band, jnp.bfloat16), arguments, max(1, band.reach)

@@ -178,13 +178,13 @@ def forward_operands(band: Band, dtype) -> Operands:
 
 def attention_forward(band: Band, dtype, interpret=False):
     """
-    A function (q, k, v: one array [R, 3H, T, D], documents [R, T] int32, gate [R, H, T] f32, scale [1] f32) -> y [R, T, H * D] times the
+    A function (qkv [R, 3H, T, D], documents [R, T] int32, gate [R, H, T] f32, scale [1] f32) -> y [R, T, H * D] times the
     gate, sums of exponentials [R, H, T] f32.
     """
     call = kernel_call(attention_forward_kernel, band, (band.rows, band.blocks), forward_operands(band, dtype), interpret)
 
-    def run(q, k, v, documents, gate, scale):
-        return call(first_seen=first_seen(band, documents), scale=scale, q=q, k=k, v=v, documents=documents[:, None], gate=gate)
+    def run(qkv, documents, gate, scale):
+        return call(first_seen=first_seen(band, documents), scale=scale, q=qkv, k=qkv, v=qkv, documents=documents[:, None], gate=gate)
     return run
 
 
@@ -297,9 +297,9 @@ def attention_backward(band: Band, dtype, interpret=False):
     """
     call = kernel_call(attention_backward_kernel, band, (band.rows, band.blocks + band.reach), backward_operands(band, dtype), interpret)
 
-    def run(q, k, v, documents, gate, scale, y, sums, dy):
-        return call(last_seen_by=last_seen_by(band, documents), scale=scale, q=q, k=k, v=v, documents=documents[:, None], gate=gate, y=y,
-                    sums=sums, dy=dy)
+    def run(qkv, documents, gate, scale, y, sums, dy):
+        return call(last_seen_by=last_seen_by(band, documents), scale=scale, q=qkv, k=qkv, v=qkv, documents=documents[:, None], gate=gate,
+                    y=y, sums=sums, dy=dy)
     return run
 
 

@@ -195,7 +195,7 @@ def shared(s: Projection, dtype, block):
         gate_w=fixed(H, s.gate),
         factor1=factor,
         factor2=factor,
-        still=fixed(1, D, dtype=f32))
+        still=fixed(1, D, dtype=f32) if s.key_offset else None)
     then = dict(
         ve=x if s.ve else None,
         ve_gate_w=fixed(H, s.gate) if s.ve else None,
@@ -225,9 +225,9 @@ def forward_operands(s: Projection, dtype) -> Operands:
 
 def project(s: Projection, dtype, interpret=False):
     """
-    A function (x [R, T, C], W [4C, C], lambda_w [1] f32, gate_w [H, n], factor1, factor2 [1 or 2, T, D], still [1, D] f32; with value
-    embeddings ve [R, T, C], ve_gate_w [H, n]; with a mix x0 [R, T, C], lambda_x, lambda_x0 [1] f32) -> qkv [R, 3H, T, D] for attention,
-    its gate [R, H, T] f32, if s.keep raw, q and k before their norm [R, 2H, T, D], with a mix x_mixed [R, T, C].
+    A function (x [R, T, C], W [4C, C], lambda_w [1] f32, gate_w [H, n], factor1, factor2 [1 or 2, T, D]; with a key offset still [1, D]
+    f32; with value embeddings ve [R, T, C], ve_gate_w [H, n]; with a mix x0 [R, T, C], lambda_x, lambda_x0 [1] f32) -> qkv [R, 3H, T, D]
+    for attention, its gate [R, H, T] f32, if s.keep raw, q and k before their norm [R, 2H, T, D], with a mix x_mixed [R, T, C].
     """
     return kernel_call(project_kernel, s, (s.rows, s.tokens // s.block), forward_operands(s, dtype), interpret)
 
