@@ -13,7 +13,7 @@ import torch_xla.core.xla_op_registry as xor
 from torch import Tensor, nn
 
 from gradients import Gradients, Slot, Stack, Sum
-from spmd import ROWS, device_count, enter, leave, reduce_scatter, shard, to_device
+from spmd import ROWS, device_count, enter, leave, reduce_scatter, shard, to_device, turns
 
 
 def _truncate(x: xb.Op) -> xb.Op:
@@ -71,6 +71,15 @@ def apply_normuon_variance_reduction(v_chunk: Tensor, second_momentum_buffer: Te
     final_scale = step_size * (v_norm / v_norm_new.clamp_min(1e-10))
     return v_chunk * final_scale.type_as(v_chunk)
 
+def add(total: Tensor, x: Tensor):
+    """total [devices, ...] += x, on each device."""
+    total.copy_(total + x)
+    shard(total, "data")
+
+def clear(total: Tensor):
+    total.copy_(torch.zeros_like(total))
+    shard(total, "data")
+
 # -----------------------------------------------------------------------------
 # NorMuon optimizer
 
@@ -102,12 +111,14 @@ class NorMuon(torch.optim.Optimizer):
             group.update(square=square, rows=rows, param_lr=column(lr_mults), param_wd=column(wd_mults))
             for name, shape in dict(momentum_buffer=(n, rows, cols), second_momentum_buffer=(n, rows, 1), master=(n, rows, cols)).items():
                 group[name] = to_device(torch.zeros(shape), "data")
+            if turns() > 1:
+                group["grad"] = to_device(torch.zeros(device_count(), n, rows, cols), "data")
         self.reset()
 
     def reset(self):
         """Clears the buffers; the float32 weights start again from the parameters (upstream: a mantissa of zero)."""
         for group in self.param_groups:
-            for name in ("momentum_buffer", "second_momentum_buffer"):
+            for name in ("momentum_buffer", "second_momentum_buffer", *(["grad"] if "grad" in group else [])):
                 group[name].data = to_device(torch.zeros(group[name].shape), "data")
             stack = torch.stack([p.detach().cpu() for p in group["params"]]).float().view(-1, *group["master"].shape[1:])
             pad = torch.zeros(group["master"].size(0) - stack.size(0), *stack.shape[1:])
@@ -120,6 +131,25 @@ class NorMuon(torch.optim.Optimizer):
             stack = Stack(group["master"].size(0) // group["square"], len(group["params"]))
             found |= {p: Slot(stack, i) for i, p in enumerate(group["params"])}
         return found
+
+    @torch.no_grad()
+    def accumulate(self, gradients: Gradients):
+        """A row's turn: each device adds its gradients to those of the rows before."""
+        for group in self.param_groups:
+            add(group["grad"], leave(gradients.stack(group["params"]).view(group["master"].shape)))
+
+    def accumulated(self) -> dict[nn.Parameter, Slot]:
+        """Where the gradients of all turns are."""
+        found = {}
+        for group in self.param_groups:
+            tensor = enter(group["grad"], "data").squeeze(0).to(group["params"][0].dtype)
+            stack = Stack(len(tensor) // group["square"], len(group["params"]), tensor)
+            found |= {p: Slot(stack, i) for i, p in enumerate(group["params"])}
+        return found
+
+    def clear(self):
+        for group in self.param_groups:
+            clear(group["grad"])
 
     @torch.no_grad()
     def step(self, gradients: Gradients, lr: Tensor, momentum: Tensor):
@@ -154,7 +184,8 @@ class DistAdam(torch.optim.Optimizer):
     """
     Adam with cautious weight decay, its state split over the chips by rows (upstream: @vagrawal, @akash5474).
 
-    Each device adds up its gradients of two steps in state["grad"], [devices, ...] (upstream: in param.grad); step() reduces the sum.
+    Each device adds up its gradients of two steps in state["grad"], [devices, ...] (upstream: in param.grad); step() reduces the sum. Where
+    rows take turns it is float32, because a sum of 16 gradients in bfloat16 would lose the last ones.
     Bias correction and learning rates are computed on the host, in get_numbers(), and come in as 0-D tensors, by label.
     """
     def __init__(self, params, label_order: list[str], betas: list[list[float]], lr: float = 1e-3, eps: float = 1e-8,
@@ -176,7 +207,8 @@ class DistAdam(torch.optim.Optimizer):
                 state = self.state[p]
                 state["step"] = 0
                 moment = lambda p=p: to_device(torch.zeros(p.shape), *self.split(p))
-                grad = to_device(torch.zeros(device_count(), *p.shape, dtype=p.dtype), "data")
+                dtype = p.dtype if turns() == 1 else torch.float32
+                grad = to_device(torch.zeros(device_count(), *p.shape, dtype=dtype), "data")
                 for name, zeros in dict(exp_avg=moment(), exp_avg_sq=moment(), grad=grad).items():
                     if name in state:
                         state[name].data = zeros
@@ -228,13 +260,29 @@ class DistAdam(torch.optim.Optimizer):
         return {p: Sum(enter(state["grad"], "data").squeeze(0) if odd else None) for p, state in self.state.items()}
 
     @torch.no_grad()
-    def accumulate(self, gradients: Gradients):
+    def keep(self, gradients: Gradients):
         """An even step: each device keeps its own gradients for the next one."""
         for p, state in self.state.items():
             grad = gradients[p]
             if grad is not None:
                 state["grad"].copy_(leave(grad))
                 shard(state["grad"], "data")
+
+    @torch.no_grad()
+    def accumulate(self, gradients: Gradients):
+        """A row's turn: each device adds its gradients to those of the rows before, in an odd step to the even one's, too."""
+        for p, state in self.state.items():
+            if (grad := gradients[p]) is not None:
+                add(state["grad"], leave(grad))
+
+    def accumulated(self, split_embed: bool) -> dict[nn.Parameter, Sum]:
+        """Where the gradients of all turns are."""
+        return {p: Sum(tensor=None if p.label == 'embed' and not split_embed else enter(state["grad"], "data").squeeze(0).to(p.dtype))
+                for p, state in self.state.items()}
+
+    def clear(self):
+        for state in self.state.values():
+            clear(state["grad"])
 
     @torch.no_grad()
     def step(self, gradients: Gradients, numbers: dict[str, tuple[Tensor, Tensor]]):

@@ -29,6 +29,10 @@ def device_count() -> int:
     """Of the mesh."""
     return xs.get_global_mesh().size()
 
+def turns() -> int:
+    """How often a device takes its turn in a step: on fewer than 8, its rows come one after the other."""
+    return ROWS // device_count()
+
 # -----------------------------------------------------------------------------
 # Between host and devices
 

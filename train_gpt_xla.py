@@ -26,7 +26,7 @@ import time
 import uuid
 import warnings
 import zlib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own progress notes
@@ -48,7 +48,7 @@ from kernels import fused_attention, lm_head_losses, lookup, residual_mlp, takes
 from kernels.lm_head import SOFTCAP_A, SOFTCAP_B, SOFTCAP_C
 from muon_xla import DistAdam, NorMuon
 from replay import Replay
-from spmd import ROWS, assign, begin_program, enter, leave, setup_devices, shard, to_device, to_host
+from spmd import ROWS, assign, begin_program, device_count, enter, leave, setup_devices, shard, to_device, to_host, turns
 
 warnings.filterwarnings("ignore", message="Use torch_xla.sync", category=DeprecationWarning)
 
@@ -774,6 +774,10 @@ def pack(inputs: np.ndarray, targets: np.ndarray, cum_seqlens: np.ndarray) -> Te
     """A batch as the step takes it, in one piece so that it takes one transfer: inputs, targets, documents, [8, 3, T] int32."""
     return torch.from_numpy(np.stack([inputs, targets, get_documents(cum_seqlens)], axis=1))
 
+def to_devices(batch: Tensor) -> list[Tensor]:
+    """[8, 3, T] -> on the devices, a row on each: [devices, 3, T] for each turn."""
+    return [to_device(rows, "data") for rows in batch.split(device_count())]
+
 def prefetch(batches, depth: int = 2):
     """
     Runs a generator of (inputs, targets, cum_seqlens), numbers in a thread, depth batches ahead, and yields each as what a step takes,
@@ -872,12 +876,24 @@ class Graph:
     adam: bool  # Adam steps too (odd steps)
     split_embed: bool
     copy_embed: bool  # after this step, embed starts from lm_head
+    part: str = "whole"  # of a step; where rows take turns (D24) "rows", the turn of a row on each device, and "update"
 
     @property
     def name(self) -> str:
         embed = "copy" if self.copy_embed else "split" if self.split_embed else "tied"
-        step = ("odd" if self.adam else "even") + f"_mtp{self.n_mtp}" if self.train else "val"
+        step = "odd" if self.adam else "even"
+        if self.part == "update":
+            return f"update_{step}_{embed}" if self.adam else f"update_{step}"
+        step = f"{step if self.part == 'whole' else self.part}_mtp{self.n_mtp}" if self.train else "val"
         return f"{step}_{self.tokens}_ws{self.ws_short}_{self.ws_long}_{embed}"
+
+    def programs(self, turns: int) -> list[tuple["Graph", int]]:
+        """What runs for this step or this slice of validation, where each device takes so many turns; and how often."""
+        if turns == 1 or not self.train:
+            return [(self, turns)]
+        row = replace(self, part="rows", adam=False, copy_embed=False)
+        update = Graph(True, 0, 0, 0, 0, self.adam, self.adam and self.split_embed, self.copy_embed, "update")
+        return [(row, turns), (update, 1)]
 
 def get_graph(step: int, args: "Hyperparameters", train: bool = True) -> Graph:
     """The graph of training step `step`, or of the validation before it."""
@@ -891,14 +907,17 @@ def get_graph(step: int, args: "Hyperparameters", train: bool = True) -> Graph:
 def is_val_step(step: int, args: "Hyperparameters") -> bool:
     return step == args.num_iterations or (args.val_loss_every > 0 and step % args.val_loss_every == 0)
 
-def distinct_graphs(args: "Hyperparameters") -> dict[Graph, list[int]]:
-    """Every graph of a run with the steps that use it, in order of first use. Warm-up, compilation ahead of time and tests go by it."""
+def distinct_graphs(args: "Hyperparameters", turns: int = 1) -> dict[Graph, list[int]]:
+    """
+    Every graph of a run with the steps that use it, in order of first use. Warm-up, compilation ahead of time and tests go by it.
+    turns: how often a device takes its turn in a step, spmd.turns().
+    """
     graphs = {}
     for step in range(args.num_iterations + 1):
-        if is_val_step(step, args):
-            graphs.setdefault(get_graph(step, args, train=False), []).append(step)
-        if step < args.num_iterations:
-            graphs.setdefault(get_graph(step, args), []).append(step)
+        for train in (False, True):
+            if step < args.num_iterations if train else is_val_step(step, args):
+                for graph, _ in get_graph(step, args, train).programs(turns):
+                    graphs.setdefault(graph, []).append(step)
     return graphs
 
 def flops_per_token(graph: Graph, args: "Hyperparameters") -> float:
@@ -973,9 +992,11 @@ class TrainingManager():
 
     What changes with every step is computed ahead of the run by advance_schedule and get_numbers.
     """
-    def __init__(self, model: GPT, args: "Hyperparameters"):
+    def __init__(self, model: GPT, args: "Hyperparameters", replay: bool = True):
         self.model = model
         self.args = args
+        # D14: torch.compile's counterpart. Each distinct program is traced once and replayed from then on
+        self.replay = Replay(self.program, self.tensors, self.constants, enabled=replay)
         adam_betas = {
             'lm_head': [0.5, 0.95],
             'smear_gate': [0.9, 0.99],
@@ -1061,8 +1082,8 @@ class TrainingManager():
     def step_optimizers(self, gradients: Gradients, numbers: "StepNumbers"):
         if self.graph.adam:
             self.adam_opt.step(gradients, numbers.adam)
-        else:
-            self.adam_opt.accumulate(gradients)
+        elif self.graph.part == "whole":
+            self.adam_opt.keep(gradients)
         self.muon_opt.step(gradients, numbers.muon_lr, numbers.muon_momentum)
         if self.graph.copy_embed:
             self.adam_opt.copy_lm_to_embed()
@@ -1080,8 +1101,8 @@ class TrainingManager():
 
     def backward(self, batch: Tensor, numbers: Tensor) -> tuple[Tensor, Gradients]:
         """
-        Forward and backward pass on batch [8, 3, T]. Returns what is on each device: the losses of its rows, and its gradients, on top of
-        those that it keeps from an even step.
+        Forward and backward pass on batch [8, 3, T], or the rows whose turn it is. Returns what is on each device: the losses of its rows,
+        and its gradients, in a whole step on top of those that it keeps from an even one.
         """
         weights = {name: enter(p.detach()).requires_grad_() for name, p in self.model.named_parameters()}
         gradients = Gradients(self.muon_opt.addresses() | self.adam_opt.addresses(odd=self.graph.adam))
@@ -1096,6 +1117,47 @@ class TrainingManager():
         losses, gradients = self.backward(batch, numbers)
         self.step_optimizers(gradients, self.unpack(numbers))
         return shard(leave(losses).flatten())
+
+    def rows_step(self, batch: Tensor, numbers: Tensor) -> Tensor:
+        """D24: on fewer than 8 devices, the turn of one row on each, batch [devices, 3, T]. Returns their losses, [devices]."""
+        losses, gradients = self.backward(batch, numbers)
+        for opt in self.optimizers:
+            opt.accumulate(gradients)
+        return shard(leave(losses).flatten())
+
+    @torch.no_grad()
+    def update_step(self, numbers: Tensor) -> Tensor:
+        """After the turns of all 8 rows: the optimizers' step on their gradients. Returns the numbers."""
+        begin_program()
+        gradients = Gradients(self.muon_opt.accumulated() | self.adam_opt.accumulated(self.graph.split_embed))
+        self.step_optimizers(gradients, self.unpack(numbers))
+        self.muon_opt.clear()
+        if self.graph.adam:
+            self.adam_opt.clear()
+        return shard(numbers.clone())
+
+    def program(self, *inputs: Tensor) -> Tensor:
+        """What self.graph says, traced."""
+        if not self.graph.train:
+            return self.validation_step(*inputs)
+        return dict(whole=self.training_step, rows=self.rows_step, update=self.update_step)[self.graph.part](*inputs)
+
+    def run(self, batch: list[Tensor], numbers: Tensor) -> list[Tensor]:
+        """
+        The training step or slice of validation that advance_schedule has come to, replayed. batch: [devices, 3, T] for each turn
+        (to_devices). Returns the losses of the rows, [devices] for each turn.
+        """
+        step, losses = self.graph, []
+        for self.graph, times in step.programs(turns()):
+            for turn in range(times):
+                inputs = (numbers,) if self.graph.part == "update" else (batch[turn], numbers)
+                result = self.replay(self.graph, *inputs)
+                if self.graph.part != "update":
+                    losses.append(result)
+                if not self.replay.enabled:
+                    xm.mark_step()  # while someone holds the result: a traced program computes what is held
+        self.graph = step
+        return losses
 
     @torch.no_grad()
     def validation_step(self, batch: Tensor, numbers: Tensor) -> Tensor:
