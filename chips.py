@@ -32,6 +32,7 @@ class Chip:
     cores: int  # they show as one device. XLA splits its work over both, a kernel only along a dimension that is "parallel"
     links: int  # to other chips
     link_bytes_per_s: float  # of a link, one way: Google's "bidirectional bandwidth" over 2 x links
+    compares_int16: bool = False  # a kernel may compare 16-bit integers, two to a lane
     megacore: str | None = None  # chip_config_name, where libtpu would show each core as a device without it
 
     @property
@@ -47,7 +48,7 @@ class Chip:
 
 CHIPS = {chip.name: chip for chip in (
     Chip("v6e", pci="0x006f", bf16_flops=918e12, clock_hz=1.75e9, hbm_bytes=int(31.25 * GiB), hbm_bandwidth=1638e9,
-         vmem_bytes=128 * MiB, cores=1, links=4, link_bytes_per_s=100e9),
+         vmem_bytes=128 * MiB, cores=1, links=4, link_bytes_per_s=100e9, compares_int16=True),
     Chip("v5e", pci="0x0063", bf16_flops=197e12, clock_hz=1.5e9, hbm_bytes=int(15.75 * GiB), hbm_bandwidth=819e9,
          vmem_bytes=128 * MiB, cores=1, links=4, link_bytes_per_s=50e9),
     Chip("v5p", pci="0x0062", bf16_flops=459e12, clock_hz=1.75e9, hbm_bytes=int(95.74 * GiB), hbm_bandwidth=2765e9,

@@ -27,7 +27,7 @@ def setup_devices():
 
 def device_count() -> int:
     """Of the mesh."""
-    return xs.get_global_mesh().size()
+    return int(xs.get_global_mesh().size())
 
 def turns() -> int:
     """How often a device takes its turn in a step: on fewer than 8, its rows come one after the other."""

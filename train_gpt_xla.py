@@ -45,10 +45,11 @@ import checkpoint
 from checkpoint import Checkpoints
 from gradients import Gradients
 from kernels import fused_attention, lm_head_losses, lookup, residual_mlp, takes_block, takes_lm_head, window_attention
+from kernels.dispatch import Kept, what_to_keep
 from kernels.lm_head import SOFTCAP_A, SOFTCAP_B, SOFTCAP_C
 from muon_xla import DistAdam, NorMuon
 from replay import Replay
-from spmd import ROWS, assign, begin_program, device_count, enter, leave, setup_devices, shard, to_device, to_host, turns
+from spmd import ROWS, assign, begin_program, device_count, enter, is_split, leave, setup_devices, shard, to_device, to_host, turns
 
 warnings.filterwarnings("ignore", message="Use torch_xla.sync", category=DeprecationWarning)
 
@@ -160,6 +161,7 @@ class AttnArgs:
     key_offset: bool
     attn_gate_w: Tensor
     ve_gate_w: Tensor
+    keep_mlp: bool = True
 
 class CausalSelfAttention(nn.Module):
     paired = False
@@ -288,14 +290,14 @@ class Block(nn.Module):
         """What forward does, on a TPU, where it is three kernels: up to q, k and v (D15), attention (D15), what comes after it (D16)."""
         (lambdas, x0), attn = attn_args.mix, self.attn
         if attn is None:
-            return residual_mlp(mixed(x, lambdas, x0), self.mlp.c_fc, self.mlp.c_proj)
+            return residual_mlp(mixed(x, lambdas, x0), self.mlp.c_fc, self.mlp.c_proj, keep=attn_args.keep_mlp)
         lambda_x, lambda_x0 = (lambdas[0].view(1), lambdas[1].view(1)) if lambdas else (None, None)
         lambda_qkv, lambda_o = (factor.view(1) for factor in attn_args.sa_lambdas)
         y, x = fused_attention(
             x, lambda_x, x0, lambda_x0, attn.qkvo_w, lambda_qkv, attn_args.attn_gate_w, attn_args.ve, attn_args.ve_gate_w,
             *attn_args.factors, still_dims(attn.head_dim, x.device) if attn_args.key_offset else None, attn_args.documents,
             attn_args.bm_size, attn_args.attn_scale, attn.paired)
-        return residual_mlp(x, self.mlp.c_fc, self.mlp.c_proj, y, attn.qkvo_w, lambda_o)
+        return residual_mlp(x, self.mlp.c_fc, self.mlp.c_proj, y, attn.qkvo_w, lambda_o, keep=attn_args.keep_mlp)
 
 # -----------------------------------------------------------------------------
 # Fused Softcapped Cross Entropy
@@ -382,6 +384,7 @@ class ForwardScheduleConfig:
     ws_long: int
     yarn: Tensor  # [D/4 + 1] float32: Yarn.numbers()
     yarn_paired_head: Tensor
+    keep: Kept | None = None  # for the backward pass (D25)
 
 class GPT(nn.Module):
     def __init__(self, vocab_size: int, num_layers: int, num_heads: int, head_dim: int, model_dim: int, block_size: int = 128):
@@ -559,7 +562,8 @@ class GPT(nn.Module):
                 attn_scale=attn_scale,
                 key_offset=key_offset[i],
                 attn_gate_w=attn_gates[i],
-                ve_gate_w=ve_gates[i]
+                ve_gate_w=ve_gates[i],
+                keep_mlp=schedule_cfg.keep is None or schedule_cfg.keep.mlp
             )
             if i in skip_out:
                 skip_gate_out = self.skip_gate(x0[..., :self.skip_gate.weight.size(-1)].float())
@@ -582,7 +586,8 @@ class GPT(nn.Module):
         # by @YouJiacheng, the constants by @classiclarryd
         mtp_weights = schedule_cfg.mtp_weights if self.training else None
         if takes_lm_head(x, self.lm_head.weight):  # D17: on a TPU lm_head and the loss are one kernel
-            losses = lm_head_losses(x, self.lm_head.weight, target_seq, mtp_weights)
+            p_tokens = schedule_cfg.keep.p_tokens if schedule_cfg.keep else x.size(0) * T
+            losses = lm_head_losses(x, self.lm_head.weight, target_seq, mtp_weights, p_tokens)
         elif self.training:
             losses = FusedSoftcappedCrossEntropy.apply(x, self.lm_head.weight, target_seq, mtp_weights)
         else:
@@ -1076,8 +1081,14 @@ class TrainingManager():
             ws_short = self.graph.ws_short,
             ws_long = self.graph.ws_long,
             yarn = numbers.yarn,
-            yarn_paired_head = numbers.yarn_paired_head
+            yarn_paired_head = numbers.yarn_paired_head,
+            keep = self.what_to_keep() if self.graph.train else None
         )
+
+    def what_to_keep(self) -> Kept:
+        state = sum(x.nbytes // (device_count() if is_split(x) else 1) for x in self.tensors())
+        rows = ROWS // device_count() // turns()
+        return what_to_keep(rows * self.graph.tokens, self.model.num_layers, *reversed(self.model.lm_head.weight.shape), state)
 
     def step_optimizers(self, gradients: Gradients, numbers: "StepNumbers"):
         if self.graph.adam:

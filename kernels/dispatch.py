@@ -2,11 +2,12 @@
 import functools
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 from torch import Tensor
 
-from chips import CHIPS, Chip, MiB, Refused, supported, this_chip
+from chips import CHIPS, Chip, GiB, MiB, Refused, supported, this_chip
 
 target: Chip | None = None  # trace the kernels for this chip, on any machine. None: for the one that is here
 interpret = False  # run them on a CPU, slowly
@@ -14,10 +15,12 @@ interpret = False  # run them on a CPU, slowly
 
 def for_tpu(x: Tensor) -> bool:
     """Whether x is where kernels run, or is traced for such a place."""
-    if x.device.type != "xla":
-        return False
+    return x.device.type == "xla" and (target is not None or interpret or _device_type() == "TPU")
+
+
+def _device_type() -> str:
     import torch_xla.runtime as xr
-    return target is not None or interpret or xr.device_type() == "TPU"
+    return xr.device_type()
 
 
 def chip() -> Chip:
@@ -36,6 +39,26 @@ def _chip_here() -> Chip:
 def vmem_limit() -> int:
     """Bytes of VMEM that one kernel may take; the rest of a v6e's 128 MiB is left to XLA."""
     return min(100 * MiB, chip().vmem_bytes - 2 * MiB)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What kernels keep for the backward pass, which otherwise computes it again."""
+    p_tokens: int  # tokens of a device whose P, [tokens, V], lm_head keeps
+    mlp: bool  # hidden activations, [4d, tokens] of each layer
+
+
+def what_to_keep(tokens: int, layers: int, d: int, V: int, state_bytes: int) -> Kept:
+    """
+    D25: as much as fits beside a device's state and its other activations. P first: of a GiB of it, lm_head makes ten times the use.
+    tokens: of a device, in one program.
+    """
+    if target is None and _device_type() != "TPU":
+        return Kept(tokens, True)
+    activations = 9 * layers * tokens * d * 2  # as compiled, 8.7 arrays of [tokens, d] a layer
+    room = chip().hbm_bytes - GiB - state_bytes - activations
+    p_tokens = max(0, min(tokens, room // (2 * V) // 2048 * 2048))
+    return Kept(p_tokens, room - 2 * V * p_tokens >= layers * 8 * d * tokens)
 
 
 def largest_fitting(choices: list, vmem_bytes: Callable):

@@ -13,7 +13,6 @@ from gradients import sum_of
 from kernels.dispatch import call_kernel, largest_fitting, takes
 
 SOFTCAP_A, SOFTCAP_B, SOFTCAP_C = 23.0, 5.0, 7.5  # A * sigmoid((logits + B) / C)
-LM_HEAD_KEPT = 49152  # tokens of a device whose P is kept: 4.6 GiB at the record's vocabulary
 
 
 @dataclass(frozen=True)
@@ -30,12 +29,12 @@ class LmHead:
     backward_block: tuple[int, int]
 
 
-def get_lm_head(x: Tensor, weight: Tensor, targets: int, gradients: bool = True) -> LmHead | None:
-    """None where no blocks fit in VMEM."""
+def get_lm_head(x: Tensor, weight: Tensor, targets: int, p_tokens: int, gradients: bool = True) -> LmHead | None:
+    """p_tokens: whose P may be kept. None where no blocks fit in VMEM."""
     from kernels.tpu.lm_head import backward_vmem_bytes, forward_vmem_bytes
     (B, T, d), V = x.shape, weight.size(-2)
     block = lambda most: math.gcd(T, most)  # a power of two
-    kept = min(T, LM_HEAD_KEPT // B // block(2048) * block(2048)) if gradients else 0
+    kept = min(T, p_tokens // B // block(2048) * block(2048)) if gradients else 0
     whole = LmHead(B, T, d, V, targets, kept, gradients, (block(2048 if gradients else 4096), 512), (block(512), 4608))
     replace = dataclasses.replace
     forward = largest_fitting([replace(whole, forward_block=(block(Tb), 512)) for Tb in (whole.forward_block[0], 1024, 512)],
@@ -59,29 +58,29 @@ def lm_head_refuses(x: Tensor, weight: Tensor) -> str | None:
         return "they take bfloat16"
     if T % 128 or V % 128 or d % 128:
         return "they take multiples of 128 tokens, dimensions and vocabulary entries"
-    if get_lm_head(x, weight, 3) is None:
+    if get_lm_head(x, weight, 3, p_tokens=x.size(0) * T) is None:
         return f"a dimension of {d} does not fit in VMEM"
     return None
 
 
-def lm_head_losses(x: Tensor, weight: Tensor, targets: Tensor, mtp_weights: Tensor | None = None) -> Tensor:
+def lm_head_losses(x: Tensor, weight: Tensor, targets: Tensor, mtp_weights: Tensor | None = None, p_tokens: int = 0) -> Tensor:
     """
     x [B, T, d], weight [V, d], targets [B, T] int32, mtp_weights [n] float32 -> losses [B, T] float32, by the TPU kernels. Without
-    mtp_weights: for one target and no gradient, without temporaries.
+    mtp_weights: for one target and no gradient, without temporaries. p_tokens: of how many tokens P may be kept for the backward pass.
     """
     if mtp_weights is not None:
-        return SoftcappedCrossEntropy.apply(x, weight, targets, mtp_weights, sum_of(weight))
+        return SoftcappedCrossEntropy.apply(x, weight, targets, mtp_weights, p_tokens, sum_of(weight))
     from kernels.tpu import lm_head
-    shapes, one = get_lm_head(x, weight, 1, gradients=False), torch.ones(1, device=x.device)
+    shapes, one = get_lm_head(x, weight, 1, 0, gradients=False), torch.ones(1, device=x.device)
     return call_kernel(lm_head.lm_head_losses, shapes, x=x, w=weight.expand(x.size(0), -1, -1), targets=targets, mtp_weights=one).losses
 
 
 class SoftcappedCrossEntropy(torch.autograd.Function):
     """lm_head_losses with multi-token prediction. into: where the gradient of weight goes (gradients.Sum)."""
     @staticmethod
-    def forward(ctx, x, weight, targets, mtp_weights, into):
+    def forward(ctx, x, weight, targets, mtp_weights, p_tokens, into):
         from kernels.tpu import lm_head
-        ctx.into, ctx.shapes = into, get_lm_head(x, weight, mtp_weights.numel())
+        ctx.into, ctx.shapes = into, get_lm_head(x, weight, mtp_weights.numel(), p_tokens)
         w = weight.expand(x.size(0), -1, -1)
         r = call_kernel(lm_head.lm_head_losses_and_dx, ctx.shapes, x=x, w=w, targets=targets, mtp_weights=mtp_weights)
         ctx.save_for_backward(x, weight, targets, r.dx, r.a, r.at_targets, r.p)
@@ -94,4 +93,4 @@ class SoftcappedCrossEntropy(torch.autograd.Function):
         shapes = dataclasses.replace(ctx.shapes, on_top=before is not None)
         d = call_kernel(lm_head.lm_head_dw, shapes, x=x, w=weight.expand(x.size(0), -1, -1), targets=targets, dx=dx, a=a,
                         at_targets=at_targets, p=p, dlosses=dlosses, before=before)
-        return d.dx, ctx.into.store(d.dw.sum(0)), None, None, None
+        return d.dx, ctx.into.store(d.dw.sum(0)), None, None, None, None

@@ -14,7 +14,7 @@ from test_attention import check
 
 from chips import CHIPS
 from kernels import dispatch
-from kernels.lm_head import LM_HEAD_KEPT, LmHead, get_lm_head, lm_head_refuses
+from kernels.lm_head import LmHead, get_lm_head, lm_head_refuses
 from train_gpt_xla import FusedSoftcappedCrossEntropy
 
 
@@ -83,5 +83,5 @@ def test_lm_head_refuses(monkeypatch, chip):
     assert head(256, 384, 128) is None
     for bad in (head(192, 384, 128), head(256, 300, 128), head(256, 384, 64), head(256, 384, 128, torch.float32), head(256, 384, 8192)):
         assert bad.startswith(("they take", "a dimension of 8192"))
-    s = get_lm_head(torch.zeros(2, 3 * 16384, 128), torch.zeros(2, 384, 128), 1)  # both rows share what may be kept
-    assert s.kept * s.rows == LM_HEAD_KEPT and s.kept % s.forward_block[0] == 0 == s.kept % s.backward_block[0]
+    s = get_lm_head(torch.zeros(2, 3 * 16384, 128), torch.zeros(2, 384, 128), 1, 49152)  # both rows share what may be kept
+    assert s.kept * s.rows == 49152 and s.kept % s.forward_block[0] == 0 == s.kept % s.backward_block[0]

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels import dispatch
 from kernels.lm_head import SOFTCAP_A, SOFTCAP_B, SOFTCAP_C, LmHead
 from kernels.tpu.common import LANES, Operand, Operands, add, f32, kernel_call, stream, wide_matmul
 
@@ -105,8 +106,9 @@ def lm_head_dw_kernel(r, shapes: LmHead):
     Tb, Vb = r.x.shape[1], r.dw.shape[1]
     r.x_T[...] = (r.x[0].T.astype(f32) * r.scale[0]).astype(r.x.dtype)  # here: XLA would lay out the whole network for this transpose
     slices = lambda n, step: [(i, min(step, n - i)) for i in range(0, n, step)]
-    offset = columns(jnp.clip(r.ids[0] - v * Vb, -1, Vb).astype(f32)).astype(jnp.int32).astype(jnp.int16)  # two to a lane, as P
-    value = columns(r.values[0]).astype(r.x_T.dtype)
+    integer, number = (jnp.int16, r.x_T.dtype) if dispatch.chip().compares_int16 else (jnp.int32, f32)
+    offset = columns(jnp.clip(r.ids[0] - v * Vb, -1, Vb).astype(f32)).astype(jnp.int32).astype(integer)
+    value = columns(r.values[0]).astype(number)
 
     @pl.when(t == 0)
     def _():
@@ -120,14 +122,14 @@ def lm_head_dw_kernel(r, shapes: LmHead):
             return [jnp.broadcast_to(a[first:first + m, k:k + 1], (m, LANES)) for a in (offset, value)]
         def put_targets(q, first, at, m):
             iota = jax.lax.broadcasted_iota(jnp.int32, (m, LANES), 1)
-            parts = [q[:, i:i + LANES] for i in range(0, q.shape[1], LANES)]
+            parts = [q[:, i:i + LANES].astype(number) for i in range(0, q.shape[1], LANES)]
             for i, part in enumerate(parts):
-                column = (iota + (first + LANES * i)).astype(jnp.int16)
+                column = (iota + (first + LANES * i)).astype(integer)
                 for k in range(shapes.targets):
-                    entry, number = lanes(k, at, m)
-                    part = jnp.where(column == entry, number, part)
+                    entry, its_own = lanes(k, at, m)
+                    part = jnp.where(column == entry, its_own, part)
                 parts[i] = part
-            return jnp.concatenate(parts, axis=1)
+            return jnp.concatenate(parts, axis=1).astype(q.dtype)
         def entries(g, unit):
             (c, n), _ = unit
             return pl.ds(pl.multiple_of(g * group + c, LANES), n)

@@ -60,7 +60,7 @@ def results(rows: int) -> dict[str, torch.Tensor]:
                 attn_scale=whole(torch.tensor(scale)), key_offset=bool(i), attn_gate_w=others["gate"], ve_gate_w=others["ve_gate"])))
         x, weight, mtp_weights = train.norm(x), leaves["table"], whole(torch.tensor([1.0, 0.5]))
         cross_entropy = lm_head_losses if takes_lm_head(x, weight) else train.FusedSoftcappedCrossEntropy.apply
-        losses = cross_entropy(x, weight, ids, mtp_weights)
+        losses = cross_entropy(x, weight, ids, mtp_weights, *([T] if takes_lm_head(x, weight) else []))
         losses.sum().backward()
     found = dict(losses=losses.detach()) | {name: gradients[p] for name, p in params.items()}
     found |= {name: x.grad for name, x in others.items()}
