@@ -3,7 +3,6 @@ tools/aot.py and tools/hlo_cost.py: the reading of HLO and of bundles on small t
 programs compiled for v6e here and now, no TPU needed. Each number below can be checked with a pencil.
 
     python -m pytest -q tests/test_aot.py
-    python -m pytest -q tests/test_aot.py -m slow    also a graph of the rehearsal, from tracing to the report
 """
 import importlib.metadata
 import importlib.util
@@ -544,62 +543,22 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         assert message in capsys.readouterr().err
     with pytest.raises(aot.Refused, match="no preset 'nope': there are record, rehearsal"):
         aot.listing("nope")
-    command = [sys.executable, ROOT / "tools/aot.py", "--graphs", "nope", "--out", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and not done.stdout and "Traceback" not in done.stderr
-    assert "aot: no graph 'nope': did you mean" in done.stderr.splitlines()[-1]
+    with pytest.raises(aot.Refused, match="no graph 'nope': did you mean"):
+        aot.main(["--graphs", "nope", "--out", str(tmp_path)])
+    done = subprocess.run([sys.executable, ROOT / "tools/aot.py", "--tpu", "nope"], capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stdout and done.stderr.startswith("aot: no TPU 'nope'") and done.stderr.count("\n") == 1
 
 # -----------------------------------------------------------------------------
 # Compiled for v6e. The programs are written by jax in a process of its own: how many CPU devices jax has is decided once.
 
 compiles = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
 
-PROGRAMS = """
-import sys
-import jax, jax.numpy as jnp, numpy as np
-from jax.experimental import pallas as pl
-from jax.experimental.shard_map import shard_map
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_use_shardy_partitioner", False)
-mesh = Mesh(np.array(jax.devices()), ("data",))
-row, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-def arg(sharding, *shape, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-def write(name, f, *args):
-    lowered = jax.jit(f, keep_unused=True).trace(*args).lower(lowering_platforms=("tpu",))
-    open(f"{sys.argv[1]}/{name}.hlo.pb", "wb").write(lowered.compiler_ir("hlo").as_serialized_hlo_module_proto())
-
-# a matmul and an all-reduce
-write("matmul", lambda a, b, g: (a @ b, jax.lax.with_sharding_constraint(g.sum(0), whole)),
-      arg(row, 8, 4096, 4096), arg(whole, 4096, 4096), arg(row, 8, 1024, 1024))
-write("loop", lambda a, b: jax.lax.fori_loop(0, 7, lambda i, x: (x @ b).astype(x.dtype), a),
-      arg(row, 8, 2048, 2048), arg(whole, 2048, 2048))
-# 40 GiB, a chip, that nothing can fuse away
-big = lambda x: jax.lax.optimization_barrier(jnp.broadcast_to(x[:, :, None], (8, 2**20, 10240)) * 2).sum((1, 2))
-write("planted", big, arg(row, 8, 2**20, dtype=jnp.float32))
-
-# kernels of 16, 32 and 64 iterations of the same body, the first of them in a loop of 3
-def kernel(n, name):
-    def body(x, o):
-        o[...] = jnp.exp2(x[...]) + jnp.exp2(x[...] * 2)
-    spec = pl.BlockSpec((1, 256, 128), lambda i: (i % 8, 0, 0))
-    shape = jax.ShapeDtypeStruct((8, 256, 128), jnp.float32)
-    call = pl.pallas_call(body, grid=(n,), in_specs=[spec], out_specs=spec, out_shape=shape, name=name)
-    return shard_map(call, mesh=mesh, in_specs=P(), out_specs=P(), check_rep=False)
-short, long, looped = kernel(32, "short_kernel"), kernel(64, "long_kernel"), kernel(16, "looped_kernel")
-write("kernels", lambda x: (short(x), long(x), jax.lax.fori_loop(0, 3, lambda i, y: looped(y), x)),
-      arg(whole, 8, 256, 128, dtype=jnp.float32))
-"""
-
-def write_programs(out, source=PROGRAMS):
-    subprocess.run([sys.executable, "-c", source, out], check=True, capture_output=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
-    return out
-
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    return write_programs(tmp_path_factory.mktemp("programs"))
+    out = tmp_path_factory.mktemp("programs")
+    subprocess.run([sys.executable, ROOT / "tests/programs/small.py", out], check=True, capture_output=True,
+                   env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    return out
 
 def entry_of(programs, name, flags=()):
     found = aot.compiled(name, TPUS["v6e-8"], programs, list(flags), "any")
@@ -653,29 +612,30 @@ def test_flags_reach_the_compiler(programs):
 @compiles
 def test_the_fingerprint_is_of_what_is_computed(programs, tmp_path):
     """Not of source lines, in the graph or in its kernels, or the module's name; of donated buffers, too."""
-    source = programs / "kernels.hlo.pb"
-    moved = write_programs(tmp_path, "\n\n\n" + PROGRAMS) / "kernels.hlo.pb"
+    source, moved = programs / "kernels.hlo.pb", programs / "moved/kernels.hlo.pb"
     moved.write_bytes(moved.read_bytes().replace(b"jit__lambda", b"jit__lambdb"))
     (tmp_path / "donated").write_bytes(aot.donate(source.read_bytes(), [0]))
-    aot.child("fingerprints", source, moved, tmp_path / "donated", tmp_path / "matmul.hlo.pb", log=tmp_path / "log",
-                  env={"JAX_PLATFORMS": "cpu"})
+    aot.child("fingerprints", source, moved, tmp_path / "donated", programs / "matmul.hlo.pb", log=tmp_path / "log",
+              env={"JAX_PLATFORMS": "cpu"})
     prints = (tmp_path / "log").read_text().split()[-4:]
     assert source.read_bytes() != moved.read_bytes()
     assert prints[0] == prints[1] and len(set(prints)) == 3
 
 @compiles
-def test_a_graph_of_the_rehearsal(tmp_path):
-    """From tracing to the report, with all that is promised of the command."""
-    run = lambda *options: subprocess.run([sys.executable, ROOT / "tools/aot.py", "--preset", "rehearsal", "--out", tmp_path, *options],
-                                          capture_output=True, text=True,
-                                          env={**os.environ, "LIBTPU_INIT_ARGS": "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"})
-    listed = [line.split() for line in run("--list").stdout.splitlines()]
+def test_a_graph_of_the_rehearsal(tmp_path, monkeypatch, capsys):
+    """From tracing to the report, with all that is promised of the command; on a TPU of 4 chips, so two rows a device."""
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000")
+    def run(*options):
+        status = aot.main(["--tpu", "v6e-4", "--preset", "rehearsal", "--out", str(tmp_path), *options])
+        return status, *capsys.readouterr()
+    listed = [line.split() for line in run("--list")[1].splitlines()]
     name, steps = next((line[0], int(line[2])) for line in listed if line[0].startswith("odd"))
-    done = run("--graphs", name)
-    assert done.returncode == 0, done.stderr
+    status, out, _ = run("--graphs", name)
+    assert status == 0
     report = json.loads((tmp_path / "report.json").read_text())
     [e] = report["graphs"]
-    assert e["name"] == name and e["steps"] == steps and e["compiled"] and e["fits"] and not e["cached"]
+    assert (report["tpu"], report["topology"], report["devices"]) == ("v6e-4", "v6e:2x2", 4) and "through the 4 chips" in out
+    assert e["name"] == name and e["steps"] == steps and e["compiled"] and e["fits"] and not e["cached"] and len(e["key"]) == 64
     assert "--xla_tpu_prefer_async_allgather_to_allreduce=true" in report["flags"]  # torch_xla's own
     assert any("windowed_einsum" in flag for flag in report["flags"])  # the caller's
     gib = e["hbm_gib"]
@@ -684,8 +644,11 @@ def test_a_graph_of_the_rehearsal(tmp_path):
     assert e["est_ms"]["total"] == pytest.approx(sum(e["est_ms"][k] for k in hlo_cost.KINDS)) and e["est_ms"]["matmuls"] > 0
     assert e["collectives"]["mib"] > 1 and {"reduce-scatter", "all-gather"} <= set(e["collectives"]["kinds"])
     assert any("train_gpt_xla.py:" in op["source"] for op in e["dearest_ops"])
-    assert name in done.stdout and "No total" in done.stdout
+    assert name in out and "No total" in out
     assert {f"{name}.hlo.pb", f"{name}.tpu.txt", "report.json"} <= {p.name for p in tmp_path.iterdir()}
-    again = run("--graphs", name, "--json")
-    assert "unchanged" in again.stderr and json.loads(again.stdout)["graphs"][0]["est_ms"] == e["est_ms"]
-    assert "dearest operations" in (text := run("--explain", name).stdout) and "largest buffers" in text and "train_gpt_xla.py:" in text
+    _, out, said = run("--graphs", name, "--json")
+    assert "unchanged" in said and json.loads(out)["graphs"][0] == {**e, "cached": True}
+    _, out, _ = run("--explain", name)
+    assert "dearest operations" in out and "largest buffers" in out and "train_gpt_xla.py:" in out
+    status, out, _ = run("--graphs", name, "--fingerprints", "--against", str(tmp_path / "report.json"))
+    assert status == 0 and f"{name:28} same" in out and "1 of 1 graphs" in out

@@ -168,6 +168,9 @@ def test_a_busy_tpu_names_who_holds_it(tmp_path, nodes):
     said = refusal(root)
     assert "process 4242 (python train me.py), process 999999999 (python other.py) holds it" in said and "kill 4242 999999999" in said
     assert "77" not in said and "78" not in said
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "proc/4242", 54321, 54321)
+        assert "process 4242 (python train me.py) of 54321, process 999999999 (python other.py) holds it" in refusal(root)
 
 
 @pytest.mark.parametrize("command, above, words", [
@@ -184,13 +187,21 @@ def test_a_notebook_that_holds_it_is_told_so(tmp_path, command, above, words):
 
 
 @pytest.mark.parametrize("error, access, words", [
-    (errno.EBUSY, True, "busy: a process of another user or container holds /dev/vfio/3; `sudo fuser -v /dev/vfio/3`"),
+    (errno.EBUSY, True, "busy: a process of another user or container holds /dev/vfio/3, perhaps process 91 (python theirs.py). "
+                         "`sudo fuser -v /dev/vfio/3`"),
     (errno.EPERM, True, "busy: a process of another user"),  # /dev/accel's driver
     (errno.EPERM, False, "may not be opened: /dev/vfio/3 belongs to "), (errno.EACCES, False, "may not be opened: /dev/vfio/3 belongs to "),
     (errno.ENODEV, True, "does not open: /dev/vfio/3: No such device. Restart the machine"), (errno.EIO, True, "Input/output error"),
 ])
 def test_a_device_that_this_user_cannot_open(tmp_path, monkeypatch, error, access, words):
-    root, real = computer(tmp_path, *["0x006f"] * 8), os.open
+    root, real, look = computer(tmp_path, *["0x006f"] * 8), os.open, Path.iterdir
+    for pid, command in ((91, "python theirs.py"), (92, "sshd")):
+        process(root, pid, "/dev/vfio/3", command)
+    def hides(folder):
+        if "proc" in folder.parts:
+            raise PermissionError
+        return look(folder)
+    monkeypatch.setattr(Path, "iterdir", hides)
     (tmp_path / "dev/vfio/3").chmod(0o660)
     def fails(path, *args, **kwargs):
         if str(path).endswith("/3"):

@@ -753,7 +753,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tpu", default="v6e-8", metavar="NAME", help=f"{', '.join(t.name for t in TPUS.values() if t.compiles)} or all")
     parser.add_argument("--graphs", default="all", metavar="NAMES", help="comma-separated names, or all")
     parser.add_argument("--preset", default="record", help="record or rehearsal")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where reports and the cache are (default: aot/TPU/PRESET)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where reports and the cache are (default: logs/aot/TPU/PRESET)")
     parser.add_argument("--json", action="store_true", help="print the report instead of the table")
     parser.add_argument("--list", action="store_true", help="print the graphs and stop")
     parser.add_argument("--explain", metavar="NAME", help="the dearest operations and largest buffers of one graph")
@@ -776,9 +776,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     graphs = select(everything, opts.explain or opts.graphs)
     complete = len(graphs) == len(everything)
-    place = lambda tpu: opts.out or ROOT / "aot" / tpu.name / opts.preset
+    place = lambda tpu: opts.out or ROOT / "logs/aot" / tpu.name / opts.preset
     if len(tpus) > 1:
-        top = opts.out or ROOT / "aot"
+        top = opts.out or ROOT / "logs/aot"
         place = lambda tpu: top / tpu.name / opts.preset
     try:
         if opts.fingerprints:

@@ -81,15 +81,17 @@ def check_nodes(root: str, tpu: Tpu):
     if not nodes:
         raise Refused(f"{tpu.chips} {tpu.chip.name} chips on the PCI bus, but no /dev/vfio/N or /dev/accelN: a container needs "
                       f"--privileged; {ON_CPU}")
-    check_free(root)
+    holders, hidden = processes(root)
+    check_free(root, holders)
     for node in nodes:
         shown = "/" + os.path.relpath(node, root)
         try:
             os.close(os.open(node, os.O_RDWR | os.O_CLOEXEC))
         except OSError as e:
             if e.errno == errno.EBUSY or (e.errno == errno.EPERM and os.access(node, os.R_OK | os.W_OK)):
-                why = (f"is busy: a process of another user or container holds {shown}; `sudo fuser -v {shown}` names it. Wait for that, "
-                       "or have it stopped")
+                perhaps = [told(root, pid) for pid in hidden if "python" in read(Path(root, f"proc/{pid}/cmdline"))][:3]
+                why = (f"is busy: a process of another user or container holds {shown}" + f", perhaps {', '.join(perhaps)}" * bool(perhaps)
+                       + f". `sudo fuser -v {shown}` names it. Wait for that, or have it stopped")
             elif e.errno in (errno.EACCES, errno.EPERM):
                 every = re.sub(r"\d+$", "*", shown)
                 why = (f"may not be opened: {shown} {permissions(node)}. An administrator can let you, until the machine's next start, "
@@ -105,26 +107,51 @@ def permissions(node: Path) -> str:
         found = node.stat()
     except OSError as e:
         return f"cannot be looked at ({e.strerror})"
-
-    def name(table, number):
-        try:
-            return table(number)[0]
-        except KeyError:  # a container's users need not have names
-            return str(number)
-    return (f"belongs to {name(pwd.getpwuid, found.st_uid)}:{name(grp.getgrgid, found.st_gid)}, mode {found.st_mode & 0o7777:04o}, "
-            f"and you are {name(pwd.getpwuid, os.geteuid())}")
+    try:
+        group = grp.getgrgid(found.st_gid).gr_name
+    except KeyError:
+        group = str(found.st_gid)
+    return f"belongs to {user(found.st_uid)}:{group}, mode {found.st_mode & 0o7777:04o}, and you are {user(os.geteuid())}"
 
 
-def check_free(root: str):
-    """One process at a time can hold a chip. Those of other users do not show what they hold: see check_nodes."""
-    holders = []
+def user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:  # a container's users need not have names
+        return str(number)
+
+
+def processes(root: str) -> tuple[list[int], list[int]]:
+    """Those that hold a chip, and those of other users, which do not show what they hold."""
+    holders, hidden = [], []
     for fds in Path(root, "proc").glob("[0-9]*/fd"):
+        pid, links = int(fds.parent.name), []
         try:
-            held = any(re.match(r"/dev/(vfio/|accel)\d", os.readlink(fd)) for fd in fds.iterdir() if fd.is_symlink())
-        except OSError:  # gone, or another user's
-            continue
-        if held:
-            holders.append(int(fds.parent.name))
+            for fd in fds.iterdir():
+                try:
+                    links.append(os.readlink(fd))
+                except OSError:  # closed by now
+                    pass
+        except PermissionError:
+            hidden.append(pid)
+        except OSError:  # it has ended
+            pass
+        if any(re.match(r"/dev/(vfio/|vfio/devices/vfio|accel)\d", link) for link in links):
+            holders.append(pid)
+    return sorted(holders), sorted(hidden)
+
+
+def told(root: str, pid: int) -> str:
+    """'process 77 (python train.py) of ada'"""
+    try:
+        owner = Path(root, f"proc/{pid}").stat().st_uid
+    except OSError:
+        owner = os.geteuid()
+    return (f"process {pid} ({read(Path(root, f'proc/{pid}/cmdline'))[:100]})" + (f" of {user(owner)}" if owner != os.geteuid() else ""))
+
+
+def check_free(root: str, holders: list[int]):
+    """One process at a time can hold a chip."""
     if not holders:
         return
     above, pid = set(), os.getpid()  # the processes that this one was called from
@@ -132,14 +159,14 @@ def check_free(root: str):
         above.add(pid)
         parent = re.search(r"^PPid:\s*(\d+)", read(Path(root, f"proc/{pid}/status")), re.M)
         pid = int(parent.group(1)) if parent else os.getppid() if pid == os.getpid() else 0
-    commands = {pid: read(Path(root, f"proc/{pid}/cmdline")) for pid in sorted(holders)}
-    told = ", ".join(f"process {pid} ({command[:100]})" for pid, command in commands.items())
-    kernels = [pid for pid, command in commands.items() if pid in above or re.search(r"ipykernel|colab_kernel|jupyter", command)]
-    if kernels:
-        own = "this notebook's own kernel" if above & set(kernels) else "a notebook's kernel"
-        raise Refused(f"the TPU is busy: {own}, {told}, holds it since it imported torch_xla or used jax. Restart that kernel (in Kaggle "
+    who = ", ".join(told(root, pid) for pid in holders)
+    kernel = r"ipykernel|colab_kernel|jupyter"
+    if above & set(holders) or any(re.search(kernel, read(Path(root, f"proc/{pid}/cmdline"))) for pid in holders):
+        own = "this notebook's own kernel" if above & set(holders) else "a notebook's kernel"
+        raise Refused(f"the TPU is busy: {own}, {who}, holds it since it imported torch_xla or used jax. Restart that kernel (in Kaggle "
                       "Run, in Colab Runtime > Restart session), and import neither before training")
-    raise Refused(f"the TPU is busy: {told} holds it. Wait for that, or stop it: kill {' '.join(map(str, commands))}")
+    raise Refused(f"the TPU is busy: {who} holds it. Wait for that, or stop it: kill {' '.join(map(str, holders))}")
+
 
 def check_room(*wanted: tuple[float, Path, str]):
     """Each: GB, where, for what. Those on one disk need their sum."""
