@@ -36,7 +36,8 @@ def eager(kernels: bool):
     with pytest.MonkeyPatch.context() as patch:
         same = lambda x, *spec: x
         for name, value in dict(to_device=lambda x, *spec: x.clone(), to_host=lambda x, lazy=False: x.clone(), shard=same, enter=same,
-                                leave=lambda x: x.unsqueeze(0), reduce_scatter=same, device_count=lambda: 1).items():
+                                leave=lambda x: x.unsqueeze(0), reduce_scatter=same, device_count=lambda: 1,
+                                turns=lambda: 1, is_split=lambda x: False).items():
             replace(patch, name, value)
         patch.setattr(xm, "optimization_barrier_", lambda tensors: None)
         if kernels:

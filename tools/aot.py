@@ -163,7 +163,7 @@ def export_graphs(tpu: str, preset: str, out: str, *names: str):
 
     import train_gpt_xla as train
     from replay import Recording
-    from spmd import ROWS, to_device
+    from spmd import ROWS, device_count, to_device, turns
 
     # torch_xla adds its own flags where it finds a TPU, by its generation; let it do the same here.
     os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {train.LIBTPU_INIT_ARGS}"
@@ -174,14 +174,16 @@ def export_graphs(tpu: str, preset: str, out: str, *names: str):
     train.setup_devices()
     args = train.presets[preset]()
     manager = train.build(args)
-    for graph, steps in train.distinct_graphs(args).items():
+    for graph, steps in train.distinct_graphs(args, turns()).items():
         if graph.name not in names:
             continue
         began = time.perf_counter()
         calls.clear()
         manager.advance_schedule(steps[0], train=graph.train)
-        inputs = [to_device(torch.zeros(ROWS, 3, graph.tokens, dtype=torch.int32), "data"), to_device(manager.get_numbers())]
-        recording = Recording(manager.training_step if graph.train else manager.validation_step, inputs, manager.tensors(), hlo=True)
+        manager.graph, rows = graph, ROWS // turns()
+        batch = [] if graph.part == "update" else [to_device(torch.zeros(rows, 3, graph.tokens, dtype=torch.int32), "data")]
+        inputs = [*batch, to_device(manager.get_numbers())]
+        recording = Recording(manager.program, inputs, manager.tensors(), hlo=True)
         state = manager.tensors()
         tensors = state + inputs
         shapes = [tuple(s.dimensions()) for s in xc.XlaComputation(recording.hlo).program_shape().parameter_shapes()]
@@ -189,7 +191,7 @@ def export_graphs(tpu: str, preset: str, out: str, *names: str):
             raise ValueError(f"{graph.name}: the parameters of the exported graph are not in the order of the recording's inputs")
         donors = [k for k, i in enumerate(recording.sources) if i in set(recording.changed)]
         Path(out, f"{graph.name}.hlo.pb").write_bytes(donate(recording.hlo, donors))
-        share = lambda x: TPUS[tpu].devices if "devices=" in torch_xla._XLAC._get_xla_sharding_spec(x) else 1
+        share = lambda x: device_count() if "devices=" in torch_xla._XLAC._get_xla_sharding_spec(x) else 1
         exported["untouched"][graph.name] = sum(x.nbytes // share(x) for i, x in enumerate(state) if i not in recording.sources)
         exported["attention"][graph.name] = list(calls)
         print(f"traced {graph.name} in {time.perf_counter() - began:.1f} s", flush=True)
@@ -499,6 +501,7 @@ def build_report(graphs: list[dict], tpu: Tpu, preset: str, flags: list[str], co
     for g in graphs:
         if g["kind"] == "train" and g["compiled"]:
             stages.setdefault(g["tokens_per_row"], []).append((g["steps"], g["times"] * g["est_ms"]["total"]))
+    updates = stages.pop(0, [])  # where rows take turns, after the last one
     mean = lambda parts: sum(n * ms for n, ms in parts) / max(1, sum(n for n, _ in parts))
     total, sizes, chip = totals["train"], [g["hbm_gib"] for g in graphs if g["compiled"]], tpu.chip
     with_code, limit = max((m["total"] - m["code"] for m in sizes), default=0) + sum(m["code"] for m in sizes), chip.hbm_bytes / 2**30
@@ -507,7 +510,7 @@ def build_report(graphs: list[dict], tpu: Tpu, preset: str, flags: list[str], co
         "fits": all(g.get("fits") for g in graphs) and with_code <= limit, "hbm_gib_with_all_code": with_code, "hbm_limit_gib": limit,
         "total_est_s": total, "total_est_s_calibrated": [total / c for c in CALIBRATION[::-1]] if total and chip.name == "v6e" else None,
         "calibration": {"divide_by": CALIBRATION, "why": "another v6e-8 record: 336 and 558 ms a step estimated, 307 and 423 in its log"},
-        "validation_est_s": totals["val"], "step_est_ms": {str(t): mean(parts) for t, parts in sorted(stages.items())},
+        "validation_est_s": totals["val"], "step_est_ms": {str(t): mean(parts) + mean(updates) for t, parts in sorted(stages.items())},
         "cuda_8xH100": {"step_ms": {str(k): v for k, v in CUDA_STEP_MS.items()}, "total_s": CUDA_TOTAL_S},
         "assumptions": {"clock_hz": chip.clock_hz, "hbm_bytes_per_s": chip.hbm_bandwidth, "link_bytes_per_s": chip.link_bytes_per_s,
                         "rings": hlo_cost.RINGS, "source": assumed(tpu)},
@@ -623,7 +626,7 @@ def explanation(g: dict) -> str:
 # -----------------------------------------------------------------------------
 # The command
 
-def listing(preset: str) -> list[SimpleNamespace]:
+def listing(preset: str, devices: int = 8) -> list[SimpleNamespace]:
     """
     The graphs of a run, in order of first use. steps: how many steps use it (of a validation, batches). times: how often each of them
     runs it.
@@ -634,8 +637,9 @@ def listing(preset: str) -> list[SimpleNamespace]:
         raise Refused(f"no preset {preset!r}: there are {', '.join(train.presets)}")
     args = train.presets[preset]()
     weigh = lambda g, steps: len(steps) if g.train else len(steps) * (args.val_tokens // args.val_batch_size)
-    return [SimpleNamespace(name=g.name, kind="train" if g.train else "val", steps=weigh(g, steps), times=1, tokens=g.tokens)
-            for g, steps in train.distinct_graphs(args).items()]
+    return [SimpleNamespace(name=g.name, kind="train" if g.train else "val", steps=weigh(g, steps), tokens=g.tokens,
+                            times=1 if g.part == "update" else train.ROWS // devices)
+            for g, steps in train.distinct_graphs(args, train.ROWS // devices).items()]
 
 
 def select(graphs: list, wanted: str) -> list:
@@ -769,29 +773,31 @@ def main(argv: list[str] | None = None) -> int:
         raise Refused(f"{tpus[0].name}: its kernels would need more than the {tpus[0].chip.vmem_bytes / 2**20:.0f} MiB of VMEM of a "
                       f"{tpus[0].chip.name}; there are {', '.join(t.name for t in TPUS.values() if t.compiles)}")
     check_versions()
-    everything = listing(opts.preset)
+    everything = {tpu.name: listing(opts.preset, tpu.devices) for tpu in tpus}
     if opts.list:
-        for g in everything:
-            print(f"{g.name:28} {g.kind:5} {g.steps:6} steps  {g.tokens:7} tokens a row")
+        for tpu, graphs in everything.items():
+            print(f"{tpu}:")
+            for g in graphs:
+                print(f"  {g.name:28} {g.kind:5} {g.steps:6} steps x {g.times}  {g.tokens:7} tokens a row")
         return 0
-    graphs = select(everything, opts.explain or opts.graphs)
-    complete = len(graphs) == len(everything)
+    chosen = {tpu: select(graphs, opts.explain or opts.graphs) for tpu, graphs in everything.items()}
+    complete = all(len(chosen[tpu]) == len(everything[tpu]) for tpu in chosen)
     place = lambda tpu: opts.out or ROOT / "logs/aot" / tpu.name / opts.preset
     if len(tpus) > 1:
         top = opts.out or ROOT / "logs/aot"
         place = lambda tpu: top / tpu.name / opts.preset
     try:
         if opts.fingerprints:
-            return int(bool(compare(graphs, tpus[0], opts.preset, place(tpus[0]), opts.against, complete)))
+            return int(bool(compare(chosen[tpus[0].name], tpus[0], opts.preset, place(tpus[0]), opts.against, complete)))
         rows = []
         for tpu in tpus:
             try:
-                report = examine(graphs, tpu, opts.preset, place(tpu), complete)
+                report = examine(chosen[tpu.name], tpu, opts.preset, place(tpu), complete)
             except Refused as e:
                 if len(tpus) == 1:
                     raise
                 say(f"{tpu.name}: {e}")
-                never = [{"name": g.name, "compiled": False, "why": str(e), "kind": g.kind} for g in graphs]
+                never = [{"name": g.name, "compiled": False, "why": str(e), "kind": g.kind} for g in chosen[tpu.name]]
                 report = build_report(never, tpu, opts.preset, [], complete)
             if not opts.explain:
                 (place(tpu) / "report.json").write_text(json.dumps(report, indent=1))
