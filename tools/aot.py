@@ -303,6 +303,7 @@ def count_attention(tpu: str, source: str, result: str, dump: str):
     os.environ["LIBTPU_INIT_ARGS"] += (f" --xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
                                        "--xla_jf_dump_llo_pass_label_regex=final_bundles")
     chip = SingleDeviceSharding(topologies.get_topology_desc(**TPUS[tpu].description).devices[0])
+    kernels_for(TPUS[tpu])
     found = {}
     for call in json.loads(Path(source).read_text()):
         function, arguments, blocks = attention_program(*call)
