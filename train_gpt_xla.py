@@ -1,14 +1,14 @@
 """
-Record #60 of KellerJordan/modded-nanogpt (train_gpt.py at 0a43716d: 2026-01-16, 1.765 minutes on 8xH100) for 8 TPU v6e chips.
-Same names, same order, same numbers; each difference is marked D1, D2, ... at its place and explained in README.md.
+Record #60 of KellerJordan/modded-nanogpt (train_gpt.py at 0a43716d: 2026-01-16, 1.765 minutes on 8xH100) for TPUs.
+Same names, same order, same numbers; each difference is marked D1, D2, ... at its place and explained in DIFFERENCES.md.
 
     bash run_tpu.sh                               the real run on a TPU, the rehearsal anywhere else
     python train_gpt_xla.py --preset rehearsal    the rehearsal, on whatever devices PJRT finds
     python train_gpt_xla.py --val_loss_every 125  any field of Hyperparameters
     python train_gpt_xla.py --save_every 100 --run_id NAME    a run that goes on where it was stopped, by the same command
 
-One process drives all chips with one program (SPMD). Upstream's 8 ranks are 8 rows of a batch, split over the devices: 1, 2, 4 or 8
-of them compute the same thing. Forward and backward run on each device by itself; the optimizers' state is split over all.
+One process drives all chips with one program (SPMD). Upstream's 8 ranks are 8 rows of a batch: on 8 devices each has one, on fewer
+they take turns (D24), and 1, 2, 4 or 8 compute the same thing. Forward and backward run on each device by itself; the optimizers' state is split over all.
 Shapes: B rows, T tokens, H heads, D head dim, V vocabulary.
 """
 import argparse
@@ -1361,7 +1361,7 @@ def is_record(args: Hyperparameters) -> bool:
     """Whether losses of a run with args compare with RECORD_VAL_LOSS."""
     return hyperparameters(args) | dict(seed=0, val_loss_every=250) == hyperparameters(Hyperparameters())
 
-# Flags of libtpu, for the run and for compilation ahead of time (tools/aot_v6e.py), beyond those that torch_xla sets: none saves a
+# Flags of libtpu, for the run and for compilation ahead of time (tools/aot.py), beyond those that torch_xla sets: none saves a
 # millisecond now. The record's README has those tried, with what each did.
 LIBTPU_INIT_ARGS = ""
 

@@ -126,7 +126,7 @@ def test_readme_names_what_exists():
     commands = re.findall(r"^    (?:\$ )?(?:python|bash) (\S+\.(?:py|sh)) ?([^#\n]*)", (ROOT / "README.md").read_text(), re.M)
     usage = lambda *command: subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120, check=True).stdout
     words = usage("bash", ROOT / "run_tpu.sh")
-    options = "".join(usage(sys.executable, ROOT / path) for path in ("train_gpt_xla.py", "tools/aot_v6e.py")) + words
+    options = "".join(usage(sys.executable, ROOT / path) for path in ("train_gpt_xla.py", "tools/aot.py")) + words
     assert len(commands) > 20
     for script, given in commands:
         assert (ROOT / script).is_file(), f"README.md: no {script}"
