@@ -8,7 +8,8 @@ Same names, same order, same numbers; each difference is marked D1, D2, ... at i
     python train_gpt_xla.py --save_every 100 --run_id NAME    a run that goes on where it was stopped, by the same command
 
 One process drives all chips with one program (SPMD). Upstream's 8 ranks are 8 rows of a batch: on 8 devices each has one, on fewer
-they take turns (D24), and 1, 2, 4 or 8 compute the same thing. Forward and backward run on each device by itself; the optimizers' state is split over all.
+they take turns (D24), and 1, 2, 4 or 8 compute the same thing. Forward and backward run on each device by itself; the optimizers' state
+is split over all.
 Shapes: B rows, T tokens, H heads, D head dim, V vocabulary.
 """
 import argparse

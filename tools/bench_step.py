@@ -88,7 +88,7 @@ def set_cores(mine: list[int], others: list[int]):
         os.sched_setaffinity(thread, mine if thread == threading.get_native_id() else others)
 
 def estimates() -> dict:
-    """Estimated ms of the chip by graph name, from the newest report of tools/aot_v6e.py in records/, if there is one."""
+    """Estimated ms of the chip by graph name, from the newest report of tools/aot.py in records/, if there is one."""
     reports = sorted(ROOT.glob("records/*/report.json"))
     return {g["name"]: g["est_ms"]["total"] for g in json.loads(reports[-1].read_text())["graphs"]} if reports else {}
 
