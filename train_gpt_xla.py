@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import difflib
 import gc
-import glob
 import itertools
 import math
 import os
@@ -56,6 +55,7 @@ from pallas_kernels import (
     window_attention,
 )
 from replay import Replay
+from shards import find_shards, read_tokens, shard_tokens, way_out
 
 warnings.filterwarnings("ignore", message="Use torch_xla.sync", category=DeprecationWarning)
 
@@ -596,34 +596,12 @@ class GPT(nn.Module):
 # -----------------------------------------------------------------------------
 # Distributed data loader
 
-def get_files(filename_pattern: str) -> list[Path]:
-    files = [Path(file) for file in sorted(glob.glob(filename_pattern))]
-    if not files:
-        raise FileNotFoundError(f"no shard matches {filename_pattern}: 'bash run_tpu.sh data' fetches FineWeb, 'python data/demo.py' "
-                                "makes the rehearsal's corpus, and DATA_PATH names the folder that holds data/")
-    return files
-
 def _load_data_shard(file: Path, vocab_size: int) -> np.ndarray:
-    """Tokens of one llm.c shard, uint16, memory-mapped. ValueError names the file and what is wrong with it."""
-    tokens = np.memmap(file, dtype=np.uint16, mode="r", offset=1024, shape=(check_data_shard(file),)).view(np.ndarray)
+    """Tokens of one shard, [n] uint16, memory-mapped. ValueError names the file and what is wrong with it."""
+    tokens = read_tokens(file)
     if tokens.max() >= vocab_size:
-        raise ValueError(f"{file}: token {tokens.max()} is beyond the vocabulary of {vocab_size}; write it again with data/fineweb.py")
+        raise ValueError(f"{file}: token {tokens.max()} is beyond the vocabulary of {vocab_size} (--vocab_size): {way_out(file)}")
     return tokens
-
-def check_data_shard(file: Path) -> int:
-    """The number of tokens of a shard whose header and size agree; ValueError otherwise."""
-    again = "delete it and fetch it again ('bash run_tpu.sh data') or write it again (data/fineweb.py)"
-    header = np.fromfile(file, dtype=np.int32, count=256)
-    if len(header) < 256:
-        raise ValueError(f"{file}: shorter than its header of 1024 bytes; {again}")
-    if header[0] != 20240520:
-        raise ValueError(f"{file}: magic number {header[0]} instead of 20240520, so not a token shard; {again}")
-    if header[1] != 1:
-        raise ValueError(f"{file}: version {header[1]} instead of 1; {again}")
-    num_tokens = int(header[2])
-    if file.stat().st_size != 1024 + 2 * num_tokens or num_tokens <= 0:
-        raise ValueError(f"{file}: header promises {num_tokens} tokens, the file has {(file.stat().st_size - 1024) / 2:g}; {again}")
-    return num_tokens
 
 BOS_ID = 50256
 
@@ -693,7 +671,7 @@ def distributed_data_generator(filename_pattern: str, num_tokens: int, max_seq_l
     both for the next batch. D12: all 8 rows at once, where each upstream rank reads its own.
     start: (shard, place in it) to begin at. positions: gets, for each batch, where the one after it starts.
     """
-    files = get_files(filename_pattern)
+    files = find_shards(filename_pattern)
     world_size = ROWS
     shard_idx, i = start
     if shard_idx >= len(files):
@@ -1234,10 +1212,12 @@ class Hyperparameters:
     def num_iterations(self) -> int:
         return self.num_scheduled_iterations + self.num_extension_iterations
 
+# Where a run's files are, and how it is watched. All other fields are about its result; the data are told apart by what is in them
+WATCHING = ("run_id", "train_files", "val_files", "train_loss_every", "save_checkpoint", "save_every", "keep_checkpoints")
+
 def hyperparameters(args: Hyperparameters) -> dict:
-    """The fields that the numbers of a run depend on. Data files are told apart by what is in them (data_identity)."""
-    watching = ("run_id", "train_files", "val_files", "train_loss_every", "save_checkpoint", "save_every", "keep_checkpoints")
-    return {f.name: getattr(args, f.name) for f in fields(args) if f.name not in watching}
+    """The fields that the numbers of a run depend on."""
+    return {f.name: getattr(args, f.name) for f in fields(args) if f.name not in WATCHING}
 
 def data_identity(file: Path) -> tuple[str, int, int]:
     """Name, tokens, and a checksum of the first and last 64 KiB."""
@@ -1245,7 +1225,7 @@ def data_identity(file: Path) -> tuple[str, int, int]:
     with open(file, "rb") as f:
         crc = zlib.crc32(f.read(n))
         f.seek(max(0, file.stat().st_size - n))
-        return file.name, check_data_shard(file), zlib.crc32(f.read(n), crc)
+        return file.name, shard_tokens(file), zlib.crc32(f.read(n), crc)
 
 def setup_devices():
     """SPMD over all devices: mesh "data", and Python numbers as constants of the graph instead of inputs. Once a process."""
@@ -1379,7 +1359,7 @@ def operations_on_host() -> list[str]:
 
 def unigram_entropy(args: Hyperparameters) -> float:
     """In nats, of the validation tokens: what a model reaches that knows the frequency of each token and nothing else."""
-    tokens = _load_data_shard(get_files(args.val_files)[0], args.vocab_size)[:args.val_tokens]
+    tokens = _load_data_shard(find_shards(args.val_files)[0], args.vocab_size)[:args.val_tokens]
     p = np.bincount(tokens) / len(tokens)
     return float(-(p[p > 0] * np.log(p[p > 0])).sum())
 
@@ -1394,7 +1374,7 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
     check_args(args)
     if profile and sum(profile) - 1 > args.num_iterations:
         raise ValueError(f"--profile {profile[0]}:{profile[1]} goes beyond the run's {args.num_iterations} steps")
-    data = {name: [data_identity(file) for file in get_files(getattr(args, name))] for name in ("train_files", "val_files")}
+    data = {name: [data_identity(file) for file in find_shards(getattr(args, name))] for name in ("train_files", "val_files")}
 
     # begin logging
     run_id = args.run_id

@@ -1,5 +1,5 @@
 """
-The loader beyond what the parity cases hold: shard ends, many short documents, the prefetch thread's errors.
+Shards, and the loader beyond what the parity cases hold: shard ends, many short documents, the prefetch thread's errors.
     python -m pytest tests/test_loader.py
 """
 import threading
@@ -9,7 +9,49 @@ import numpy as np
 import pytest
 from conftest import BOS, make_tokens, write_shard
 
+import shards
 import train_gpt_xla as t
+
+
+@pytest.mark.parametrize("tokens", [[5], [0, 50256, 7], range(1000)])
+def test_what_is_written_is_read(tmp_path, tokens):
+    shards.write_shard(tmp_path / "a.bin", tokens)
+    write_shard(tmp_path / "b.bin", tokens)
+    assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes(), "not llm.c's format"
+    assert shards.shard_tokens(tmp_path / "a.bin") == len(tokens)
+    assert shards.read_tokens(tmp_path / "a.bin").tolist() == list(tokens)
+    assert len(list(tmp_path.iterdir())) == 2, "a temporary file is left"
+
+@pytest.mark.parametrize("tokens, vocab_size", [([], 300), ([1, 300], 300), ([-1, 1], 300), ([65536], 70000)])
+def test_what_does_not_fit_is_not_written(tmp_path, tokens, vocab_size):
+    with pytest.raises(ValueError, match="a.bin"):
+        shards.write_shard(tmp_path / "a.bin", np.array(tokens, dtype=np.int64), vocab_size)
+    assert not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize("folder", ["a[1]", "a[b", "*", "x?"])
+@pytest.mark.parametrize("name", ["t_0[1].bin", "t_00.bin"])
+def test_names_with_characters_of_patterns(tmp_path, folder, name, monkeypatch):
+    for place in (tmp_path / "x1", tmp_path / folder):
+        place.mkdir()
+        write_shard(place / name, [1])
+    for pattern in (name, "t_*.bin"):
+        assert t.find_shards(str(tmp_path / folder / pattern)) == [tmp_path / folder / name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATA_PATH", folder)
+    args, _ = t.parse_args(["--train_files", "t_*.bin"])
+    assert [file.resolve() for file in t.find_shards(args.train_files)] == [tmp_path / folder / name]
+
+def test_patterns_of_folders_are_patterns(tmp_path):
+    for folder in ("x2", "x1", "y"):
+        (tmp_path / folder).mkdir()
+        write_shard(tmp_path / folder / "t.bin", [1])
+    assert t.find_shards(str(tmp_path / "x[12]" / "t*.bin")) == [tmp_path / "x1" / "t.bin", tmp_path / "x2" / "t.bin"]
+
+@pytest.mark.parametrize("name, words", [("fineweb_train_*.bin", "run_tpu.sh data"), ("demo_val_*.bin", "data/demo.py"),
+                                         ("mine_*.bin", "data/fineweb.py"), ("", "is a folder")])
+def test_no_shard(tmp_path, name, words):
+    with pytest.raises((ValueError, OSError), match=f"{tmp_path}.*{words}"):
+        t.find_shards(str(tmp_path / name))
 
 
 def loader(folder, num_tokens=512, max_seq_len=64, **kwargs):

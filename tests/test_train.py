@@ -152,7 +152,7 @@ def test_token_beyond_vocabulary(tmp_path, refused):
     refused("oov_000.bin", "token 301", "vocabulary of 301", val_files=tmp_path / "oov_*.bin")
 
 def test_no_shard(tmp_path, refused):
-    refused("none_*.bin", "run_tpu.sh data", train_files=tmp_path / "none_*.bin")
+    refused("none_*.bin", "data/fineweb.py", train_files=tmp_path / "none_*.bin")
 
 @pytest.mark.parametrize("fields, words", [
     (dict(train_bs_schedule="512,1000,1536"), ["train_bs_schedule", "1000"]),
