@@ -1426,9 +1426,8 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
     training_manager = build(args)
     model = training_manager.model
     if init_from and not saved:
-        state = checkpoint.load(init_from)
         try:
-            model.load_state_dict(state.get("model", state))
+            model.load_state_dict(checkpoint.load_weights(init_from)["model"])
         except ValueError as e:
             raise ValueError(f"{init_from}: {e}") from None
         training_manager.reset()  # the optimizers' float32 weights are these

@@ -2,13 +2,16 @@
 Stopping and going on: bit-exact resume, SIGTERM, kills inside a save, broken files, refusals.
     python -m pytest tests/test_checkpoint.py               (-m slow: real processes, killed at random; a soak; other device counts)
 """
+import json
 import os
+import pickle
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -266,6 +269,79 @@ def test_a_run_that_saves_needs_a_name(capsys):
         with pytest.raises(SystemExit) as e:
             t.main(options)
         assert e.value.code == 2 and "need --run_id NAME" in capsys.readouterr().err
+
+# -----------------------------------------------------------------------------
+# Weights to start with: which files are taken, and what the others are called
+
+def weights(dtype=torch.float32) -> dict:
+    return {name: torch.arange(3, dtype=dtype) for name in ("lm_head.weight", "attn_gate_bank", "x0_lambdas")}
+
+def save_safetensors(path: Path, **config):
+    from safetensors.torch import save_file
+    save_file(weights(), path)
+    (path.parent / "config.json").write_text(json.dumps(config))
+
+def save_script(path: Path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+
+TAKEN = {
+    "upstream's": (lambda path: torch.save(dict(step=7, model={f"_orig_mod.{k}": x for k, x in weights().items()}), path), dict(step=7)),
+    "a resumable one": (lambda path: checkpoint.write(path, small(7) | dict(model=weights())), dict(step=7)),
+    "a state_dict": (lambda path: torch.save(weights(), path), {}),
+    "of torch before 1.6": (lambda path: torch.save(weights(), path, _use_new_zipfile_serialization=False), {}),
+    "hub.py's": (lambda path: save_safetensors(path, model_type="modded-nanogpt", step=7, ws_schedule=[3, 7]),
+                 dict(step=7, hyperparameters=dict(ws_schedule=(3, 7)))),
+    "safetensors beside another's config": (lambda path: save_safetensors(path, model_type="gpt2", step=7), {}),
+}
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_weights_are_taken(tmp_path, case):
+    make, values = TAKEN[case]
+    make(tmp_path / "file")
+    state = checkpoint.load_weights(tmp_path / "file")
+    same(state["model"], weights())
+    assert state.get("step") == values.get("step") and state.get("hyperparameters") in (values.get("hyperparameters"), 0)
+
+def cut_safetensors(path: Path):
+    save_safetensors(path)
+    cut(path)
+
+def poisoned(value, dtype=torch.bfloat16):
+    return lambda path: torch.save(dict(model=weights(dtype) | {"blocks.3.mlp.c_fc": torch.tensor([1, value], dtype=dtype)}), path)
+
+REFUSED = {
+    "a web page": (lambda path: path.write_text("<!DOCTYPE html>"), "web page"),
+    "text": (lambda path: path.write_text("step:0/96 val_loss:10.7\n"), "not a checkpoint .text"),
+    "JSON": (lambda path: path.write_text('{"lm_head.weight": 1}'), "JSON"),
+    "a pointer": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "git lfs pull"),
+    "nothing": (lambda path: path.touch(), "empty"),
+    "a shard": (lambda path: write_shard(path, range(99)), "token shard"),
+    "noise": (lambda path: path.write_bytes(bytes(range(128))), "unknown kind"),
+    "a folder": (lambda path: (path.mkdir(), (path / "model.safetensors").touch()), "is a folder: give .*model.safetensors"),
+    "a NumPy archive": (lambda path: np.savez(path.open("wb"), **weights()), "NumPy archive"),
+    "a zip archive": (lambda path: zipfile.ZipFile(path, "w").writestr("weights.txt", "1"), "zip archive"),
+    "a pickle": (lambda path: path.write_bytes(pickle.dumps(weights())), "a pickle"),
+    "a module": (lambda path: torch.save(torch.nn.Linear(2, 2), path), "Python objects, torch.nn.modules.linear.Linear"),
+    "NumPy's numbers": (lambda path: torch.save(dict(model=weights(), loss=np.float64(3)), path), "Python objects, numpy"),
+    "a program": (save_script, "TorchScript"),
+    "half": (lambda path: (torch.save(weights(), path), cut(path)), "cut short"),
+    "half of safetensors": (cut_safetensors, "safetensors that are cut short"),
+    "a list": (lambda path: torch.save([1], path), "a list"),
+    "another model": (lambda path: torch.save(dict(model={"wte.weight": torch.ones(3)}), path), "no attn_gate_bank"),
+    "no tensor": (lambda path: torch.save(dict(model=weights() | dict(x=1)), path), "x holds int"),
+    "integers": (lambda path: torch.save(dict(model=weights(torch.int8)), path), "attn_gate_bank|lm_head.weight holds torch.int8"),
+    "nan": (poisoned(float("nan")), "blocks.3.mlp.c_fc holds a number that is not finite"),
+    "inf": (poisoned(float("-inf"), torch.float32), "blocks.3.mlp.c_fc holds a number that is not finite"),
+    "beyond float32": (poisoned(1e300, torch.float64), "blocks.3.mlp.c_fc holds a number that is not finite"),
+}
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_other_files_are_named(tmp_path, case):
+    make, words = REFUSED[case]
+    make(tmp_path / "file")
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'file'}.*({words})") as e:
+        checkpoint.load_weights(tmp_path / "file")
+    assert "\n" not in str(e.value) and "weights_only" not in str(e.value)
 
 # -----------------------------------------------------------------------------
 # Files: kills inside a save, disks, locks. The state is small and there is no model, so that a case takes a moment.
