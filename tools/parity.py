@@ -150,7 +150,8 @@ def run_case(case: Path, replay: bool) -> tuple[Report, list]:
             slices = port.distributed_data_generator(args.val_files, args.val_batch_size, -1, align_to_bos=False,
                                                      bos_id=config["bos_id"], vocab_size=args.vocab_size)
             n = args.val_tokens // args.val_batch_size
-            losses = [validation_step(manager.graph, check_batch(next(slices), f"val/{k}", f"val {k}"), numbers()).cpu() for k in range(n)]
+            losses = [validation_step(manager.graph, check_batch(batch, f"val/{k}", f"val {k}"), numbers()).cpu()
+                      for k, (batch, _) in zip(range(n), slices)]
             error = rel(torch.stack(losses).double().mean().item(), float(expected["val_loss_f32softcap"][i]))
             report.add("validation loss", error, tol_val, f"step {step}")
         if step == args.num_iterations:
@@ -161,7 +162,7 @@ def run_case(case: Path, replay: bool) -> tuple[Report, list]:
         send = (manager.graph.tokens * port.ROWS, args.train_max_seq_len)
         if loader is None:
             loader = port.distributed_data_generator(args.train_files, *send, bos_id=config["bos_id"], vocab_size=args.vocab_size)
-        batch = check_batch(next(loader) if step == 0 else loader.send(send), f"train/{step}", f"train {step}")
+        batch = check_batch((next(loader) if step == 0 else loader.send(send))[0], f"train/{step}", f"train {step}")
         if step < 2:
             for name, grad in gradients(batch).items():
                 kept[name] = grad if step == 0 or dict(model.named_parameters())[name] not in adam_params else kept[name] + grad
