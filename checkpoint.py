@@ -27,12 +27,13 @@ import torch
 
 import shards
 
-VERSION = 1
+VERSION = 2
 MAGIC = b"modded-nanogpt-xla checkpoint\n"
 # As upstream's, then what it takes to go on
 KEYS = ("step", "code", "model", "optimizers", "version", "run_id", "hyperparameters", "data", "versions", "schedule", "loader", "rng",
-        "losses", "training_time_ms", "time")
-PREEMPTED = 75  # exit status after SIGTERM (sysexits' "try again later"): all is saved, the same command goes on
+        "losses", "training_time_ms", "time", "wandb")
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # a spot machine goes, Ctrl-C, the terminal is gone
+PREEMPTED = 75  # exit status after one of them (sysexits' "try again later"): all is saved, the same command goes on
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 class Broken(ValueError):
@@ -202,15 +203,26 @@ def join(state: dict | list):
         elif isinstance(x, (dict, list)):
             join(x)
 
+@contextlib.contextmanager
+def handling(handler):
+    """The SIGNALS go to handler(number, frame), but for those that are ignored from the start, as nohup has it."""
+    before = {number: signal.signal(number, handler) for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old or signal.SIG_DFL)
+
 class Checkpoints:
     """
-    The folder of one run. `with` locks it, clears away what a killed run left half written, and turns SIGTERM into `preempted`,
-    which the training loop looks at. say: where to tell what happened.
+    The folder of one run. `with` locks it, clears away what a killed run left half written, and turns the first of SIGNALS into
+    `preempted`, which the training loop looks at. say: where to tell what happened.
     """
     def __init__(self, folder, keep: int, say=print):
         self.folder, self.keep, self.say = Path(folder), keep, say
         self.preempted = threading.Event()
-        self.thread = self.error = None
+        self.signal = self.thread = self.error = None
+        self.handling = handling(self._stop)
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -231,16 +243,34 @@ class Checkpoints:
         if mallopt:
             mallopt(M_MMAP_MAX, 0)
             mallopt(M_TRIM_THRESHOLD, -1)
-        # a second SIGTERM only sets the flag again
-        self.handler = signal.signal(signal.SIGTERM, lambda *_: self.preempted.set())
+        self.handling.__enter__()
         return self
 
     def __exit__(self, *error):
         try:
             self.wait()
         finally:
-            signal.signal(signal.SIGTERM, self.handler)
+            self.handling.__exit__(None, None, None)
             self.lock.close()
+
+    def _stop(self, number, _):
+        """Further signals change nothing, but for a second Ctrl-C, which ends at once: what is being written has no name yet."""
+        if not self.preempted.is_set():
+            self.signal, self.asked = signal.Signals(number).name, time.monotonic()
+            self.preempted.set()
+            with contextlib.suppress(OSError):  # not print: the signal may have come in the middle of one
+                os.write(2, f"{self.signal}: stopping after the step in hand, once it is saved\n".encode())
+        elif number == signal.SIGINT and time.monotonic() > self.asked + 1:  # some tools send one twice
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def finish(self, result: dict):
+        """Notes that the run has ended, and how."""
+        write(self.folder / "finished.pt", result)
+
+    def finished(self) -> dict | None:
+        path = self.folder / "finished.pt"
+        return load(path) if path.exists() else None
 
     def files(self) -> list[tuple[int, Path]]:
         """(step, file), oldest step first."""

@@ -56,14 +56,15 @@ POINTS = dict(before_a_stage=6, at_a_stage=8, after_a_stage=10, shard=10, valida
 RUN_ON = 4  # steps after which the resumed runs are stopped, but for the first and the last: what is the same so far stays so
 DRIVER = f"""
 import os, signal
+os.environ["WANDB_MODE"] = "offline"
 get_numbers, tensors = t.TrainingManager.get_numbers, t.TrainingManager.tensors
 to_devices, distinct_graphs = t.GPT.to_devices, t.distinct_graphs
-def main(*options, stop=None, poison=None):
-    # stop: two SIGTERMs while this step is in hand. poison: this step's numbers are not numbers. Both without a warm-up
+def main(*options, stop=None, by=signal.SIGTERM, poison=None):
+    # stop: two signals while this step is in hand. poison: this step's numbers are not numbers. Both without a warm-up
     def in_hand(self):
         if self.step == stop and self.graph.train:
             for _ in range(2):
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), by)
         return tensors(self)
     t.TrainingManager.tensors = in_hand
     t.TrainingManager.get_numbers = lambda self: get_numbers(self) * (float("nan") if self.step == poison else 1)
@@ -83,9 +84,13 @@ main("--run_id", "toy", *every)
 main("--run_id", "init", *every, "--seed", "9", "--init_from", "initial.pt", stop=2)
 for n in {sorted(set(POINTS.values()))}:
     stop = None if n in (6, 26) else n + {RUN_ON - 1}
-    main("--run_id", f"from{{n}}", *every, "--resume", f"logs/toy/checkpoint_step{{n:06d}}.pt", stop=stop)
-main("--run_id", "again", "--save_every", "1000", stop=12)
-main("--run_id", "again", "--save_every", "1000")
+    main("--run_id", f"from{{n}}", *every, "--resume", f"logs/toy/checkpoint_step{{n:06d}}.pt", stop=stop, by=signal.SIGHUP)
+main("--run_id", "again", "--save_every", "1000", "--wandb", stop=12, by=signal.SIGINT)
+main("--run_id", "again", "--save_every", "1000", "--wandb")
+end = open("logs/again.txt").read()
+main("--run_id", "again", "--save_every", "1000", "--resume")
+main("--run_id", "again", "--save_every", "1000", "--seed", "1")
+assert open("logs/again.txt").read() == end
 main("--run_id", "nan", "--save_every", "4", "--train_loss_every", "0", poison=9)
 sys.exit(0)
 """
@@ -114,16 +119,36 @@ def test_resume_is_bit_exact(driven, point):
     whole, resumed = losses(folder / "logs/toy.txt"), losses(folder / f"logs/from{n}.txt")
     assert {s: x for s, x in whole.items() if n < s <= last} == {s: x for s, x in resumed.items() if x}
 
-def test_sigterm_saves_and_the_same_command_goes_on(driven):
+def test_signals_save_and_the_same_command_goes_on(driven):
     folder, stdout = driven
-    assert re.findall(r"^EXIT again (.*)", stdout, re.M) == [str(checkpoint.PREEMPTED)]
+    assert re.findall(r"^EXIT again (\d+)$", stdout, re.M) == [str(checkpoint.PREEMPTED)]
+    assert re.findall(r"^(SIG\w+): stopped at step", stdout, re.M) == ["SIGTERM", *["SIGHUP"] * (len(set(POINTS.values())) - 2), "SIGINT"]
     log = (folder / "logs/again.txt").read_text()
-    assert "SIGTERM: stopped at step 14" in log and "resumed from logs/again/checkpoint_step000014.pt at step 14" in log
+    assert "SIGINT: stopped at step 14" in log and "resumed from logs/again/checkpoint_step000014.pt at step 14" in log
     assert log.count((ROOT / "train_gpt_xla.py").read_text()) == 1, "the source is printed once"
     assert losses(folder / "logs/again.txt") == losses(folder / "logs/toy.txt")
     same(*(torch.load(folder / f"logs/{run}/state_step000028.pt") for run in ("toy", "again")))
     times = [int(x) for x in re.findall(r"train_time:(\d+)ms", log)]
     assert times == sorted(times), "the clock goes on"
+
+def test_a_finished_run_is_finished(driven):
+    """The same command says so, and leaves the log as it is; of other hyperparameters it is another run, which is refused."""
+    folder, stdout = driven
+    loss, time = re.search(r"^step:28/28 (val_loss:\S+) (train_time:\S+)", (folder / "logs/again.txt").read_text(), re.M).groups()
+    assert re.findall(r"^logs/again: this run is finished: (.*?)\. Another", stdout, re.M) == [f"step 28, {loss} {time}"]
+    assert "EXIT again train_gpt_xla.py: logs/again: seed was 0, now it is 1" in stdout
+
+def test_a_resumed_run_goes_on_in_wandb(driven):
+    from test_wandb import read
+    folder, _ = driven
+    first, second = read(folder)
+    assert first[0] == second[0] and first[0].startswith("again-") and (first[3], second[3]) == (checkpoint.PREEMPTED, 0)
+    assert first[1]["model_dim"] == 32 and first[1]["seed"] == 0 and first[1]["run_id"] == "again"
+    log = losses(folder / "logs/again.txt")
+    assert sorted(first[2]) == [0, *range(2, 15)] and sorted(second[2]) == list(range(15, 29))
+    for step, numbers in (first[2] | second[2]).items():
+        assert log[step] == [f"{k}:{numbers[k]:.4f}" for k in ("train_loss", "val_loss") if k in numbers], step
+    assert {"ms", "tok/s", "eta"} < second[2][20].keys()
 
 def test_a_loss_that_is_not_finite_is_not_saved(driven):
     """Step 10 goes wrong; a save at step 12 is the first to look, finds the step, and keeps what is there."""
@@ -230,7 +255,10 @@ BROKEN = {
     "extra parameter": (edited(lambda s: s["model"].update(surprise=torch.ones(1))), ["surprise is not a parameter"]),
     "another format": (lambda path: np.savez(path.open("wb"), a=np.ones(3)), ["step000014.pt", "not a checkpoint", "--init_from"]),
     "upstream's": (lambda path: torch.save(dict(step=1, code="", model={}, optimizers=[]), path), ["not a checkpoint", "--init_from"]),
-    "newer version": (edited(lambda s: s.update(version=2)), ["version 2", "reads 1"]),
+    "other version": (edited(lambda s: s.update(version=1)), ["version 1", f"reads {checkpoint.VERSION}"]),
+    "safetensors": (lambda path: save_safetensors(path), ["step000014.pt: not a checkpoint (safetensors)", "--init_from takes"]),
+    "a web page": (lambda path: path.write_text("<html>"), ["step000014.pt: not a checkpoint (a web page)"]),
+    "not finite": (edited(lambda s: s["model"]["scalars"].fill_(float("nan"))), ["model.scalars holds a number that is not finite"]),
 }
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -240,6 +268,9 @@ def test_broken_checkpoint(refused, case):
 
 def test_empty_folder(refused):
     refused(lambda path: [file.unlink() for file in path.parent.iterdir()], "logs/toy", "no checkpoint", "--resume")
+
+def test_a_folder_is_no_checkpoint(refused):
+    refused(lambda path: None, "logs: a folder: --resume takes latest or a checkpoint_step*.pt", options=("--resume", "logs"))
 
 def test_nothing_whole_is_not_a_fresh_start(refused):
     refused(lambda path: [cut(file) for file in path.parent.iterdir()], "none of its 2 checkpoints is whole", options=(), save_every=5)
@@ -253,12 +284,17 @@ def test_nothing_whole_is_not_a_fresh_start(refused):
 def test_other_hyperparameters(refused, fields, words):
     refused(lambda path: None, *words, **fields)
 
-def test_other_data(refused, corpus, tmp_path):
+@pytest.mark.parametrize("name, field, i", [("train_000.bin", "train_files", 1), ("train_001.bin", "train_files", 2),
+                                            ("val_000.bin", "val_files", 1)])
+def test_data_rewritten_in_the_middle(refused, corpus, tmp_path, name, field, i):
+    """A few tokens trade places, far from either end: also in a shard that the run has left behind, and in one that it has not read."""
     shutil.copytree(corpus, tmp_path / "data")
-    tokens = np.fromfile(corpus / "train_001.bin", dtype=np.uint16)[512:]
-    tokens[5] = tokens[6]
-    write_shard(tmp_path / "data/train_001.bin", tokens)
-    refused(lambda path: None, "shard 2 of train_files was train_001.bin", train_files=tmp_path / "data/train_*.bin")
+    tokens = np.fromfile(corpus / name, dtype=np.uint16)[512:]
+    middle = len(tokens) // 2
+    tokens[middle:middle + 20] = tokens[middle:middle + 20][::-1].copy()
+    write_shard(tmp_path / "data" / name, tokens)
+    fields = dict(train_files=tmp_path / "data/train_*.bin", val_files=tmp_path / "data/val_*.bin")
+    refused(lambda path: None, f"shard {i} of {field} was {name} with (tokens, checksum) ({len(tokens)}, ", "--run_id", **fields)
 
 def test_another_runs_checkpoints_are_not_overwritten(refused, driven):
     other = driven[0] / TEMPLATE.format("toy", 6)
@@ -551,13 +587,39 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
             checkpoints.save(3, small(3))
         assert [step for step, _ in checkpoints.files()] == [1]
 
-def test_sigterm_twice(tmp_path):
+@pytest.mark.parametrize("number", checkpoint.SIGNALS)
+def test_the_same_signal_twice(tmp_path, capfd, number):
+    """Some tools send a signal to a process and to its group."""
+    before = signal.getsignal(number)
     with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
         for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         time.sleep(0)
-        assert checkpoints.preempted.is_set()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert checkpoints.preempted.is_set() and checkpoints.signal == number.name
+    assert signal.getsignal(number) == before
+    assert capfd.readouterr().err == f"{number.name}: stopping after the step in hand, once it is saved\n"
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path, monkeypatch):
+    with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
+        signal.raise_signal(signal.SIGTERM)
+        checkpoints.asked -= 2  # seconds ago
+        kills = []
+        monkeypatch.setattr(os, "kill", lambda pid, number: kills.append((pid, number, signal.getsignal(number))))
+        signal.raise_signal(signal.SIGTERM)
+        assert not kills
+        signal.raise_signal(signal.SIGINT)
+    assert kills == [(os.getpid(), signal.SIGINT, signal.SIG_DFL)]
+
+def test_nohup(tmp_path):
+    """A signal that is ignored from the start stays so, and what comes back at the end is what there was."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
+            signal.raise_signal(signal.SIGHUP)
+            assert not checkpoints.preempted.is_set()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 # -----------------------------------------------------------------------------
 # Real processes, with one device and one stage: what is slow is starting them

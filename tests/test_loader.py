@@ -61,7 +61,7 @@ def test_rows_begin_with_documents_and_targets_follow_inputs(tmp_path):
     write_shard(tmp_path / "a.bin", make_tokens(20_000, 1))
     batches = loader(tmp_path)
     for _ in range(20):
-        inputs, targets, cum_seqlens = next(batches)
+        (inputs, targets, cum_seqlens), _ = next(batches)
         assert inputs.shape == targets.shape == (8, 64) and (inputs[:, 0] == BOS).all()
         assert (inputs[:, 1:] == targets[:, :-1]).all()
         documents = t.get_documents(cum_seqlens)
@@ -70,7 +70,7 @@ def test_rows_begin_with_documents_and_targets_follow_inputs(tmp_path):
 
 def test_documents_are_cut_to_max_seq_len(tmp_path):
     write_shard(tmp_path / "a.bin", [BOS, *range(200)] * 40)
-    inputs, targets, cum_seqlens = next(loader(tmp_path, num_tokens=1024, max_seq_len=50))
+    (inputs, targets, cum_seqlens), _ = next(loader(tmp_path, num_tokens=1024, max_seq_len=50))
     assert np.diff(cum_seqlens[0])[:3].tolist() == [50, 50, 28]
     assert targets[0, 49] == BOS, "the target of a cut document's last token is the next document's first"
 
@@ -78,27 +78,54 @@ def test_a_step_restarts_on_the_next_shard(tmp_path):
     write_shard(tmp_path / "a.bin", [BOS, *[1] * 63] * 20)  # a row of 64 + 1 takes two: 16 for one batch, then not enough
     write_shard(tmp_path / "b.bin", [BOS, *[2] * 64] * 30)
     batches = loader(tmp_path, max_seq_len=1000)
-    assert (np.unique(next(batches)[0]) == [1, BOS]).all()
+    assert (np.unique(next(batches)[0][0]) == [1, BOS]).all()
     for _ in range(2):
-        assert (np.unique(next(batches)[0]) == [2, BOS]).all()
+        assert (np.unique(next(batches)[0][0]) == [2, BOS]).all()
+
+@pytest.mark.parametrize("align", [True, False])
+def test_a_batchs_position_is_where_the_next_one_starts(tmp_path, align):
+    for i in range(3):
+        write_shard(tmp_path / f"{i}.bin", make_tokens(3000 + 500 * i, i))
+    batches = loader(tmp_path, align_to_bos=align)
+    taken = [next(batches) for _ in range(8)]
+    assert {shard for _, (shard, _) in taken} >= {0, 1}
+    for i in range(7):
+        again = loader(tmp_path, align_to_bos=align, start=taken[i][1])
+        for arrays, position in taken[i + 1:i + 4]:
+            other, place = next(again)
+            assert place == position and all((x == y).all() for x, y in zip(arrays, other, strict=True))
+
+def test_shards_that_are_smaller_than_a_batch_are_passed_over(tmp_path):
+    for i, n in enumerate((100, 700, 20, 513, 514)):  # a batch needs 514 tokens
+        write_shard(tmp_path / f"{i}.bin", [BOS, *[i] * (n - 1)])
+    batches = loader(tmp_path, align_to_bos=False)
+    assert [next(batches)[0][0].max(axis=1).tolist()[1] for _ in range(2)] == [1, 4]
+    with pytest.raises(EOFError, match="used up"):
+        next(batches)
+
+@pytest.mark.parametrize("align", [True, False])
+def test_no_document_start(tmp_path, align):
+    write_shard(tmp_path / "nobos_000.bin", np.ones(8000))
+    with pytest.raises(ValueError, match=f"no document start .token {BOS}. in .*nobos_000.bin.*--bos_id"):
+        next(loader(tmp_path, align_to_bos=align))
 
 def test_a_new_batch_size_takes_effect_at_once(tmp_path):
     write_shard(tmp_path / "a.bin", make_tokens(20_000, 1))
     batches = loader(tmp_path)
     next(batches)
-    assert batches.send((1024, 32))[0].shape == (8, 128)
+    assert batches.send((1024, 32))[0][0].shape == (8, 128)
 
 def test_many_short_documents(tmp_path):
     """More documents in a row than upstream has room for (128 here)."""
     write_shard(tmp_path / "a.bin", [BOS, 1] * 8000)
-    inputs, _, cum_seqlens = next(loader(tmp_path, num_tokens=8 * 512))
+    (_, _, cum_seqlens), _ = next(loader(tmp_path, num_tokens=8 * 512))
     assert (t.get_documents(cum_seqlens) == np.arange(512) // 2 * 2).all()
 
 def test_unaligned_rows_are_consecutive(tmp_path):
     tokens = make_tokens(5000, 4)
     write_shard(tmp_path / "a.bin", tokens)
     batches = loader(tmp_path, num_tokens=1024, align_to_bos=False)
-    got = np.concatenate([next(batches)[0].flatten() for _ in range(3)])
+    got = np.concatenate([next(batches)[0][0].flatten() for _ in range(3)])
     assert (got == tokens[:3072]).all()
 
 @pytest.mark.parametrize("align", [True, False])
@@ -109,7 +136,7 @@ def test_used_up(tmp_path, align):
         for _ in range(20):
             next(batches)
 
-BATCH = (np.zeros((8, 16), np.int32), np.zeros((8, 16), np.int32), np.tile(np.int32([0, 16]), (8, 1))), t.torch.ones(5)
+BATCH = (np.zeros((8, 16), np.int32), np.zeros((8, 16), np.int32), np.tile(np.int32([0, 16]), (8, 1))), (0, 7), t.torch.ones(5)
 
 def test_errors_of_the_thread_are_raised_where_batches_are_taken(monkeypatch):
     monkeypatch.setattr(t, "to_device", lambda x, *spec: x)
@@ -117,8 +144,8 @@ def test_errors_of_the_thread_are_raised_where_batches_are_taken(monkeypatch):
         yield BATCH
         raise ValueError("the reason")
     taken = t.prefetch(batches())
-    batch, numbers = next(taken)
-    assert batch.shape == (8, 3, 16) and numbers is BATCH[1]
+    batch, numbers, position = next(taken)
+    assert batch.shape == (8, 3, 16) and numbers is BATCH[2] and position == (0, 7)
     with pytest.raises(ValueError, match="the reason"):
         next(taken)
 
