@@ -13,22 +13,27 @@ import contextlib
 import ctypes
 import fcntl
 import hashlib
+import json
 import os
-import pickle
 import re
 import signal
 import threading
 import time
+import warnings
+import zipfile
 from pathlib import Path
 
 import torch
 
-VERSION = 1
+import shards
+
+VERSION = 2
 MAGIC = b"modded-nanogpt-xla checkpoint\n"
 # As upstream's, then what it takes to go on
 KEYS = ("step", "code", "model", "optimizers", "version", "run_id", "hyperparameters", "data", "versions", "schedule", "loader", "rng",
-        "losses", "training_time_ms", "time")
-PREEMPTED = 75  # exit status after SIGTERM (sysexits' "try again later"): all is saved, the same command goes on
+        "losses", "training_time_ms", "time", "wandb")
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # a spot machine goes, Ctrl-C, the terminal is gone
+PREEMPTED = 75  # exit status after one of them (sysexits' "try again later"): all is saved, the same command goes on
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 class Broken(ValueError):
@@ -69,7 +74,9 @@ def read(path: Path) -> dict:
         f.seek(max(length, 0))
         end = f.read()
         if length < 0 or not end.startswith(MAGIC):
-            raise Broken(f"{path}: cut short, or not a checkpoint of this script (an upstream state_step*.pt goes in by --init_from)")
+            kind = get_kind(path)
+            what = "cut short, or not a checkpoint of this script" if kind == "torch" else f"not a checkpoint ({kind})"
+            raise Broken(f"{path}: {what}: --resume takes checkpoint_step*.pt; --init_from takes upstream's state_step*.pt and safetensors")
         f.seek(0)
         while length:
             block = f.read(min(length, 1 << 22))
@@ -85,17 +92,101 @@ def read(path: Path) -> dict:
         if (key in state) != (key in KEYS):
             raise ValueError(f"{path}: {key} is {'missing' if key in KEYS else 'unknown to this script'}; take another checkpoint "
                              "(--resume PATH) or start afresh under another --run_id")
+    if name := not_finite(state):
+        raise Broken(f"{path}: {name} holds a number that is not finite; take an older one (--resume PATH)")
     return state
 
-def load(path) -> dict:
-    """What torch.save wrote, ours or upstream's."""
+# What people have at hand beside weights, by how it begins
+KINDS = {
+    b"\x93NUMPY": "a NumPy array", b"\x89HDF": "an HDF5 file", b"GGUF": "a GGUF file", b"\x80": "a pickle", b"PAR1": "a Parquet file",
+    b"\x1f\x8b": "compressed with gzip", b"\x28\xb5\x2f\xfd": "compressed with zstd", b"BZh": "compressed with bzip2",
+    b"\xfd7zXZ": "compressed with xz", shards.MAGIC.to_bytes(4, "little"): "a token shard", b"<": "a web page", b"{": "JSON",
+    b"version https://git-lfs": "Git LFS's pointer to a file, which 'git lfs pull' brings",
+}
+WEIGHTS = "give a state_step*.pt, as --save_checkpoint true or upstream writes it, or a model.safetensors of tools/hub.py"
+
+def get_kind(path: Path) -> str:
+    """What is in a file: "torch" or "safetensors", which can be read, or in words what else it is."""
+    with open(path, "rb") as f:
+        head = f.read(64)
+    if head.startswith(b"PK\3\4"):
+        if not zipfile.is_zipfile(path):
+            return "cut short: the end of the archive is missing"
+        names = zipfile.ZipFile(path).namelist()
+        if any(name.endswith(".npy") for name in names):
+            return "a NumPy archive"
+        script = any(name.endswith("constants.pkl") for name in names)
+        return "a TorchScript program" if script else "torch" if any(name.endswith("data.pkl") for name in names) else "a zip archive"
+    if head.startswith(b"\x80\2\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."):
+        return "torch"  # as torch.save wrote before version 1.6
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27:  # the length of a header in JSON
+        return "safetensors"
+    text = all(byte >= 32 or byte in b"\t\n\r" for byte in head)
+    return next((kind for start, kind in KINDS.items() if head.startswith(start)),
+                "empty" if not head else "text" if text else "of an unknown kind")
+
+def load(path: Path) -> dict:
+    """What torch.save wrote, ours or upstream's; Broken where it is anything else."""
+    kind = get_kind(path)
+    if kind == "torch":
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+            if isinstance(state, dict):
+                return state
+            kind = f"a {type(state).__name__} of torch.save's"
+        except Exception as e:  # torch.load raises what it likes, and advises to switch weights_only off
+            found = re.search(r"(?:GLOBAL|[Ff]unction|class) ([\w.]+\.\w+)", str(e))
+            kind = f"damaged: {type(e).__name__} in torch.load" if not found or found[1].startswith("torch._utils") else \
+                f"it holds Python objects, {found[1]}, which could run code: save tensors, numbers and names alone"
+    raise Broken(f"{path}: not a checkpoint ({kind}): {WEIGHTS}")
+
+def load_weights(path: Path) -> dict:
+    """
+    A file of weights: "model", upstream's names -> tensors on the CPU, and whatever else it holds, such as "step" and "hyperparameters".
+    Takes state_step*.pt, ours or upstream's, checkpoint_step*.pt, a bare state_dict, and safetensors, with tools/hub.py's config.json
+    beside them if it is there. ValueError names the file and what it is instead.
+    """
+    path = Path(path)
+    if path.is_dir():
+        inside = sorted(file.name for pattern in ("state_step*.pt", "*.safetensors", "checkpoint_step*.pt") for file in path.glob(pattern))
+        raise ValueError(f"{path} is a folder: " + (f"give a file in it, such as {path / inside[-1]}" if inside else WEIGHTS))
+    safe = get_kind(path) == "safetensors"
+    state = load_config(path.with_name("config.json")) | dict(model=load_safetensors(path)) if safe else load(path)
+    model = state.get("model", state)
+    if not isinstance(model, dict):
+        raise ValueError(f"{path}: not a checkpoint (its model is {type(model).__name__}, not a dict of tensors): {WEIGHTS}")
+    model = {str(name).removeprefix("_orig_mod."): x for name, x in model.items()}  # torch.compile's
+    if missing := {"lm_head.weight", "attn_gate_bank", "x0_lambdas"} - model.keys():
+        raise ValueError(f"{path}: its model has no {min(missing)}, so it is not record #60's: --save_checkpoint true writes one that is")
+    for name, x in model.items():
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            kind = str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__
+            raise ValueError(f"{path}: {name} holds {kind}, not floating-point numbers")
+        if not_finite({name: x.float()}):
+            raise ValueError(f"{path}: {name} holds a number that is not finite: take an earlier checkpoint")
+    return (state if "model" in state else {}) | dict(model=model)
+
+def load_safetensors(path: Path) -> dict:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as e:
-        raise Broken(f"{path}: torch.load cannot read it ({str(e).splitlines()[0]})") from None
-    if not isinstance(state, dict):
-        raise Broken(f"{path}: holds a {type(state).__name__}, not a checkpoint")
-    return state
+        return load_file(path)
+    except SafetensorError as e:
+        raise ValueError(f"{path}: safetensors that are cut short or damaged ({e})") from None
+
+def load_config(path: Path) -> dict:
+    """"step" and "hyperparameters" from the config.json of tools/hub.py; {} where there is none, or another program's."""
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as e:
+        raise ValueError(f"{path}: not JSON ({e})") from None
+    if not isinstance(config, dict) or config.pop("model_type", None) != "modded-nanogpt":
+        return {}
+    step = dict(step=config.pop("step")) if "step" in config else {}
+    return step | dict(hyperparameters={k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
 
 def not_finite(state, name: str = "") -> str | None:
     """The name of the first tensor that holds an infinity or a NaN."""
@@ -112,15 +203,26 @@ def join(state: dict | list):
         elif isinstance(x, (dict, list)):
             join(x)
 
+@contextlib.contextmanager
+def handling(handler):
+    """The SIGNALS go to handler(number, frame), but for those that are ignored from the start, as nohup has it."""
+    before = {number: signal.signal(number, handler) for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old or signal.SIG_DFL)
+
 class Checkpoints:
     """
-    The folder of one run. `with` locks it, clears away what a killed run left half written, and turns SIGTERM into `preempted`,
-    which the training loop looks at. say: where to tell what happened.
+    The folder of one run. `with` locks it, clears away what a killed run left half written, and turns the first of SIGNALS into
+    `preempted`, which the training loop looks at. say: where to tell what happened.
     """
     def __init__(self, folder, keep: int, say=print):
         self.folder, self.keep, self.say = Path(folder), keep, say
         self.preempted = threading.Event()
-        self.thread = self.error = None
+        self.signal = self.thread = self.error = None
+        self.handling = handling(self._stop)
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -141,16 +243,34 @@ class Checkpoints:
         if mallopt:
             mallopt(M_MMAP_MAX, 0)
             mallopt(M_TRIM_THRESHOLD, -1)
-        # a second SIGTERM only sets the flag again
-        self.handler = signal.signal(signal.SIGTERM, lambda *_: self.preempted.set())
+        self.handling.__enter__()
         return self
 
     def __exit__(self, *error):
         try:
             self.wait()
         finally:
-            signal.signal(signal.SIGTERM, self.handler)
+            self.handling.__exit__(None, None, None)
             self.lock.close()
+
+    def _stop(self, number, _):
+        """Further signals change nothing, but for a second Ctrl-C, which ends at once: what is being written has no name yet."""
+        if not self.preempted.is_set():
+            self.signal, self.asked = signal.Signals(number).name, time.monotonic()
+            self.preempted.set()
+            with contextlib.suppress(OSError):  # not print: the signal may have come in the middle of one
+                os.write(2, f"{self.signal}: stopping after the step in hand, once it is saved\n".encode())
+        elif number == signal.SIGINT and time.monotonic() > self.asked + 1:  # some tools send one twice
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def finish(self, result: dict):
+        """Notes that the run has ended, and how."""
+        write(self.folder / "finished.pt", result)
+
+    def finished(self) -> dict | None:
+        path = self.folder / "finished.pt"
+        return load(path) if path.exists() else None
 
     def files(self) -> list[tuple[int, Path]]:
         """(step, file), oldest step first."""
@@ -166,7 +286,8 @@ class Checkpoints:
         if which not in (None, "latest"):
             path = Path(which)
             if not path.is_file():
-                raise ValueError(f"{path}: no such file: --resume takes latest or a checkpoint_step*.pt")
+                what = "a folder" if path.is_dir() else "no such file"
+                raise ValueError(f"{path}: {what}: --resume takes latest or a checkpoint_step*.pt")
             if files and path.resolve().parent != self.folder.resolve():
                 raise ValueError(f"{self.folder} has checkpoints of its own, which those that follow {path} would overwrite: "
                                  "choose another --run_id")

@@ -16,18 +16,19 @@ import argparse
 import contextlib
 import difflib
 import gc
-import glob
 import itertools
 import math
 import os
 import queue
+import re
+import signal
 import sys
 import threading
 import time
 import uuid
 import warnings
 import zlib
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own progress notes
@@ -44,13 +45,16 @@ from tqdm import tqdm
 
 import checkpoint
 from checkpoint import Checkpoints
+from chips import this_chip
 from gradients import Gradients
 from kernels import fused_attention, lm_head_losses, lookup, residual_mlp, takes_block, takes_lm_head, window_attention
 from kernels.dispatch import Kept, what_to_keep
 from kernels.lm_head import SOFTCAP_A, SOFTCAP_B, SOFTCAP_C
 from muon_xla import DistAdam, NorMuon
 from replay import Replay
+from shards import find_shards, more, read_tokens, way_out
 from spmd import ROWS, assign, begin_program, device_count, enter, is_split, leave, setup_devices, shard, to_device, to_host, turns
+from wandb_run import WandbRun
 
 warnings.filterwarnings("ignore", message="Use torch_xla.sync", category=DeprecationWarning)
 
@@ -598,34 +602,16 @@ class GPT(nn.Module):
 # -----------------------------------------------------------------------------
 # Distributed data loader
 
-def get_files(filename_pattern: str) -> list[Path]:
-    files = [Path(file) for file in sorted(glob.glob(filename_pattern))]
-    if not files:
-        raise FileNotFoundError(f"no shard matches {filename_pattern}: 'bash run_tpu.sh data' fetches FineWeb, 'python data/demo.py' "
-                                "makes the rehearsal's corpus, and DATA_PATH names the folder that holds data/")
-    return files
+def no_document_start(file: Path, bos_id: int) -> ValueError:
+    return ValueError(f"no document start (token {bos_id}) in {file}: if its documents begin with another token, that is --bos_id; "
+                      f"otherwise {way_out(file)}")
 
 def _load_data_shard(file: Path, vocab_size: int) -> np.ndarray:
-    """Tokens of one llm.c shard, uint16, memory-mapped. ValueError names the file and what is wrong with it."""
-    tokens = np.memmap(file, dtype=np.uint16, mode="r", offset=1024, shape=(check_data_shard(file),)).view(np.ndarray)
+    """Tokens of one shard, [n] uint16, memory-mapped. ValueError names the file and what is wrong with it."""
+    tokens = read_tokens(file)
     if tokens.max() >= vocab_size:
-        raise ValueError(f"{file}: token {tokens.max()} is beyond the vocabulary of {vocab_size}; write it again with data/fineweb.py")
+        raise ValueError(f"{file}: token {tokens.max()} is beyond the vocabulary of {vocab_size} (--vocab_size): {way_out(file)}")
     return tokens
-
-def check_data_shard(file: Path) -> int:
-    """The number of tokens of a shard whose header and size agree; ValueError otherwise."""
-    again = "delete it and fetch it again ('bash run_tpu.sh data') or write it again (data/fineweb.py)"
-    header = np.fromfile(file, dtype=np.int32, count=256)
-    if len(header) < 256:
-        raise ValueError(f"{file}: shorter than its header of 1024 bytes; {again}")
-    if header[0] != 20240520:
-        raise ValueError(f"{file}: magic number {header[0]} instead of 20240520, so not a token shard; {again}")
-    if header[1] != 1:
-        raise ValueError(f"{file}: version {header[1]} instead of 1; {again}")
-    num_tokens = int(header[2])
-    if file.stat().st_size != 1024 + 2 * num_tokens or num_tokens <= 0:
-        raise ValueError(f"{file}: header promises {num_tokens} tokens, the file has {(file.stat().st_size - 1024) / 2:g}; {again}")
-    return num_tokens
 
 BOS_ID = 50256
 
@@ -687,17 +673,16 @@ class DataPreloader:
         return self.data
 
 def distributed_data_generator(filename_pattern: str, num_tokens: int, max_seq_len: int, align_to_bos: bool = True,
-                               bos_id: int = BOS_ID, vocab_size: int = 50257, start: tuple[int, int] = (0, 0),
-                               positions: list | None = None):
+                               bos_id: int = BOS_ID, vocab_size: int = 50257, start: tuple[int, int] = (0, 0)):
     """
-    Yields (inputs, targets, cum_seqlens): int32 arrays [8, T], [8, T] and [8, at least upstream's max_num_docs], T = num_tokens / 8.
+    Yields (inputs, targets, cum_seqlens), int32 arrays [8, T], [8, T] and [8, at least upstream's max_num_docs], T = num_tokens / 8, and
+    with them (shard, place in it) where the batch after this one begins: a generator with that as its start goes on from there.
     align_to_bos: each row begins with a document, documents are cut to max_seq_len. send((num_tokens, max_seq_len)) changes
     both for the next batch. D12: all 8 rows at once, where each upstream rank reads its own.
-    start: (shard, place in it) to begin at. positions: gets, for each batch, where the one after it starts.
     """
-    files = get_files(filename_pattern)
+    files = find_shards(filename_pattern)
     world_size = ROWS
-    shard_idx, i = start
+    shard_idx, pos = start
     if shard_idx >= len(files):
         raise ValueError(f"{filename_pattern} has {len(files)} shards, the next batch starts in number {shard_idx + 1}: fetch them again")
 
@@ -705,11 +690,9 @@ def distributed_data_generator(filename_pattern: str, num_tokens: int, max_seq_l
         if file is None:
             return None
         tokens = _load_data_shard(file, vocab_size)
-        if not align_to_bos:
-            return tokens, None
         finder = BOSFinder(tokens, world_size, bos_id)
         if not len(finder.bos_idx):
-            raise ValueError(f"no document start (token {bos_id}) in {file}: write it again with data/fineweb.py")
+            raise no_document_start(file, bos_id)
         return tokens, finder
 
     preloader = DataPreloader(iter(files[shard_idx:]), load)
@@ -718,14 +701,12 @@ def distributed_data_generator(filename_pattern: str, num_tokens: int, max_seq_l
     def next_shard():
         data = preloader.get()
         if data is None:  # upstream waits here for ever
-            raise EOFError(f"the {len(files)} shards of {filename_pattern} are used up: fetch more (bash run_tpu.sh data N)")
+            raise EOFError(f"the {len(files)} shards of {filename_pattern} are used up: {more(files)}")
         preloader.start()
         return data
 
     tokens, finder = next_shard()
-    if align_to_bos:
-        finder.i = i
-    pos = i  # of the next batch in the shard, where rows are not aligned to documents
+    finder.i = pos
 
     while True:
         if num_tokens % (world_size * 16):
@@ -747,13 +728,11 @@ def distributed_data_generator(filename_pattern: str, num_tokens: int, max_seq_l
             for row in lengths:
                 row[-1] -= 1  # the last document gave one token more, the last target
             cum_lengths = [row.cumsum() for row in lengths]
+            pos = finder.i
         else:
-            if pos + num_tokens + 1 >= len(tokens):
+            while pos + num_tokens + 1 >= len(tokens):
                 tokens, pos = next_shard()[0], 0
                 shard_idx += 1
-                if num_tokens + 1 >= len(tokens):
-                    raise ValueError(f"a shard of {filename_pattern} has {len(tokens)} tokens, one batch needs {num_tokens + 2}: "
-                                     "choose a smaller val_batch_size")
             buf = np.stack([tokens[pos + r * num_tokens_local: pos + (r + 1) * num_tokens_local + 1] for r in range(world_size)])
             cum_lengths = [np.flatnonzero(row[:-1] == bos_id) for row in buf]
             pos += num_tokens
@@ -764,9 +743,7 @@ def distributed_data_generator(filename_pattern: str, num_tokens: int, max_seq_l
         for row, lengths in zip(_cum_lengths, cum_lengths, strict=True):
             row[1:len(lengths) + 1] = lengths
 
-        if positions is not None:
-            positions.append((shard_idx, finder.i if align_to_bos else pos))
-        new_params = yield buf[:, :-1].astype(np.int32), buf[:, 1:].astype(np.int32), _cum_lengths
+        new_params = yield (buf[:, :-1].astype(np.int32), buf[:, 1:].astype(np.int32), _cum_lengths), (shard_idx, pos)
 
         if new_params is not None:
             # makes it possible for generator to receive new (num_tokens, max_seq_len) via .send()
@@ -784,10 +761,14 @@ def to_devices(batch: Tensor) -> list[Tensor]:
     """[8, 3, T] -> on the devices, a row on each: [devices, 3, T] for each turn."""
     return [to_device(rows, "data") for rows in batch.split(device_count())]
 
+def to_rows(losses: list[Tensor]) -> Tensor:
+    """The losses of all 8 rows on the CPU, [8], from those of each turn. Waits for them."""
+    return torch.cat([x.cpu() for x in losses])
+
 def prefetch(batches, depth: int = 2):
     """
-    Runs a generator of (inputs, targets, cum_seqlens), numbers in a thread, depth batches ahead, and yields each as what a step takes,
-    on the devices: the packed batch and the numbers. Its errors are raised here.
+    Runs a generator of (inputs, targets, cum_seqlens), position, numbers in a thread, depth batches ahead, and yields each as what a step
+    takes, on the devices, the packed batch and the numbers, and the position. Its errors are raised here.
     """
     ready, stop = queue.Queue(depth), threading.Event()
 
@@ -799,8 +780,8 @@ def prefetch(batches, depth: int = 2):
                 pass
     def work():
         try:
-            for arrays, numbers in batches:
-                put((to_device(pack(*arrays), "data"), to_device(numbers)))
+            for arrays, position, numbers in batches:
+                put((to_devices(pack(*arrays)), to_device(numbers), position))
                 if stop.is_set():
                     return
             put(None)
@@ -933,7 +914,7 @@ def flops_per_token(graph: Graph, args: "Hyperparameters") -> float:
     train_max_seq_len tokens, which is an upper bound: few documents are that long. Not counted: gates, embeddings, optimizers,
     whatever the backward pass computes again.
     """
-    d, length, block = args.model_dim, args.train_max_seq_len, args.block_size
+    d, length, block = args.model_dim, min(args.train_max_seq_len, graph.tokens), args.block_size
     weights = (args.num_layers - 1) * 4 * d * d + args.num_layers * 8 * d * d + next_multiple_of_n(args.vocab_size, n=128) * d
     def keys(window, length):
         window = min(window, length - 1)
@@ -947,20 +928,23 @@ def work_until(args: "Hyperparameters") -> tuple[list[int], list[float]]:
     flops = [n * flops_per_token(get_graph(step, args), args) for step, n in enumerate(tokens)]
     return list(itertools.accumulate(tokens, initial=0)), list(itertools.accumulate(flops, initial=0.0))
 
-# Peak of bfloat16 products, FLOP/s a chip, by PCI id (SPMD hides the device's kind): docs.cloud.google.com/tpu/docs/v6e, v5p, v5e
-PEAK_FLOPS = {"0x006f": 918e12, "0x0062": 459e12, "0x0063": 197e12}
+def peak_flops(sys_root: str = "/sys") -> float | None:
+    """FLOP/s of bfloat16 products of all devices together; None where there is no TPU."""
+    chip = this_chip(sys_root) if xr.device_type() == "TPU" else None
+    return chip and chip.bf16_flops * xr.global_runtime_device_count()
 
-def peak_flops(pci: str = "/sys/bus/pci/devices") -> float | None:
-    """Of all devices together; None where there is none in the table, as on a CPU."""
-    kinds = {(vendor.parent / "device").read_text().strip() for vendor in Path(pci).glob("*/vendor")
-             if vendor.read_text().strip() == "0x1ae0"}
-    chips = [PEAK_FLOPS[kind] for kind in kinds if kind in PEAK_FLOPS]
-    return chips[0] * xr.global_runtime_device_count() if xr.device_type() == "TPU" and len(chips) == 1 else None
+def rates(work: tuple[list[int], list[float]], first: int, stop: int, ms: float, peak: float | None) -> dict[str, float]:
+    """ms a step, tokens/s and, where the peak is known, MFU in percent of steps first to stop - 1, which took ms in all."""
+    tokens, flops = (x[stop] - x[first] for x in work)
+    return {"ms": ms / (stop - first), "tok/s": 1000 * tokens / ms} | ({"mfu": flops / ms / peak * 1e5} if peak else {})
+
+FORMATS = {"train_loss": "{:.4f}", "ms": "{:.2f}", "tok/s": "{:.0f}", "mfu": "{:.1f}%", "eta": "{:.0f}s"}
+
+def in_log(numbers: dict[str, float]) -> str:
+    return "".join(f" {name}:{FORMATS[name].format(value)}" for name, value in numbers.items())
 
 def speed(work: tuple[list[int], list[float]], first: int, stop: int, ms: float, peak: float | None) -> str:
-    """For the log: ms a step, tokens/s and, where the peak is known, MFU of steps first to stop - 1, which took ms in all."""
-    tokens, flops = (x[stop] - x[first] for x in work)
-    return f" ms:{ms / (stop - first):.2f} tok/s:{1000 * tokens / ms:.0f}" + (f" mfu:{flops / ms / peak * 1e5:.1f}%" if peak else "")
+    return in_log(rates(work, first, stop, ms, peak))
 
 @dataclass
 class StepNumbers:
@@ -1160,16 +1144,17 @@ class TrainingManager():
         (to_devices). Returns the losses of the rows, [devices] for each turn.
         """
         step, losses = self.graph, []
-        for self.graph, times in step.programs(turns()):
-            for turn in range(times):
-                inputs = (numbers,) if self.graph.part == "update" else (batch[turn], numbers)
-                result = self.replay(self.graph, *inputs)
-                if self.graph.part != "update":
-                    losses.append(result)
-                if not self.replay.enabled:
-                    xm.mark_step()  # while someone holds the result: a traced program computes what is held
+        for graph, times in step.programs(turns()):
+            results = [self.run_graph(graph, batch[turn], numbers) for turn in range(times)]
+            losses += results if graph.part != "update" else []
         self.graph = step
         return losses
+
+    def run_graph(self, graph: Graph, batch: Tensor, numbers: Tensor) -> Tensor:
+        self.graph = graph
+        result = self.replay(graph, *(() if graph.part == "update" else (batch,)), numbers)
+        xm.mark_step()  # while the result is held, because a traced program computes what someone holds
+        return result
 
     @torch.no_grad()
     def validation_step(self, batch: Tensor, numbers: Tensor) -> Tensor:
@@ -1320,20 +1305,116 @@ class Hyperparameters:
     def num_iterations(self) -> int:
         return self.num_scheduled_iterations + self.num_extension_iterations
 
+# Where a run's files are, and how it is watched. All other fields are about its result; the data are told apart by what is in them
+WATCHING = ("run_id", "train_files", "val_files", "train_loss_every", "save_checkpoint", "save_every", "keep_checkpoints")
+
 def hyperparameters(args: Hyperparameters) -> dict:
-    """The fields that the numbers of a run depend on. Data files are told apart by what is in them (data_identity)."""
-    watching = ("run_id", "train_files", "val_files", "train_loss_every", "save_checkpoint", "save_every", "keep_checkpoints")
-    return {f.name: getattr(args, f.name) for f in fields(args) if f.name not in watching}
+    """The fields that the numbers of a run depend on."""
+    return {f.name: getattr(args, f.name) for f in fields(args) if f.name not in WATCHING}
 
-def data_identity(file: Path) -> tuple[str, int, int]:
-    """Name, tokens, and a checksum of the first and last 64 KiB."""
-    n = 65536
-    with open(file, "rb") as f:
-        crc = zlib.crc32(f.read(n))
-        f.seek(max(0, file.stat().st_size - n))
-        return file.name, check_data_shard(file), zlib.crc32(f.read(n), crc)
+# The smallest and the largest value of a number, or of each number in a tuple; a string's pattern, and in words what it stands for
+INT32 = 2**31 - 1
+STEPS = 10**6  # the numbers of all steps are made before the first
+RANGES = dict(
+    val_tokens=(1, INT32), train_bs_schedule=(128, INT32), train_bs_extension=(128, INT32), train_max_seq_len=(2, INT32),
+    val_batch_size=(128, INT32), num_scheduled_iterations=(1, STEPS), num_extension_iterations=(0, STEPS), cooldown_frac=(1e-6, 1),
+    split_embed_frac=(0, 1), train_loss_every=(0, INT32), val_loss_every=(0, INT32), save_every=(0, INT32), keep_checkpoints=(1, INT32),
+    block_size=(1, 2**14), ws_schedule=(2, 2**16), ws_final=(2, 2**16), ws_validate_post_yarn_ext=(2, 2**16),  # short windows are half
+    vocab_size=(2, 2**16), bos_id=(0, 2**16 - 1), num_layers=(11, 11), num_heads=(2, 2**10), head_dim=(4, 2**10), model_dim=(12, 2**20),
+    seed=(0, 2**63 - 1), dtype=("bfloat16|float32", "bfloat16 or float32"), train_files=(".+", "a path, or a pattern of several"),
+    val_files=(".+", "a path, or a pattern of several"),
+    run_id=(r"(?!\.{1,2}$)[^/\x00-\x1f\x7f]{1,150}", "what a file may be named, without a slash, of 1 to 150 characters"),
+)
 
-def build(args: Hyperparameters) -> TrainingManager:
+def check_args(args: Hyperparameters):
+    """ValueError that names the first field, its value and its range, before anything is compiled."""
+    def refuse(name: str, range_: str):
+        raise ValueError(f"{name} is {getattr(args, name)!r}: {range_}")
+    def number(x, kind) -> bool:
+        return isinstance(x, (int, float) if kind is float else int) and not isinstance(x, bool)
+    for f in fields(args):
+        value, (low, high) = getattr(args, f.name), RANGES.get(f.name, (None, None))
+        if f.type is bool:
+            if not isinstance(value, bool):
+                refuse(f.name, "it must be True or False")
+        elif f.type is str:
+            if not isinstance(value, str) or not re.fullmatch(low, value):
+                refuse(f.name, f"it must be {high}")
+        else:
+            kind = "a number" if f.type is float else "a whole number" if f.type is int else "one or more whole numbers"
+            members = value if f.type is tuple and isinstance(value, tuple) else (value,)
+            if not members or not all(number(x, f.type) and low <= x <= high for x in members):
+                refuse(f.name, f"it must be {kind} from {low} to {high}" if low < high else
+                       f"it must be {low}, which the record's wiring (windows, skips, value embeddings) is for")
+    for name in ("train_bs_schedule", "train_bs_extension", "val_batch_size"):
+        value = getattr(args, name)
+        if any(bs % (ROWS * 16) for bs in (value if isinstance(value, tuple) else (value,))):
+            refuse(name, "batch sizes must be multiples of 8 rows x 16 tokens = 128")
+    if args.val_tokens % args.val_batch_size:
+        refuse("val_tokens", f"it must be a multiple of val_batch_size {args.val_batch_size}")
+    if args.bos_id >= args.vocab_size:
+        refuse("bos_id", f"it must be a token of the vocabulary, less than vocab_size {args.vocab_size}")
+    if args.num_heads * args.head_dim != args.model_dim or args.num_heads % 2 or args.head_dim % 4:
+        raise ValueError(f"num_heads {args.num_heads} x head_dim {args.head_dim} must be model_dim {args.model_dim}, "
+                         "with an even number of heads and head_dim a multiple of 4")
+    windows = (*args.ws_schedule, args.ws_final)
+    if list(windows) != sorted(windows):
+        raise ValueError(f"ws_schedule is {args.ws_schedule} and ws_final {args.ws_final}: long windows may only grow, as YaRN stretches "
+                         "the rotary frequencies from each to the next")
+
+def read_data(args: Hyperparameters) -> dict[str, list[tuple[str, int, int]]]:
+    """
+    Reads ahead what a run reads, before anything is compiled: ValueError where a shard is damaged, has tokens beyond the vocabulary or no
+    document start, or where they do not suffice. Returns the name, tokens and checksum of each shard that the run needs, by field.
+    """
+    train, val = find_shards(args.train_files), find_shards(args.val_files)
+    if both := {file.resolve() for file in train} & {file.resolve() for file in val}:
+        raise ValueError(f"{min(both)} is among both train_files {args.train_files} and val_files {args.val_files}: the validation loss "
+                         "would be that of training data")
+    data = dict(train_files=[], val_files=[])
+
+    steps, documents, usable = 0, 0, 0  # steps that the shards so far suffice for; tokens of documents cut to train_max_seq_len
+    for file in train:
+        if steps == args.num_iterations:
+            break
+        tokens = _load_data_shard(file, args.vocab_size)
+        finder = BOSFinder(tokens, bos_id=args.bos_id)
+        if not len(finder.bos_idx):
+            raise no_document_start(file, args.bos_id)
+        data["train_files"].append((file.name, len(tokens), zlib.crc32(tokens)))
+        documents += len(finder.bos_idx)
+        usable += int(np.minimum(np.diff(finder.bos_idx, append=len(tokens)), args.train_max_seq_len).sum())
+        with contextlib.suppress(StopIteration):
+            while steps < args.num_iterations:
+                finder.next_batch(get_bs(steps, args) // ROWS, args.train_max_seq_len)
+                steps += 1
+    if steps < args.num_iterations:
+        held, needed = sum(n for _, n, _ in data["train_files"]), sum(get_bs(step, args) for step in range(args.num_iterations))
+        raise ValueError(
+            f"train_files {args.train_files}: {held:,} tokens in {documents:,} documents and {len(train)} shard{'s' * (len(train) > 1)} "
+            f"last for {steps} of {args.num_iterations} steps, which take {needed:,} tokens and more at the ends of rows and shards. Of a "
+            f"document, train_max_seq_len {args.train_max_seq_len} tokens are read, so {usable:,} in all: {more(train)}, "
+            + ("cut long documents, " if 2 * usable < held else "") + "or choose fewer steps or smaller batches")
+
+    batches = total = args.val_tokens // args.val_batch_size
+    for file in val:
+        if not batches:
+            break
+        tokens = _load_data_shard(file, args.vocab_size)
+        data["val_files"].append((file.name, len(tokens), zlib.crc32(tokens)))
+        n = min(batches, max(0, len(tokens) - 2) // args.val_batch_size)
+        if not (tokens[:n * args.val_batch_size or None] == args.bos_id).any():
+            raise no_document_start(file, args.bos_id)
+        batches -= n
+    if batches:
+        held, needed = sum(n for _, n, _ in data["val_files"]), args.val_tokens + 2
+        raise ValueError(
+            f"val_files {args.val_files}: {held:,} tokens in {len(val)} shard{'s' * (len(val) > 1)} hold {total - batches} of {total} "
+            f"batches; validation needs {needed:,} tokens, whole batches of {args.val_batch_size:,} from each shard: {more(val)}, or "
+            "choose a smaller val_tokens or val_batch_size")
+    return data
+
+def build(args: Hyperparameters, replay: bool = True) -> TrainingManager:
     """The model of args and its optimizers, on the devices."""
     model = GPT(
         vocab_size=args.vocab_size,
@@ -1343,7 +1424,7 @@ def build(args: Hyperparameters) -> TrainingManager:
         model_dim=args.model_dim,
         block_size=args.block_size,
     )
-    return TrainingManager(model.to_devices(getattr(torch, args.dtype)), args)
+    return TrainingManager(model.to_devices(getattr(torch, args.dtype)), args, replay)
 
 # The rehearsal: all that the record does, small enough for 8 virtual devices on a CPU.
 presets = {
@@ -1381,7 +1462,10 @@ def parse_args(argv: list[str]) -> tuple[Hyperparameters, argparse.Namespace]:
     parser.add_argument("--no_replay", action="store_true", help="trace every step instead of replaying it: slower, for debugging")
     parser.add_argument("--resume", nargs="?", const="latest", metavar="latest|PATH",
                         help="go on from a checkpoint; an error where there is none, while --save_every starts afresh then")
-    parser.add_argument("--init_from", metavar="FILE", help="start with the weights of an upstream state_step*.pt, or of one of ours")
+    parser.add_argument("--init_from", metavar="FILE",
+                        help="start with these weights: a state_step*.pt, ours or upstream's, or safetensors")
+    parser.add_argument("--wandb", nargs="?", const="modded-nanogpt-xla", metavar="PROJECT",
+                        help="losses and speed to Weights & Biases (requirements-wandb.txt); without a login, to a folder under logs/wandb")
     parser.add_argument("--profile", type=first_and_number, metavar="STEP:STEPS",
                         help="trace STEPS steps from STEP on, counted as in the log, to logs/RUN_ID/profile for xprof; takes time")
     defaults = Hyperparameters(run_id="")
@@ -1409,27 +1493,6 @@ def parse_args(argv: list[str]) -> tuple[Hyperparameters, argparse.Namespace]:
     args.val_files = os.path.join(data_path, args.val_files)
     return args, known
 
-def check_args(args: Hyperparameters):
-    """ValueError for what cannot run, before anything is compiled."""
-    for name in ("train_bs_extension", "val_batch_size"):
-        if getattr(args, name) % (ROWS * 16) or getattr(args, name) <= 0:
-            raise ValueError(f"{name} is {getattr(args, name)}, not a multiple of 8 rows x 16 tokens = 128")
-    for bs in args.train_bs_schedule:
-        if bs % (ROWS * 16) or bs <= 0:
-            raise ValueError(f"train_bs_schedule holds {bs}, not a multiple of 8 rows x 16 tokens = 128")
-    if args.val_tokens % args.val_batch_size:
-        raise ValueError(f"val_tokens is {args.val_tokens}, not a multiple of val_batch_size {args.val_batch_size}")
-    if args.num_layers != 11:
-        raise ValueError(f"num_layers is {args.num_layers}: the record's wiring (windows, skips, value embeddings) is for 11 layers")
-    if args.num_heads * args.head_dim != args.model_dim or args.num_heads % 2 or args.head_dim % 4:
-        raise ValueError(f"num_heads {args.num_heads} x head_dim {args.head_dim} must be model_dim {args.model_dim}, "
-                         "with an even number of heads and head_dim a multiple of 4")
-    if args.dtype not in ("bfloat16", "float32"):
-        raise ValueError(f"dtype is {args.dtype}: bfloat16 or float32")
-
-    if args.save_every < 0 or args.keep_checkpoints < 1:
-        raise ValueError(f"save_every is {args.save_every} and keep_checkpoints {args.keep_checkpoints}: at least 0 and 1")
-
 def check_resumable(path: Path, saved: dict, args: Hyperparameters, data: dict[str, list]):
     """ValueError that names the first difference between the run that was saved and this one."""
     way_out = "resume with what it was, or start afresh under another --run_id"
@@ -1456,36 +1519,142 @@ def operations_on_host() -> list[str]:
 
 def unigram_entropy(args: Hyperparameters) -> float:
     """In nats, of the validation tokens: what a model reaches that knows the frequency of each token and nothing else."""
-    tokens = _load_data_shard(get_files(args.val_files)[0], args.vocab_size)[:args.val_tokens]
+    tokens = _load_data_shard(find_shards(args.val_files)[0], args.vocab_size)[:args.val_tokens]
     p = np.bincount(tokens) / len(tokens)
     return float(-(p[p > 0] * np.log(p[p > 0])).sum())
 
-def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoints: Checkpoints | None = None, resume: str | None = None,
-          init_from: str | None = None, price: float | None = None, profile: tuple[int, int] | None = None) -> float:
+class Log:
+    """logs/RUN_ID.txt, what of it goes to the console, above a progress bar where that is a terminal, and wandb where it is asked for."""
+    def __init__(self, args: Hyperparameters):
+        os.makedirs("logs", exist_ok=True)
+        self.file = f"logs/{args.run_id}.txt"
+        self.bar = tqdm(total=args.num_iterations, unit="step", disable=not sys.stdout.isatty(), dynamic_ncols=True)
+        self.wandb = None
+
+    def print0(self, s: str, console: bool = False):
+        try:
+            with open(self.file, "a") as f:
+                print(s, file=f)
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, self.file) from None
+        if console:
+            self._show(lambda: self.bar.write(s) if not self.bar.disable else print(s, flush=True))
+
+    def update(self, steps: int = 1):
+        self._show(lambda: self.bar.update(steps))
+
+    def _show(self, call):
+        try:
+            call()
+        except OSError:  # the terminal is gone, or the program that read the output
+            self.bar.disable = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.kill(os.getpid(), signal.SIGHUP)
+
+class Meter:
     """
-    The whole run: set up, warm up, train, validate. Returns the last validation loss. With checkpoints it goes on from the one that
-    resume names, or from the newest; SystemExit once it has saved after a SIGTERM. price: dollars an hour. profile: first step and
-    number of steps to trace.
+    The training loss and the speed. Losses stay on the devices until they are read, because that waits for their step. check_finite
+    takes a loss, and what it is the loss of, and raises FloatingPointError.
+    """
+    def __init__(self, args: Hyperparameters, start: int, training_time_ms: float, losses: list[Tensor] | None, check_finite):
+        self.args, self.check_finite = args, check_finite
+        self.work, self.peak = work_until(args), peak_flops()
+        self.unread = [] if losses is None else [(start - 1, losses)]  # (step, loss of each row) since the last reading, which is the first
+        self.timed = start, training_time_ms  # steps that had finished when a loss was last read, and the training time then
+
+    def read(self) -> float:
+        """The loss of the last step, per token, with the weights of multi-token prediction."""
+        read = lambda step, losses: to_rows(losses).mean().item() / (get_bs(step, self.args) // ROWS)
+        loss = read(*self.unread[-1]) if self.unread else 0.0
+        if not math.isfinite(loss):
+            for step, losses in self.unread:  # the first such step is the one to look at
+                self.check_finite(read(step, losses), f"step {step + 1}")
+        del self.unread[:-1]
+        return loss
+
+    def progress(self, step: int, clock) -> dict[str, float]:
+        """The loss of the last step, the speed since this was last asked, seconds that are left. clock() is the training time in ms."""
+        loss, (first, before), (_, flops) = self.read(), self.timed, self.work
+        if step <= first:
+            return dict(train_loss=loss)
+        self.timed = step, clock()
+        ms = self.timed[1] - before
+        eta = ms / 1000 * (flops[-1] - flops[step]) / (flops[step] - flops[first])
+        return dict(train_loss=loss) | rates(self.work, first, step, ms, self.peak) | dict(eta=eta)
+
+def train_batches(args: Hyperparameters, steps, numbers: list[Tensor], start: tuple[int, int] = (0, 0)):
+    """The batches of these steps, from a place in the data on, each with where the next one starts and with its step's numbers."""
+    loader = None
+    for step, n in zip(steps, numbers, strict=True):
+        send_args = (get_bs(step, args), args.train_max_seq_len)
+        if loader is None:
+            loader = distributed_data_generator(args.train_files, *send_args, bos_id=args.bos_id, vocab_size=args.vocab_size, start=start)
+            yield *next(loader), n
+        else:
+            yield *loader.send(send_args), n
+
+def val_batches(args: Hyperparameters, val_steps: int, numbers: Tensor):
+    loader = distributed_data_generator(args.val_files, args.val_batch_size, -1, align_to_bos=False, bos_id=args.bos_id,
+                                        vocab_size=args.vocab_size)
+    for batch in itertools.islice(loader, val_steps):
+        yield *batch, numbers
+
+def warm_up(args: Hyperparameters, training_manager: TrainingManager, start: int, print0, preempted):
+    """Runs each distinct graph from start on once, on real data, which compiles it. The state is then another. Ends if preempted()."""
+    graphs = {graph: steps for graph, steps in distinct_graphs(args, turns()).items() if steps[-1] >= start}
+    print0(f"Compiling {len(graphs)} graphs and warming up", console=True)
+    first_steps = [steps[0] for graph, steps in graphs.items() if graph.train]
+    train_loader = prefetch(train_batches(args, first_steps, training_manager.precompute(first_steps)))
+    training_manager.advance_schedule(start, train=False)
+    val_loader = prefetch(val_batches(args, 1, training_manager.get_numbers()))
+    val_batch = next(val_loader)
+    for graph, steps in graphs.items():
+        if preempted():
+            break
+        t0 = time.perf_counter()
+        training_manager.advance_schedule(steps[0], train=graph.train)
+        batch, numbers, _ = next(train_loader) if graph.train else val_batch
+        training_manager.run_graph(graph, batch[0], numbers)
+        xm.wait_device_ops()
+        print0(f"warmup {graph.name}: {len(steps)} steps, {time.perf_counter() - t0:.1f}s", console=True)
+    train_loader.close()
+    val_loader.close()
+
+def validate(args: Hyperparameters, training_manager: TrainingManager) -> float:
+    val_steps, val_losses = args.val_tokens // args.val_batch_size, []
+    for batch, numbers, _ in prefetch(val_batches(args, val_steps, training_manager.get_numbers())):
+        val_losses += training_manager.run(batch, numbers)
+    return to_rows(val_losses).mean().item()
+
+def get_checkpoint(args: Hyperparameters, training_manager: TrainingManager, step: int, code: str, **rest) -> dict:
+    """What it takes to go on bit for bit (checkpoint.KEYS), upstream's four entries first; rest is what the training loop alone knows."""
+    return dict(step=step, code=code, model=training_manager.model.state_dict(), optimizers=training_manager.get_state(lazy=True),
+                version=checkpoint.VERSION, run_id=args.run_id, hyperparameters=hyperparameters(args),
+                schedule=training_manager.get_schedule(), rng=torch.get_rng_state(), time=time.time(), **rest)
+
+def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoints: Checkpoints | None = None, resume: str | None = None,
+          init_from: str | None = None, price: float | None = None, profile: tuple[int, int] | None = None,
+          wandb: str | None = None) -> float:
+    """
+    The whole run, with args that check_args lets pass: set up, warm up, train, validate. Returns the last validation loss. With
+    checkpoints it goes on from the one that resume names, or from the newest; SystemExit once it has saved after a signal.
+    price: dollars an hour. profile: first step and number of steps to trace. wandb: the project that gets its figures.
     """
     began = time.perf_counter()
-    check_args(args)
     if profile and sum(profile) - 1 > args.num_iterations:
         raise ValueError(f"--profile {profile[0]}:{profile[1]} goes beyond the run's {args.num_iterations} steps")
-    data = {name: [data_identity(file) for file in get_files(getattr(args, name))] for name in ("train_files", "val_files")}
+    data = read_data(args)
+    if checkpoints and resume in (None, "latest") and (result := checkpoints.finished()):
+        check_resumable(checkpoints.folder, result, args, data)
+        print(f"{checkpoints.folder}: this run is finished: step {result['step']}, val_loss:{result['val_loss']:.4f} "
+              f"train_time:{result['training_time_ms']:.0f}ms. Another --run_id starts afresh; --resume PATH repeats what follows a "
+              "checkpoint")
+        return result["val_loss"]
 
     # begin logging
     run_id = args.run_id
-    os.makedirs("logs", exist_ok=True)
-    logfile = f"logs/{run_id}.txt"
-    bar = tqdm(total=args.num_iterations, unit="step", disable=not sys.stdout.isatty(), dynamic_ncols=True)
-    def print0(s, console=False):
-        try:
-            with open(logfile, "a") as f:
-                print(s, file=f)
-        except OSError as e:
-            raise OSError(e.errno, e.strerror, logfile) from None
-        if console:
-            bar.write(s) if not bar.disable else print(s, flush=True)
+    log = Log(args)
+    logfile, bar, print0 = log.file, log.bar, log.print0
     saved, start = None, 0
     if checkpoints:
         checkpoints.say = lambda s: print0(s, console=True)
@@ -1493,7 +1662,8 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
     if saved:
         check_resumable(path, saved, args, data)
         start = saved["step"]
-        bar.update(start)
+        log.update(start)
+    weights = checkpoint.load_weights(init_from)["model"] if init_from and not saved else None
     print0(logfile, console=True)
 
     # begin by printing the code
@@ -1519,66 +1689,43 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
     print0(f"{args}")
     print0("="*100)
     print0(f"unigram entropy: {entropy:.4f} nats", console=True)
+    if wandb:
+        goes_on = saved and saved["run_id"] == run_id
+        log.wandb = WandbRun(wandb, run_id, asdict(args) | versions, lambda s: print0(s, console=True), saved["wandb"] if goes_on else None)
+    wandb_id = log.wandb.id if log.wandb else saved and saved["wandb"]
 
-    training_manager = build(args)
+    training_manager = build(args, replay)
     model = training_manager.model
-    if init_from and not saved:
-        state = checkpoint.load(init_from)
+    if weights:
         try:
-            model.load_state_dict(state.get("model", state))
+            model.load_state_dict(weights)
         except ValueError as e:
             raise ValueError(f"{init_from}: {e}") from None
         training_manager.reset()  # the optimizers' float32 weights are these
         print0(f"starting with the weights of {init_from}", console=True)
-    # D14: torch.compile's counterpart. Each distinct graph is traced once and replayed from then on
-    training_step = Replay(training_manager.training_step, training_manager.tensors, training_manager.constants, enabled=replay)
-    validation_step = Replay(training_manager.validation_step, training_manager.tensors, training_manager.constants, enabled=replay)
 
-    positions = []  # for each batch of the run, where the loader stood after it
-    def train_batches(steps, numbers, **where):
-        loader = None
-        for step, n in zip(steps, numbers, strict=True):
-            send_args = (get_bs(step, args), args.train_max_seq_len)
-            if loader is None:
-                loader = distributed_data_generator(args.train_files, *send_args, bos_id=args.bos_id, vocab_size=args.vocab_size,
-                                                    **where)
-                yield next(loader), n
-            else:
-                yield loader.send(send_args), n
-    def val_batches(val_steps, numbers):
-        loader = distributed_data_generator(args.val_files, args.val_batch_size, -1, align_to_bos=False, bos_id=args.bos_id,
-                                            vocab_size=args.vocab_size)
-        yield from zip(itertools.islice(loader, val_steps), itertools.repeat(numbers))
     def check_finite(loss, which):
         if not math.isfinite(loss):
             older = checkpoints.files() if checkpoints else []
             raise FloatingPointError(f"the loss of {which} is {loss}: see {logfile}; a smaller learning rate or float32 "
                                      "(--dtype float32) tells whether the data or the numbers are at fault"
                                      + (f"; the last good checkpoint is {older[-1][1]}" if older else ""))
-        return loss
-    unread = []  # (step, loss of each row) since the last reading
-    def read_loss():
-        # of the last step, per token, with the weights of multi-token prediction
-        if not unread:
-            return 0.0
-        read = lambda step, losses: losses.cpu().mean().item() / (get_bs(step, args) // ROWS)
-        loss = read(*unread[-1])
-        if not math.isfinite(loss):
-            for step, losses in unread:  # the first such step is the one to look at
-                check_finite(read(step, losses), f"step {step + 1}")
-        del unread[:-1]
-        return loss
     def restore():
         model.load_state_dict(initial_state)
         training_manager.reset()
         if saved:
             training_manager.set_state(saved["optimizers"], saved["schedule"])
+    def preempted():
+        return checkpoints is not None and checkpoints.preempted.is_set()
+    def stop(where):
+        print0(f"{checkpoints.signal}: stopped {where}; the same command goes on from there", console=True)
+        if log.wandb:
+            log.wandb.finish(checkpoint.PREEMPTED)
+        sys.exit(checkpoint.PREEMPTED)
 
     ########################################
     #            Warmup kernels            #
     ########################################
-    graphs = {graph: steps for graph, steps in distinct_graphs(args).items() if steps[-1] >= start}
-    print0(f"Compiling {len(graphs)} graphs and warming up", console=True)
     # Run each distinct step once on real data, then put the state back so that nothing is learned off the clock
     initial_state = saved["model"] if saved else model.state_dict()
     if saved:
@@ -1586,55 +1733,37 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
             restore()
         except ValueError as e:
             raise ValueError(f"{path}: {e}; take another checkpoint (--resume PATH) or start afresh under another --run_id") from None
-    first_steps = [steps[0] for graph, steps in graphs.items() if graph.train]
-    train_loader = prefetch(train_batches(first_steps, training_manager.precompute(first_steps)))
-    training_manager.advance_schedule(start, train=False)
-    val_loader = prefetch(val_batches(1, training_manager.get_numbers()))
-    val_batch = next(val_loader)
-    for graph, steps in graphs.items():
-        if checkpoints and checkpoints.preempted.is_set():
-            sys.exit(checkpoint.PREEMPTED)  # nothing has been learned since the last checkpoint
-        t0 = time.perf_counter()
-        training_manager.advance_schedule(steps[0], train=graph.train)
-        # kept until mark_step: a traced graph computes what someone holds
-        losses = training_step(graph, *next(train_loader)) if graph.train else validation_step(graph, *val_batch)
-        xm.mark_step()
-        xm.wait_device_ops()
-        print0(f"warmup {graph.name}: {len(steps)} steps, {time.perf_counter() - t0:.1f}s", console=True)
+    warm_up(args, training_manager, start, print0, preempted)
+    if preempted():
+        stop(f"in the warm-up of step {start}, with nothing new to save")
     if checkpoints:
         training_manager.get_state(lazy=True)  # from now on there is memory for a copy: the first save takes no longer than others
     print0("Resetting Model", console=True)
     restore()
-    train_loader.close()
-    val_loader.close()
-    initial_state = val_batch = None
+    initial_state = weights = None
     compiled = graphs_compiled()
 
     ########################################
     #        Training and validation       #
     ########################################
+    position, training_time_ms, losses = (0, 0), 0, None  # where the next batch starts; the losses of the last step
     if saved:
         torch.set_rng_state(saved["rng"])  # the host's: no step draws random numbers on the devices
-        positions += [tuple(saved["loader"])]
-        training_time_ms = saved["training_time_ms"]
-        unread += [(start - 1, saved["losses"])]
+        position, training_time_ms, losses = tuple(saved["loader"]), saved["training_time_ms"], [saved["losses"]]
         other = {k: v for k, v in saved["versions"].items() if versions[k] != v}
         print0(f"resumed from {path} at step {start}: train_time goes on from {training_time_ms:.0f}ms, without the "
                f"{time.time() - saved['time']:.0f}s since then" + (f"; it was written with {other}" if other else ""), console=True)
-    else:
-        positions += [(0, 0)]
-        training_time_ms = 0
     saved = None
     steps = range(start, args.num_iterations)
-    train_loader = prefetch(train_batches(steps, training_manager.precompute(steps), start=positions[0], positions=positions))
+    train_loader = prefetch(train_batches(args, steps, training_manager.precompute(steps), position))
+    meter = Meter(args, start, training_time_ms, losses, check_finite)
 
     gc.collect()
 
-    timed = start, training_time_ms  # steps that had finished when a loss was last read, and the training time then
-    work, peak = work_until(args), peak_flops()
     # start the clock
     xm.wait_device_ops()
     t0 = time.perf_counter()
+    clock = lambda: training_time_ms + 1000 * (time.perf_counter() - t0)
     # begin training
     train_steps, due = args.num_iterations, False
     for step in range(start, train_steps + 1):
@@ -1644,77 +1773,70 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
             # stop the clock
             xm.wait_device_ops()
             training_time_ms += 1000 * (time.perf_counter() - t0)
-            read_loss()
+            meter.read()
             training_manager.advance_schedule(step, train=False)
-            val_losses = []
-            for batch, numbers in prefetch(val_batches(args.val_tokens // args.val_batch_size, training_manager.get_numbers())):
-                val_losses.append(validation_step(training_manager.graph, batch, numbers))
-                xm.mark_step()
-            val_loss = torch.stack([losses.cpu() for losses in val_losses]).mean().item()
+            val_loss = validate(args, training_manager)
             check_finite(val_loss, f"the validation at step {step}")
             record = RECORD_VAL_LOSS.get(step) if is_record(args) and not init_from else None
             record = "" if record is None else f" record:{record:.4f} ({val_loss - record:+.4f})"
             print0(f"step:{step}/{train_steps} val_loss:{val_loss:.4f} train_time:{training_time_ms:.0f}ms "
                    f"step_avg:{training_time_ms/max(step, 1):.2f}ms{record}", console=True)
+            if log.wandb:
+                log.wandb.log(step, val_loss=val_loss, train_time_ms=training_time_ms)
             # start the clock again
             xm.wait_device_ops()
             t0 = time.perf_counter()
 
         if last_step:
             if args.save_checkpoint:
-                log = dict(step=step, code=code, model=model.state_dict(), optimizers=training_manager.get_state())
+                state = dict(step=step, code=code, model=model.state_dict(), optimizers=training_manager.get_state())
                 os.makedirs(f"logs/{run_id}", exist_ok=True)
-                torch.save(log, f"logs/{run_id}/state_step{step:06d}.pt")
+                torch.save(state, f"logs/{run_id}/state_step{step:06d}.pt")
+            # the last step only has the validation loop, so break to avoid training
             break
 
         # --------------- CHECKPOINT SECTION -----------------
         # after odd steps only: no gradients wait for the next step then
-        preempted = checkpoints is not None and checkpoints.preempted.is_set() and step % 2 == 0
+        stopping = preempted() and step % 2 == 0
         due = due or args.save_every > 0 and step > start and step % args.save_every == 0
-        if step > start and step % 2 == 0 and (preempted or due):
+        if step > start and step % 2 == 0 and (stopping or due):
             due = False
-            read_loss()  # what is not finite is not worth keeping
-            state = dict(step=step, code=code, model=model.state_dict(), optimizers=training_manager.get_state(lazy=True),
-                         version=checkpoint.VERSION, run_id=run_id, hyperparameters=hyperparameters(args), data=data,
-                         versions=versions, schedule=training_manager.get_schedule(), loader=positions[step - start],
-                         rng=torch.get_rng_state(), losses=unread[-1][1].cpu(), time=time.time(),
-                         training_time_ms=training_time_ms + 1000 * (time.perf_counter() - t0))  # with what the copy took
-            checkpoints.save(step, state)
+            meter.read()  # what is not finite is not worth keeping
+            state = get_checkpoint(args, training_manager, step, code, data=data, versions=versions, loader=position,
+                                   losses=to_rows(losses), wandb=wandb_id)
+            checkpoints.save(step, state | dict(training_time_ms=clock()))  # with what the copy took
             del state
-        if preempted:
+        if stopping:
             checkpoints.wait(must=True)
-            print0(f"SIGTERM: stopped at step {step}; the same command goes on from there", console=True)
-            sys.exit(checkpoint.PREEMPTED)
+            stop(f"at step {step}")
 
         # --------------- TRAINING SECTION -----------------
         if profile and step + 1 == profile[0]:
             xp.start_trace(f"logs/{run_id}/profile")
         training_manager.advance_schedule(step)
-        losses = training_step(training_manager.graph, *next(train_loader))
-        xm.mark_step()
+        batch, numbers, position = next(train_loader)
+        losses = training_manager.run(batch, numbers)
         if profile and step + 2 == sum(profile):
             xm.wait_device_ops()
             xp.stop_trace()
 
         # logging
         train_loss = ""
-        if args.train_loss_every > 0 and (step + 1) % args.train_loss_every == 0 and unread:
+        if args.train_loss_every > 0 and (step + 1) % args.train_loss_every == 0 and meter.unread:
             # the step before this one has finished, or nearly: reading it leaves the devices busy with this one
-            train_loss = f" train_loss:{read_loss():.4f}"
-            if step > timed[0]:
-                ms = training_time_ms + 1000 * (time.perf_counter() - t0) - timed[1]
-                train_loss += speed(work, timed[0], step, ms, peak)
-                train_loss += f" eta:{ms / 1000 * (work[1][-1] - work[1][step]) / (work[1][step] - work[1][timed[0]]):.0f}s"
-                timed = step, timed[1] + ms
-        unread.append((step, losses))
-        approx_training_time_ms = training_time_ms + 1000 * (time.perf_counter() - t0)
+            progress = meter.progress(step, clock)
+            train_loss = in_log(progress)
+            if log.wandb:
+                log.wandb.log(step + 1, **progress)
+        meter.unread.append((step, losses))
+        approx_training_time_ms = clock()
         print0(f"step:{step+1}/{train_steps} train_time:{approx_training_time_ms:.0f}ms "
                f"step_avg:{approx_training_time_ms/(step + 1):.2f}ms{train_loss}", console=bar.disable)
-        bar.update()
+        log.update()
 
     train_loader.close()
     bar.close()
-    print0(f"whole run:{speed(work, 0, train_steps, training_time_ms, peak)}", console=True)
+    print0(f"whole run:{speed(meter.work, 0, train_steps, training_time_ms, meter.peak)}", console=True)
     if price is not None:
         dollars = [price * seconds / 3600 for seconds in (training_time_ms / 1000, time.perf_counter() - began)]
         print0(f"cost at ${price:g} an hour: ${dollars[0]:.2f} for the training time, ${dollars[1]:.2f} with set-up, compilation and "
@@ -1726,20 +1848,36 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
     except (RuntimeError, KeyError):  # not every backend says, and SPMD's virtual device need not
         peak = "not reported by this backend"
     print0(f"peak memory allocated: {peak}", console=True)
+    if checkpoints:
+        checkpoints.finish(dict(step=step, val_loss=val_loss, training_time_ms=training_time_ms, hyperparameters=hyperparameters(args),
+                                data=data))
+    if log.wandb:
+        log.wandb.finish()
     return val_loss
 
 def main(argv: list[str] | None = None):
     with open(__file__) as f:
         code = f.read()  # first of all: the log must hold what ran, whatever is edited meanwhile
     args, options = parse_args(sys.argv[1:] if argv is None else argv)
+    def interrupt(number, _):
+        raise KeyboardInterrupt(number)
     try:
+        check_args(args)
         saving = args.save_every or options.resume
-        with Checkpoints(f"logs/{args.run_id}", args.keep_checkpoints) if saving else contextlib.nullcontext() as checkpoints:
-            train(args, not options.no_replay, code, checkpoints, options.resume, options.init_from, options.price, options.profile)
+        with Checkpoints(f"logs/{args.run_id}", args.keep_checkpoints) if saving else checkpoint.handling(interrupt) as checkpoints:
+            train(args, not options.no_replay, code, checkpoints, options.resume, options.init_from, options.price, options.profile,
+                  options.wandb)
     except (ValueError, EOFError, OSError, FloatingPointError) as e:
         if os.environ.get("TRACEBACK"):
             raise
         sys.exit(f"train_gpt_xla.py: {e}")  # one line: what is wrong, with which file or value, and the way out
+    except KeyboardInterrupt as e:
+        number = e.args[0] if e.args else signal.SIGINT
+        with contextlib.suppress(OSError):  # where the terminal is gone
+            print(f"\ntrain_gpt_xla.py: {signal.Signals(number).name}: stopped, and nothing of this run is kept: with --save_every N "
+                  "--run_id NAME the same command goes on", file=sys.stderr)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)  # so that the exit status is the signal's
 
 if __name__ == "__main__":
     main()

@@ -2,13 +2,16 @@
 Stopping and going on: bit-exact resume, SIGTERM, kills inside a save, broken files, refusals.
     python -m pytest tests/test_checkpoint.py               (-m slow: real processes, killed at random; a soak; other device counts)
 """
+import json
 import os
+import pickle
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -53,14 +56,15 @@ POINTS = dict(before_a_stage=6, at_a_stage=8, after_a_stage=10, shard=10, valida
 RUN_ON = 4  # steps after which the resumed runs are stopped, but for the first and the last: what is the same so far stays so
 DRIVER = f"""
 import os, signal
+os.environ["WANDB_MODE"] = "offline"
 get_numbers, tensors = t.TrainingManager.get_numbers, t.TrainingManager.tensors
 to_devices, distinct_graphs = t.GPT.to_devices, t.distinct_graphs
-def main(*options, stop=None, poison=None):
-    # stop: two SIGTERMs while this step is in hand. poison: this step's numbers are not numbers. Both without a warm-up
+def main(*options, stop=None, by=signal.SIGTERM, poison=None):
+    # stop: two signals while this step is in hand. poison: this step's numbers are not numbers. Both without a warm-up
     def in_hand(self):
         if self.step == stop and self.graph.train:
             for _ in range(2):
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), by)
         return tensors(self)
     t.TrainingManager.tensors = in_hand
     t.TrainingManager.get_numbers = lambda self: get_numbers(self) * (float("nan") if self.step == poison else 1)
@@ -80,9 +84,13 @@ main("--run_id", "toy", *every)
 main("--run_id", "init", *every, "--seed", "9", "--init_from", "initial.pt", stop=2)
 for n in {sorted(set(POINTS.values()))}:
     stop = None if n in (6, 26) else n + {RUN_ON - 1}
-    main("--run_id", f"from{{n}}", *every, "--resume", f"logs/toy/checkpoint_step{{n:06d}}.pt", stop=stop)
-main("--run_id", "again", "--save_every", "1000", stop=12)
-main("--run_id", "again", "--save_every", "1000")
+    main("--run_id", f"from{{n}}", *every, "--resume", f"logs/toy/checkpoint_step{{n:06d}}.pt", stop=stop, by=signal.SIGHUP)
+main("--run_id", "again", "--save_every", "1000", "--wandb", stop=12, by=signal.SIGINT)
+main("--run_id", "again", "--save_every", "1000", "--wandb")
+end = open("logs/again.txt").read()
+main("--run_id", "again", "--save_every", "1000", "--resume")
+main("--run_id", "again", "--save_every", "1000", "--seed", "1")
+assert open("logs/again.txt").read() == end
 main("--run_id", "nan", "--save_every", "4", "--train_loss_every", "0", poison=9)
 sys.exit(0)
 """
@@ -111,16 +119,36 @@ def test_resume_is_bit_exact(driven, point):
     whole, resumed = losses(folder / "logs/toy.txt"), losses(folder / f"logs/from{n}.txt")
     assert {s: x for s, x in whole.items() if n < s <= last} == {s: x for s, x in resumed.items() if x}
 
-def test_sigterm_saves_and_the_same_command_goes_on(driven):
+def test_signals_save_and_the_same_command_goes_on(driven):
     folder, stdout = driven
-    assert re.findall(r"^EXIT again (.*)", stdout, re.M) == [str(checkpoint.PREEMPTED)]
+    assert re.findall(r"^EXIT again (\d+)$", stdout, re.M) == [str(checkpoint.PREEMPTED)]
+    assert re.findall(r"^(SIG\w+): stopped at step", stdout, re.M) == ["SIGTERM", *["SIGHUP"] * (len(set(POINTS.values())) - 2), "SIGINT"]
     log = (folder / "logs/again.txt").read_text()
-    assert "SIGTERM: stopped at step 14" in log and "resumed from logs/again/checkpoint_step000014.pt at step 14" in log
+    assert "SIGINT: stopped at step 14" in log and "resumed from logs/again/checkpoint_step000014.pt at step 14" in log
     assert log.count((ROOT / "train_gpt_xla.py").read_text()) == 1, "the source is printed once"
     assert losses(folder / "logs/again.txt") == losses(folder / "logs/toy.txt")
     same(*(torch.load(folder / f"logs/{run}/state_step000028.pt") for run in ("toy", "again")))
     times = [int(x) for x in re.findall(r"train_time:(\d+)ms", log)]
     assert times == sorted(times), "the clock goes on"
+
+def test_a_finished_run_is_finished(driven):
+    """The same command says so, and leaves the log as it is; of other hyperparameters it is another run, which is refused."""
+    folder, stdout = driven
+    loss, time = re.search(r"^step:28/28 (val_loss:\S+) (train_time:\S+)", (folder / "logs/again.txt").read_text(), re.M).groups()
+    assert re.findall(r"^logs/again: this run is finished: (.*?)\. Another", stdout, re.M) == [f"step 28, {loss} {time}"]
+    assert "EXIT again train_gpt_xla.py: logs/again: seed was 0, now it is 1" in stdout
+
+def test_a_resumed_run_goes_on_in_wandb(driven):
+    from test_wandb import read
+    folder, _ = driven
+    first, second = read(folder)
+    assert first[0] == second[0] and first[0].startswith("again-") and (first[3], second[3]) == (checkpoint.PREEMPTED, 0)
+    assert first[1]["model_dim"] == 32 and first[1]["seed"] == 0 and first[1]["run_id"] == "again"
+    log = losses(folder / "logs/again.txt")
+    assert sorted(first[2]) == [0, *range(2, 15)] and sorted(second[2]) == list(range(15, 29))
+    for step, numbers in (first[2] | second[2]).items():
+        assert log[step] == [f"{k}:{numbers[k]:.4f}" for k in ("train_loss", "val_loss") if k in numbers], step
+    assert {"ms", "tok/s", "eta"} < second[2][20].keys()
 
 def test_a_loss_that_is_not_finite_is_not_saved(driven):
     """Step 10 goes wrong; a save at step 12 is the first to look, finds the step, and keeps what is there."""
@@ -227,7 +255,10 @@ BROKEN = {
     "extra parameter": (edited(lambda s: s["model"].update(surprise=torch.ones(1))), ["surprise is not a parameter"]),
     "another format": (lambda path: np.savez(path.open("wb"), a=np.ones(3)), ["step000014.pt", "not a checkpoint", "--init_from"]),
     "upstream's": (lambda path: torch.save(dict(step=1, code="", model={}, optimizers=[]), path), ["not a checkpoint", "--init_from"]),
-    "newer version": (edited(lambda s: s.update(version=2)), ["version 2", "reads 1"]),
+    "other version": (edited(lambda s: s.update(version=1)), ["version 1", f"reads {checkpoint.VERSION}"]),
+    "safetensors": (lambda path: save_safetensors(path), ["step000014.pt: not a checkpoint (safetensors)", "--init_from takes"]),
+    "a web page": (lambda path: path.write_text("<html>"), ["step000014.pt: not a checkpoint (a web page)"]),
+    "not finite": (edited(lambda s: s["model"]["scalars"].fill_(float("nan"))), ["model.scalars holds a number that is not finite"]),
 }
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -237,6 +268,9 @@ def test_broken_checkpoint(refused, case):
 
 def test_empty_folder(refused):
     refused(lambda path: [file.unlink() for file in path.parent.iterdir()], "logs/toy", "no checkpoint", "--resume")
+
+def test_a_folder_is_no_checkpoint(refused):
+    refused(lambda path: None, "logs: a folder: --resume takes latest or a checkpoint_step*.pt", options=("--resume", "logs"))
 
 def test_nothing_whole_is_not_a_fresh_start(refused):
     refused(lambda path: [cut(file) for file in path.parent.iterdir()], "none of its 2 checkpoints is whole", options=(), save_every=5)
@@ -250,12 +284,17 @@ def test_nothing_whole_is_not_a_fresh_start(refused):
 def test_other_hyperparameters(refused, fields, words):
     refused(lambda path: None, *words, **fields)
 
-def test_other_data(refused, corpus, tmp_path):
+@pytest.mark.parametrize("name, field, i", [("train_000.bin", "train_files", 1), ("train_001.bin", "train_files", 2),
+                                            ("val_000.bin", "val_files", 1)])
+def test_data_rewritten_in_the_middle(refused, corpus, tmp_path, name, field, i):
+    """A few tokens trade places, far from either end: also in a shard that the run has left behind, and in one that it has not read."""
     shutil.copytree(corpus, tmp_path / "data")
-    tokens = np.fromfile(corpus / "train_001.bin", dtype=np.uint16)[512:]
-    tokens[5] = tokens[6]
-    write_shard(tmp_path / "data/train_001.bin", tokens)
-    refused(lambda path: None, "shard 2 of train_files was train_001.bin", train_files=tmp_path / "data/train_*.bin")
+    tokens = np.fromfile(corpus / name, dtype=np.uint16)[512:]
+    middle = len(tokens) // 2
+    tokens[middle:middle + 20] = tokens[middle:middle + 20][::-1].copy()
+    write_shard(tmp_path / "data" / name, tokens)
+    fields = dict(train_files=tmp_path / "data/train_*.bin", val_files=tmp_path / "data/val_*.bin")
+    refused(lambda path: None, f"shard {i} of {field} was {name} with (tokens, checksum) ({len(tokens)}, ", "--run_id", **fields)
 
 def test_another_runs_checkpoints_are_not_overwritten(refused, driven):
     other = driven[0] / TEMPLATE.format("toy", 6)
@@ -266,6 +305,79 @@ def test_a_run_that_saves_needs_a_name(capsys):
         with pytest.raises(SystemExit) as e:
             t.main(options)
         assert e.value.code == 2 and "need --run_id NAME" in capsys.readouterr().err
+
+# -----------------------------------------------------------------------------
+# Weights to start with: which files are taken, and what the others are called
+
+def weights(dtype=torch.float32) -> dict:
+    return {name: torch.arange(3, dtype=dtype) for name in ("lm_head.weight", "attn_gate_bank", "x0_lambdas")}
+
+def save_safetensors(path: Path, **config):
+    from safetensors.torch import save_file
+    save_file(weights(), path)
+    (path.parent / "config.json").write_text(json.dumps(config))
+
+def save_script(path: Path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+
+TAKEN = {
+    "upstream's": (lambda path: torch.save(dict(step=7, model={f"_orig_mod.{k}": x for k, x in weights().items()}), path), dict(step=7)),
+    "a resumable one": (lambda path: checkpoint.write(path, small(7) | dict(model=weights())), dict(step=7)),
+    "a state_dict": (lambda path: torch.save(weights(), path), {}),
+    "of torch before 1.6": (lambda path: torch.save(weights(), path, _use_new_zipfile_serialization=False), {}),
+    "hub.py's": (lambda path: save_safetensors(path, model_type="modded-nanogpt", step=7, ws_schedule=[3, 7]),
+                 dict(step=7, hyperparameters=dict(ws_schedule=(3, 7)))),
+    "safetensors beside another's config": (lambda path: save_safetensors(path, model_type="gpt2", step=7), {}),
+}
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_weights_are_taken(tmp_path, case):
+    make, values = TAKEN[case]
+    make(tmp_path / "file")
+    state = checkpoint.load_weights(tmp_path / "file")
+    same(state["model"], weights())
+    assert state.get("step") == values.get("step") and state.get("hyperparameters") in (values.get("hyperparameters"), 0)
+
+def cut_safetensors(path: Path):
+    save_safetensors(path)
+    cut(path)
+
+def poisoned(value, dtype=torch.bfloat16):
+    return lambda path: torch.save(dict(model=weights(dtype) | {"blocks.3.mlp.c_fc": torch.tensor([1, value], dtype=dtype)}), path)
+
+REFUSED = {
+    "a web page": (lambda path: path.write_text("<!DOCTYPE html>"), "web page"),
+    "text": (lambda path: path.write_text("step:0/96 val_loss:10.7\n"), "not a checkpoint .text"),
+    "JSON": (lambda path: path.write_text('{"lm_head.weight": 1}'), "JSON"),
+    "a pointer": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "git lfs pull"),
+    "nothing": (lambda path: path.touch(), "empty"),
+    "a shard": (lambda path: write_shard(path, range(99)), "token shard"),
+    "noise": (lambda path: path.write_bytes(bytes(range(128))), "unknown kind"),
+    "a folder": (lambda path: (path.mkdir(), (path / "model.safetensors").touch()), "is a folder: give .*model.safetensors"),
+    "a NumPy archive": (lambda path: np.savez(path.open("wb"), **weights()), "NumPy archive"),
+    "a zip archive": (lambda path: zipfile.ZipFile(path, "w").writestr("weights.txt", "1"), "zip archive"),
+    "a pickle": (lambda path: path.write_bytes(pickle.dumps(weights())), "a pickle"),
+    "a module": (lambda path: torch.save(torch.nn.Linear(2, 2), path), "Python objects, torch.nn.modules.linear.Linear"),
+    "NumPy's numbers": (lambda path: torch.save(dict(model=weights(), loss=np.float64(3)), path), "Python objects, numpy"),
+    "a program": (save_script, "TorchScript"),
+    "half": (lambda path: (torch.save(weights(), path), cut(path)), "cut short"),
+    "half of safetensors": (cut_safetensors, "safetensors that are cut short"),
+    "a list": (lambda path: torch.save([1], path), "a list"),
+    "another model": (lambda path: torch.save(dict(model={"wte.weight": torch.ones(3)}), path), "no attn_gate_bank"),
+    "no tensor": (lambda path: torch.save(dict(model=weights() | dict(x=1)), path), "x holds int"),
+    "integers": (lambda path: torch.save(dict(model=weights(torch.int8)), path), "attn_gate_bank|lm_head.weight holds torch.int8"),
+    "nan": (poisoned(float("nan")), "blocks.3.mlp.c_fc holds a number that is not finite"),
+    "inf": (poisoned(float("-inf"), torch.float32), "blocks.3.mlp.c_fc holds a number that is not finite"),
+    "beyond float32": (poisoned(1e300, torch.float64), "blocks.3.mlp.c_fc holds a number that is not finite"),
+}
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_other_files_are_named(tmp_path, case):
+    make, words = REFUSED[case]
+    make(tmp_path / "file")
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'file'}.*({words})") as e:
+        checkpoint.load_weights(tmp_path / "file")
+    assert "\n" not in str(e.value) and "weights_only" not in str(e.value)
 
 # -----------------------------------------------------------------------------
 # Files: kills inside a save, disks, locks. The state is small and there is no model, so that a case takes a moment.
@@ -475,13 +587,39 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
             checkpoints.save(3, small(3))
         assert [step for step, _ in checkpoints.files()] == [1]
 
-def test_sigterm_twice(tmp_path):
+@pytest.mark.parametrize("number", checkpoint.SIGNALS)
+def test_the_same_signal_twice(tmp_path, capfd, number):
+    """Some tools send a signal to a process and to its group."""
+    before = signal.getsignal(number)
     with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
         for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         time.sleep(0)
-        assert checkpoints.preempted.is_set()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert checkpoints.preempted.is_set() and checkpoints.signal == number.name
+    assert signal.getsignal(number) == before
+    assert capfd.readouterr().err == f"{number.name}: stopping after the step in hand, once it is saved\n"
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path, monkeypatch):
+    with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
+        signal.raise_signal(signal.SIGTERM)
+        checkpoints.asked -= 2  # seconds ago
+        kills = []
+        monkeypatch.setattr(os, "kill", lambda pid, number: kills.append((pid, number, signal.getsignal(number))))
+        signal.raise_signal(signal.SIGTERM)
+        assert not kills
+        signal.raise_signal(signal.SIGINT)
+    assert kills == [(os.getpid(), signal.SIGINT, signal.SIG_DFL)]
+
+def test_nohup(tmp_path):
+    """A signal that is ignored from the start stays so, and what comes back at the end is what there was."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
+            signal.raise_signal(signal.SIGHUP)
+            assert not checkpoints.preempted.is_set()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 # -----------------------------------------------------------------------------
 # Real processes, with one device and one stage: what is slow is starting them

@@ -27,7 +27,7 @@ import hub
 import sample
 
 FIELDS = dict(vocab_size=301, bos_id=BOS, num_heads=4, head_dim=8, model_dim=32, block_size=16, num_scheduled_iterations=24,
-              num_extension_iterations=4, dtype="float32", ws_schedule=(1, 2, 3), ws_final=4, ws_validate_post_yarn_ext=6)
+              num_extension_iterations=4, dtype="float32", ws_schedule=(2, 2, 3), ws_final=4, ws_validate_post_yarn_ext=6)
 OPTIONS = [f"--{name}={value}" for name, value in FIELDS.items()]
 PARAMETERS = dict(num_layers=11, num_heads=4, head_dim=8, model_dim=32, block_size=16)
 

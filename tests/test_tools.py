@@ -222,9 +222,10 @@ def test_flops_of_the_record():
 
 def test_peak_by_pci_id(tmp_path, monkeypatch):
     def chip(i, device, vendor="0x1ae0"):
-        (tmp_path / f"0000:0{i}").mkdir()
-        (tmp_path / f"0000:0{i}" / "vendor").write_text(vendor + "\n")
-        (tmp_path / f"0000:0{i}" / "device").write_text(device + "\n")
+        folder = tmp_path / f"bus/pci/devices/0000:0{i}"
+        folder.mkdir(parents=True)
+        (folder / "vendor").write_text(vendor + "\n")
+        (folder / "device").write_text(device + "\n")
     monkeypatch.setattr(t.xr, "device_type", lambda: "TPU")
     assert t.peak_flops(str(tmp_path)) is None, "no chip"
     chip(0, "0x0042")  # a network card of the same vendor

@@ -3,9 +3,11 @@ The script as its user runs it: the log, the loss, what is compiled, replay agai
     python -m pytest tests/test_train.py
 """
 import gzip
+import io
 import json
 import os
 import re
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -154,19 +156,52 @@ def test_token_beyond_vocabulary(tmp_path, refused):
     refused("oov_000.bin", "token 301", "vocabulary of 301", val_files=tmp_path / "oov_*.bin")
 
 def test_no_shard(tmp_path, refused):
-    refused("none_*.bin", "run_tpu.sh data", train_files=tmp_path / "none_*.bin")
+    refused("none_*.bin", "data/fineweb.py", train_files=tmp_path / "none_*.bin")
 
-@pytest.mark.parametrize("fields, words", [
-    (dict(train_bs_schedule="512,1000,1536"), ["train_bs_schedule", "1000"]),
-    (dict(train_bs_extension=100), ["train_bs_extension", "100"]),
-    (dict(val_tokens=4000), ["val_tokens", "4000", "2048"]),
-    (dict(num_layers=12), ["num_layers", "12"]),
-    (dict(num_heads=3), ["num_heads 3"]),
-    (dict(dtype="float16"), ["float16"]),
-    (dict(profile="27:3"), ["--profile 27:3", "28 steps"]),
-])
+# Beside each field's name: a value that is none, and others that must be in its line
+OUTSIDE = [
+    (dict(train_bs_schedule="512,1000,1536"), "1000"), (dict(train_bs_schedule=""), "()"), (dict(train_bs_schedule="512,0"), "0"),
+    (dict(train_bs_extension=100), "100"), (dict(train_bs_extension=-128), "-128"), (dict(val_batch_size=0), "0"),
+    (dict(val_tokens=4000), "4000", "2048"), (dict(val_tokens=0), "0", "from 1"), (dict(val_tokens=-4096), "-4096"),
+    (dict(train_max_seq_len=0), "0"), (dict(train_max_seq_len=1), "1"), (dict(train_max_seq_len=-64), "-64"),
+    (dict(num_scheduled_iterations=0), "0"), (dict(num_scheduled_iterations=10**400), "1000000"), (dict(num_extension_iterations=-1), "-1"),
+    *((dict(cooldown_frac=x), x) for x in ("0.0", "-0.5", "1.5", "nan", "inf")),
+    *((dict(split_embed_frac=x), x) for x in ("-0.1", "2.0", "nan")),
+    (dict(train_loss_every=-1), "-1"), (dict(val_loss_every=-1), "-1"), (dict(save_every=-1), "-1"), (dict(keep_checkpoints=0), "0"),
+    (dict(block_size=0), "0"), (dict(block_size=-16), "-16"), (dict(ws_schedule=""), "()"), (dict(ws_schedule="3,-7,11"), "-7"),
+    (dict(ws_schedule="1,7,11"), "from 2"), (dict(ws_schedule="7,3"), "only grow"), (dict(ws_schedule="3,7", ws_final=5), "ws_final 5"),
+    (dict(ws_final=0), "0"), (dict(ws_validate_post_yarn_ext=0), "0"), (dict(vocab_size=0), "0"), (dict(vocab_size=-301), "-301"),
+    (dict(vocab_size=65537), "65536"), (dict(bos_id=301), "vocab_size 301"), (dict(bos_id=-1), "-1"), (dict(num_layers=12), "12"),
+    (dict(num_heads=3), "3"), (dict(num_heads=0), "0"), (dict(head_dim=6, model_dim=24), "6"), (dict(model_dim=-32), "-32"),
+    (dict(model_dim=8, num_heads=2, head_dim=4), "from 12"), (dict(dtype="float16"), "float16"), (dict(seed=-1), "-1"),
+    *((dict(run_id=x), repr(x)) for x in ("", "..", "a/b", "a\nb")),
+    (dict(profile="27:3"), "27:3", "28 steps"),
+]
+
+@pytest.mark.parametrize("fields, words", [(fields, words) for fields, *words in OUTSIDE])
 def test_fields_that_cannot_run(refused, fields, words):
-    refused(*words, **fields)
+    refused(next(iter(fields)), *words, **fields)
+    assert not os.path.exists("logs")
+
+@pytest.mark.parametrize("name, value", [
+    ("val_tokens", True), ("seed", 1.0), ("cooldown_frac", "0.5"), ("cooldown_frac", True), ("ws_final", None), ("save_checkpoint", 1),
+    ("train_bs_schedule", [512]), ("train_bs_schedule", (512.0,)), ("run_id", 5)])
+def test_values_of_another_type(name, value):
+    args = t.Hyperparameters()
+    t.check_args(args)
+    setattr(args, name, value)
+    with pytest.raises(ValueError, match=f"{name} is {re.escape(repr(value))}: "):
+        t.check_args(args)
+
+def test_every_field_has_a_range():
+    for make in t.presets.values():
+        t.check_args(make())
+    for f in t.fields(t.Hyperparameters):
+        args = t.Hyperparameters()
+        setattr(args, f.name, object())
+        with pytest.raises(ValueError, match=f.name):
+            t.check_args(args)
+    assert set(t.WATCHING) < {f.name for f in t.fields(t.Hyperparameters)}
 
 def test_unknown_field_names_the_nearest(corpus, capsys):
     with pytest.raises(SystemExit) as e:
@@ -187,20 +222,61 @@ def test_devices_that_do_not_divide_rows(tmp_path, corpus):
     assert process.returncode == 1
     one_line(process.stderr.strip().splitlines()[-1], "3 devices", "8 rows")
 
-def test_no_document_start(tmp_path):
-    write_shard(tmp_path / "nobos_000.bin", np.ones(8000))
-    with pytest.raises(ValueError, match=f"no document start .token {BOS}. in .*nobos_000.bin"):
-        next(t.distributed_data_generator(str(tmp_path / "nobos_*.bin"), 512, 64, bos_id=BOS, vocab_size=301))
+def test_no_document_start(tmp_path, refused):
+    """Shards of another tokenizer, whose documents begin with another token; also where one comes after what validation reads."""
+    for pattern in ("train_files", "val_files"):
+        write_shard(tmp_path / f"{pattern}_000.bin", np.arange(8000) % 300)
+        refused(f"no document start (token {BOS})", f"{pattern}_000.bin", "--bos_id", **{pattern: tmp_path / f"{pattern}_*.bin"})
+    write_shard(tmp_path / "late_000.bin", [*np.arange(8000) % 300, BOS, 1])
+    refused("no document start", "late_000.bin", val_files=tmp_path / "late_*.bin")
+
+NEEDED = sum(t.get_bs(step, t.parse_args(toy_options(Path()))[0]) for step in range(28))
+
+def test_too_little_training_data(tmp_path, refused):
+    """As much as all steps take, but not what is lost at the ends of rows; upstream would wait for ever in the middle of the run."""
+    tokens = make_tokens(60_000, 6)
+    write_shard(tmp_path / "short_000.bin", tokens[:NEEDED])
+    refused("short_*.bin", f"{NEEDED:,} tokens", "1 shard last", "of 28 steps", "data/fineweb.py", train_files=tmp_path / "short_*.bin")
+    write_shard(tmp_path / "short_001.bin", tokens[NEEDED:])
+    args = t.parse_args(toy_options(tmp_path, train_files=tmp_path / "short_*.bin", val_files=tmp_path / "val_*.bin"))[0]
+    write_shard(tmp_path / "val_000.bin", make_tokens(4098, 3))
+    assert [name for name, _, _ in t.read_data(args)["train_files"]] == ["short_000.bin", "short_001.bin"]
+
+def test_books(tmp_path, refused):
+    """Plenty of tokens in few documents, of each of which 64 are read; in a single document a shard has no step at all."""
+    for i, (n, usable) in enumerate(((1, 64), (1000, 64 + 64_000))):
+        write_shard(tmp_path / f"books_{i:03d}.bin", np.where(np.arange(100_000) % (100_000 // n) == 0, BOS, 7))
+        refused("books_*.bin", f"{100_000 * (i + 1):,} tokens in {1 + 1000 * i:,} documents", f"so {usable:,} in all", "of 204 steps",
+                "last for 0" if i == 0 else "last for", "train_max_seq_len 64", "cut long documents",
+                train_files=tmp_path / "books_*.bin", num_scheduled_iterations=200)
+
+def test_fineweb_is_fetched_where_it_is_fineweb(tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(t.sys.modules["shards"], "FINEWEBS_TOKENS", 8000)
+    theirs = "fineweb_train_000001.bin"
+    for name, n, way_out in ((theirs, 8000, "fetch more ('bash run_tpu.sh data"), (theirs, 8001, "make more (data/fineweb.py"),
+                             ("demo_train_000001.bin", 8000, "data/demo.py")):
+        write_shard(tmp_path / name, make_tokens(n, 1))
+        refused(way_out, train_files=tmp_path / f"{name.split('_')[0]}_*.bin")
+
+@pytest.mark.parametrize("sizes, batches", [([4097], 1), ([2050, 2049], 1), ([2000, 2000, 2000], 0), ([1], 0)])
+def test_too_little_validation_data(tmp_path, refused, sizes, batches):
+    for i, n in enumerate(sizes):
+        write_shard(tmp_path / f"few_{i:03d}.bin", make_tokens(n, i))
+    refused("few_*.bin", f"{sum(sizes):,} tokens", f"hold {batches} of 2 batches", "needs 4,098 tokens", "2,048",
+            val_files=tmp_path / "few_*.bin")
+
+def test_training_on_validation_data(refused, corpus):
+    refused("val_000.bin", "train_files", "val_files", train_files=corpus / "*.bin")
+
+def test_the_loader_agrees_with_what_was_read_ahead(corpus):
+    """All steps of the toy, and all batches of its validation, from the shards that read_data names."""
+    args = t.parse_args(toy_options(corpus))[0]
+    data = t.read_data(args)
+    *_, (_, (shard, _), _) = t.train_batches(args, range(28), [None] * 28)
+    assert shard == len(data["train_files"]) - 1 == 1
+    assert len(list(t.val_batches(args, 2, None))) == 2 and len(data["val_files"]) == 1
 
 NO_WARMUP = "t.distinct_graphs = lambda args: {}"  # only what runs before the end is compiled
-
-def test_shards_used_up_in_the_middle_of_a_run(tmp_path, corpus):
-    """Upstream waits for ever here."""
-    write_shard(tmp_path / "short_000.bin", make_tokens(6000, 6))
-    process = run_train(tmp_path, corpus, train_files=tmp_path / "short_*.bin", num_scheduled_iterations=45, num_extension_iterations=0,
-                        train_bs_schedule="512", train_bs_extension=512, ws_schedule="3", val_loss_every=0, patch=NO_WARMUP)
-    assert process.returncode == 1 and "Traceback" not in process.stderr
-    one_line(process.stderr.strip().splitlines()[-1], "short_*.bin", "used up")
 
 # a weight that is not a number, as an overflow would leave it
 NAN = """
@@ -216,6 +292,60 @@ def test_non_finite_loss(tmp_path, corpus):
                         val_loss_every=0, train_loss_every=2, patch=NAN + NO_WARMUP)
     assert process.returncode == 1 and "Traceback" not in process.stderr
     one_line(process.stderr.strip().splitlines()[-1], "loss of step 1 is nan", "logs/toy.txt")
+
+# -----------------------------------------------------------------------------
+# Signals and lost terminals, without checkpoints (tests/test_checkpoint.py has those)
+
+@pytest.fixture
+def killed(monkeypatch, corpus, tmp_path):
+    """main() whose training is the function given; what signal it then kills itself with."""
+    def run(train):
+        kills = []
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(t, "train", train)
+        monkeypatch.setattr(t.os, "kill", lambda pid, number: kills.append((pid, number, signal.getsignal(number))))
+        before = {number: signal.getsignal(number) for number in t.checkpoint.SIGNALS}
+        try:
+            t.main(toy_options(corpus))
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        (pid, number, handler), = kills
+        assert pid == os.getpid() and handler == signal.SIG_DFL, "the status must be the signal's"
+        return number
+    return run
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+def test_a_signal_without_checkpoints(killed, capsys, number):
+    assert killed(lambda *_: signal.raise_signal(number)) == number
+    err = capsys.readouterr().err.strip()
+    assert "\n" not in err and err.startswith(f"train_gpt_xla.py: {number.name}: stopped") and "--save_every N --run_id NAME" in err
+
+def test_nohup(killed):
+    """What is ignored at the start stays so."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert killed(lambda *_: (signal.raise_signal(signal.SIGHUP), signal.raise_signal(signal.SIGINT))) == signal.SIGINT
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+@pytest.mark.parametrize("error", [BrokenPipeError, OSError])
+def test_a_lost_console_is_a_lost_terminal(monkeypatch, tmp_path, error):
+    """| head has read enough, or the terminal is closed: as SIGHUP, once; the log goes on."""
+    class Gone(io.StringIO):
+        def write(self, s):
+            raise error
+        def fileno(self):
+            return fd
+    kills, fd = [], os.open(os.devnull, os.O_WRONLY)
+    monkeypatch.chdir(tmp_path)
+    log = t.Log(t.Hyperparameters(run_id="x"))
+    monkeypatch.setattr(t.os, "kill", lambda pid, number: kills.append(number))
+    monkeypatch.setattr(t.sys, "stdout", Gone())
+    log.print0("step:1/2", console=True)
+    monkeypatch.undo()
+    os.close(fd)
+    assert kills == [signal.SIGHUP] and (tmp_path / "logs/x.txt").read_text() == "step:1/2\n"
 
 def test_no_long_sum_is_in_bfloat16():
     """XLA adds up bfloat16 in bfloat16: 65,536 ones make 2,048. Only sums over the devices may (upstream's collectives do the same)."""

@@ -47,7 +47,7 @@ def bench_loader(port, num_tokens: int, steps: int, folder: Path) -> dict:
     times = []
     for _ in range(steps):
         t0 = time.perf_counter()
-        batch = port.pack(*next(loader))
+        batch = port.pack(*next(loader)[0])
         times.append(time.perf_counter() - t0)
     assert batch.shape == (port.ROWS, 3, num_tokens // port.ROWS)
     return spread(times[1:])  # the first one opens the shard
