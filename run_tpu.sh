@@ -163,7 +163,7 @@ torch_without_cuda() {  # PyPI's torch brings CUDA packages and does not load wi
     room 3
     install --no-deps --index-url "$TORCH_INDEX" "$(grep -o '^torch==[^ ]*' requirements.txt)" ||
       { cat "$scratch/why" >&2; say "no such torch at $TORCH_INDEX: taking PyPI's"; }
-  else
+  elif ! offline; then
     room 9 "; $TORCH_INDEX does not answer, and PyPI's torch brings 6 GB of CUDA packages"
     say "$TORCH_INDEX does not answer: taking PyPI's torch, with 6 GB of CUDA packages that nothing here uses"
   fi
@@ -190,7 +190,7 @@ offline() {  # where nothing but PyPI is set up to install from, and it does not
   local p status=0
   p=$(some_python)
   ! compgen -e | grep -qE '^(PIP|UV)_(NO_INDEX|FIND_LINKS|.*INDEX.*)$' || return 1
-  [[ -n $p && -z $("$p" -m pip config list 2>/dev/null) ]] || return 1
+  [[ -n $p ]] && ! "$p" -m pip config list 2>/dev/null | grep -qE 'index|find-links' || return 1
   timeout 10 "$p" -c "$REACHABLE" https://pypi.org/simple 2>/dev/null || status=$?
   ((status == 1 || status == 124))
 }

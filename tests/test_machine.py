@@ -128,7 +128,7 @@ def test_several_hosts_are_refused(tmp_path, environ, words):
         assert machine.find_tpu(root, ALONE | fine) is TPUS["v6e-4"]
 
 
-def test_several_hosts_by_the_metadata_server(tmp_path):
+def test_several_hosts_by_the_metadata_server(tmp_path, monkeypatch):
     """Where nothing is set, as on a VM of Google's: it may answer, know nothing, or not be there."""
     asked, answer = [], ["uid:8470:10.0.0.2,uid:8470:10.0.0.3"]
 
@@ -142,7 +142,9 @@ def test_several_hosts_by_the_metadata_server(tmp_path):
     root = computer(tmp_path, *["0x006f"] * 4)
     with http.server.HTTPServer(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        environ = {"GCE_METADATA_HOST": f"127.0.0.1:{server.server_port}", "http_proxy": "http://127.0.0.1:9"}
+        environ = {"GCE_METADATA_HOST": f"127.0.0.1:{server.server_port}"}
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # it is not asked through a proxy
+        monkeypatch.delenv("no_proxy", raising=False)
         assert "a slice of 2 machines" in refusal(root, environ)
         assert asked == [("/computeMetadata/v1/instance/attributes/worker-network-endpoints", "Google")]
         for answer[0] in ("uid:8470:10.0.0.2", ""):

@@ -36,7 +36,7 @@ if [[ "$1 $2" == "-m venv" ]]; then
 fi
 echo "$PJRT_DEVICE|$CPU_NUM_DEVICES|$DATA_PATH|${{0##*/}} $*" >> {log!r}
 case $* in
-  "-m pip config"*) echo ;;
+  "-m pip config list") echo "global.timeout='60'"; echo "${{PIP_IS_SET_TO:-}}" ;;
   *--target*) [[ -z ${{PIP_BRINGS_UV:-}} ]] && exit 1; mkdir -p "$6/bin"; cp {uv!r} "$6/bin/uv" ;;
   *"-r requirements.txt") touch {log!r}.installing; sleep "${{PIP_TAKES:-0}}"; echo "${{PIP_SAYS:-}}" >&2; exit "${{PIP_FAILS:-0}}" ;;
 esac
@@ -322,7 +322,8 @@ def test_no_internet_is_told_in_one_line(repo):
     offline = dict(PIP_INDEX_URL=None, HTTPS_PROXY="http://127.0.0.1:9", PIP_FAILS="1", PIP_SAYS="WARNING: Retrying")
     status, out = repo.run("setup", **offline)
     assert status == 1 and "there is no internet here" in out.splitlines()[-1] and "WARNING" not in out and not repo.complete()
-    for known in ({"UV_DEFAULT_INDEX": "http://mirror"}, {"PIP_FIND_LINKS": "wheels"}):
+    assert "CUDA" not in out
+    for known in ({"UV_DEFAULT_INDEX": "http://mirror"}, {"PIP_IS_SET_TO": "global.index-url='http://mirror'"}):
         status, out = repo.run("setup", **{**offline, **known})  # then it is not PyPI that counts
         assert status == 1 and "no internet" not in out and "WARNING" in out
     (repo.bin / "python3").unlink()

@@ -205,7 +205,7 @@ def open_tpu(tpu: Tpu, timeout: float = 300):
     except subprocess.TimeoutExpired:
         raise Refused(f"the TPU does not open: it did not answer within {timeout:.0f} s. Restart the machine; {ON_CPU}") from None
     found = re.search(r"^devices (\d+) (\w+)$", done.stdout, re.M)
-    if done.returncode or not found:
+    if not found:
         lines = [line.strip() for line in done.stdout.splitlines() if line.strip()] or [f"status {done.returncode}"]
         telling = [line for line in lines if re.match(r"\w*(Error|Exception)\b|F\d{4} ", line)]
         raise Refused(f"the TPU does not open: {(telling or lines)[-1][:400]}. Restart the machine, or make a new one; {ON_CPU}")
