@@ -10,6 +10,7 @@ older scripts did after ten steps.
 """
 import ast
 import codecs
+import contextlib
 import functools
 import math
 import operator
@@ -79,27 +80,39 @@ def number(text: str) -> float:
     """In ms, if there is a unit of time."""
     return float(re.sub(r"m?s$", "", text)) * (1000 if re.search(r"\ds$", text) else 1)
 
-def read_header(path: str, lines: list[str], before: Log | None) -> Log:
-    """What stands above the steps of a start. before: the start before it, whose source goes on to hold if no other is printed."""
+@contextlib.contextmanager
+def at(path: str, i: int):
+    """ValueError names the line."""
+    try:
+        yield
+    except (ValueError, SyntaxError) as e:
+        raise ValueError(f"{path}:{i}: cannot be read ({getattr(e, 'msg', e)}), so the file is damaged: cut that line out") from None
+
+def read_header(path: str, lines: list[str], i: int, before: Log | None) -> Log:
+    """
+    What stands above the steps of a start, from line i of the file on. before: the start before it, whose source goes on to hold if no other
+    is printed.
+    """
     log = Log(path)
-    printed = [i for i, line in enumerate(lines) if re.fullmatch(r"Hyperparameters\(.*\)", line)]
-    bars = [i for i, line in enumerate(lines) if line == BAR and not (printed and i > printed[-1])]
+    printed = [k for k, line in enumerate(lines) if re.fullmatch(r"Hyperparameters\(.*\)", line)]
+    bars = [k for k, line in enumerate(lines) if line == BAR and not (printed and k > printed[-1])]
     # the header begins at the last bar above the last hyperparameters: starts that failed may stand before it
     opening = len(bars) - 1 if printed else 1 if bars[:1] == [0] else 0  # upstream's first scripts drew one above the source, too
     begin, end = ([-1, *bars][opening], bars[opening]) if bars[opening:] else (-1, 0)
     code = lines[begin + 1:end]
-    above = [i for i, line in enumerate(code) if re.match(r"logs/.*\.txt$|peak memory allocated: ", line)]
+    above = [k for k, line in enumerate(code) if re.match(r"logs/.*\.txt$|peak memory allocated: ", line)]
     code = "\n".join(code[above[-1] + 1 if above else 0:]).strip()
     log.codes = [code] if code else before.codes[-1:] if before else []
-    if printed:
-        log.hyperparameters = {k.arg: value_of(k.value) for k in ast.parse(lines[printed[-1]], mode="eval").body.keywords}
-    for line in lines[end:]:
-        if match := re.match(r"Running on (\d+ \w+ devices)", line):
-            log.devices = match[1]
-        elif match := re.match(r"starting with the weights of (.+)", line):
-            log.init_from = match[1]
-        elif match := re.match(r"data: (\{.*\})$", line):
-            log.data = ast.literal_eval(match[1])
+    for k, line in enumerate(lines[end:], i + end):
+        with at(path, k):
+            if re.fullmatch(r"Hyperparameters\(.*\)", line):
+                log.hyperparameters = {x.arg: value_of(x.value) for x in ast.parse(line, mode="eval").body.keywords}
+            elif match := re.match(r"Running on (\d+ \w+ devices)", line):
+                log.devices = match[1]
+            elif match := re.match(r"starting with the weights of (.+)", line):
+                log.init_from = match[1]
+            elif match := re.fullmatch(r"data: (\{.*\})", line):
+                log.data = ast.literal_eval(match[1])
     return log
 
 def read_starts(path: str, text: str) -> list[Log]:
@@ -109,32 +122,31 @@ def read_starts(path: str, text: str) -> list[Log]:
         whole = re.match(r"step:.*?\bstep_avg:\s*\S+?ms", lines[-1])
         lines[-1] = whole[0] if whole else ""
     found, above, last = [], [], None  # last: what the line of a step before this one was, None at the first below a header
+    header = lambda i: read_header(path, above, i - len(above), found[-1] if found else None)
     for i, line in enumerate(lines, 1):
-        try:
-            match = re.match(r"step:(\d+)/(\d+) (.*)", line)
-            values = dict(re.findall(r"(\w+):\s*(\S+)", match[3])) if match else {}
-            if not {"train_time", "step_avg"} <= values.keys():
-                above.append(line)
-                last = None if line == BAR else last
-                continue
-            step, this = int(match[1]), (int(match[1]), "val_loss" in values)
-            if last is None:
-                found.append(read_header(path, above, found[-1] if found else None))
-            elif this <= last:  # no header, but it starts over
-                found.append(replace(found[-1], first=None, **{name: {} for name in SERIES}))
-            above, last, log = [], this, found[-1]
-            log.num_steps, log.first, log.last = int(match[2]), step if log.first is None else log.first, step
+        match = re.match(r"step:(\d+)/(\d+) (.*)", line)
+        values = dict(re.findall(r"(\w+):\s*(\S+)", match[3])) if match else {}
+        if not {"train_time", "step_avg"} <= values.keys():
+            above.append(line)
+            last = None if line == BAR else last
+            continue
+        step, this = int(match[1]), (int(match[1]), "val_loss" in values)
+        if last is None:
+            found.append(header(i))
+        elif this <= last:  # no header, but it starts over
+            found.append(replace(found[-1], first=None, **{name: {} for name in SERIES}))
+        above, last, log = [], this, found[-1]
+        log.num_steps, log.first, log.last = int(match[2]), step if log.first is None else log.first, step
+        with at(path, i):
             for name in ("val_loss", "train_loss") & values.keys():
                 getattr(log, name)[step] = number(values[name])
             time, step_avg = number(values["train_time"]), number(values["step_avg"])
-            if not math.isnan(step_avg):
-                log.time[step], log.step_avg[step] = time, step_avg
-            elif step == 0:
-                log.time[0] = 0.0
-        except (ValueError, SyntaxError) as e:
-            raise ValueError(f"{path}:{i}: cannot be read ({e}), so the file is damaged: cut that line out") from None
+        if not math.isnan(step_avg):
+            log.time[step], log.step_avg[step] = time, step_avg
+        elif step == 0:
+            log.time[0] = 0.0
     if any(line == BAR or line.startswith("Hyperparameters(") for line in above):
-        found.append(read_header(path, above, found[-1] if found else None))
+        found.append(header(len(lines) + 1))
     return found
 
 def go_on(before: Log, part: Log) -> Log:
