@@ -54,7 +54,7 @@ def refused(*argv) -> str:
     "step:3/6 val_loss:3.2765 train_time:30ms step_avg:10.00ms": dict(val_loss=3.2765, time=30, step_avg=10),
     "step:3/6 val_loss:3.27655 train_time:0.030s step_avg:10.00ms": dict(val_loss=3.27655, time=30, step_avg=10),
     "step:3/6 train_loss:4.5000 train_time:30ms step_avg:10.00ms": dict(train_loss=4.5, time=30, step_avg=10),
-    "step:3/6 train_time:30ms step_avg:9ms train_loss:4.5000 ms:9.87 tok/s:1683 mfu:41.0% eta:81s": dict(train_loss=4.5, time=30, step_avg=9),
+    "step:3/6 train_time:30ms step_avg:9ms train_loss:4.5000 ms:9.87 tok/s:168 mfu:41.0% eta:1s": dict(train_loss=4.5, time=30, step_avg=9),
     "step:3/6 train_loss:4.5000 train_time:35910ms step_avg:nanms": dict(train_loss=4.5),
     "step:3/6 val_loss:4.1 val_avg_loss:4.2 val_ema_loss:4.3 train_time:30.5s step_avg:9ms": dict(val_loss=4.1, time=30500, step_avg=9),
     "step:3/6 val_loss:4.1 train_time:30ms step_avg:9ms extrap_rel:1.000e-03 handoff:keep": dict(val_loss=4.1, time=30, step_avg=9),

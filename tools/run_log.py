@@ -90,8 +90,8 @@ def at(path: str, i: int):
 
 def read_header(path: str, lines: list[str], i: int, before: Log | None) -> Log:
     """
-    What stands above the steps of a start, from line i of the file on. before: the start before it, whose source goes on to hold if no other
-    is printed.
+    What stands above the steps of a start, from line i of the file on. before: the start before it, whose source goes on to hold if no
+    other is printed.
     """
     log = Log(path)
     printed = [k for k, line in enumerate(lines) if re.fullmatch(r"Hyperparameters\(.*\)", line)]
