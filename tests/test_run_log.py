@@ -122,10 +122,18 @@ def test_a_finished_run_given_again_counts_once(write, capsys):
     assert "2 finished, with losses of 3.2700, 3.2701" in refused(write(run + header() + steps(5, 6, 3.2701)))
     assert "more than one run" in refused(write(run + header() + steps(0, 6))), "another run from the start, with a time of its own"
     assert "more than one run" in refused(write(run + header(cooldown_frac=0.6) + steps(5, 6))), "of another configuration"
-    assert "more than one run" in refused(write(run + steps(0, 6, 3.2701).replace("/6", "/6"))), "a loop over seeds, without headers"
     capsys.readouterr()
     assert read_log(write(run + header(seed=1) + steps(0, 4))).hyperparameters["seed"] == 0
     assert "a.txt: left out a later start, which ends at step 4 of 6" in capsys.readouterr().err
+
+def test_one_start_may_make_several_runs(write, capsys):
+    """As in upstream's track 3: a loop over seeds, with one header."""
+    path = write(header() + "".join(f"trial:{i}/3 seed:{i}\n{steps(0, 6, 3.27 + i / 1000)}" for i in range(3)))
+    record_stats.main([path])
+    out = capsys.readouterr().out
+    assert f"{path}, run 3  val_loss 3.2720" in out and "3 runs of 6 steps" in out and "mean 3.2710" in out
+    with pytest.raises(ValueError, match="more than one run"):
+        read_log(path)  # weights are those of one run
 
 # -----------------------------------------------------------------------------
 # What may be pooled

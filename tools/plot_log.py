@@ -18,7 +18,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # draws into files; no window system is needed
 import matplotlib.pyplot as plt
-from run_log import MAY_DIFFER, Log, configuration, difference, read_log, same, validation_difference
+from run_log import MAY_DIFFER, Log, configuration, difference, read_logs, same, validation_difference
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("PJRT_DEVICE", "CPU")  # reading a log must not take a TPU
@@ -110,7 +110,7 @@ def main(argv=None):
     try:
         if not Path(args.output).absolute().parent.is_dir():
             raise ValueError(f"there is no folder {Path(args.output).parent} for {args.output}")
-        logs = [read_log(path) for path in args.logs]
+        logs = read_logs(args.logs)
         check(logs, args.compare)
         draw(logs, args.output)
     except (ValueError, OSError) as e:

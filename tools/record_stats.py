@@ -1,6 +1,6 @@
 """
 Is it a record? What upstream's rules ask of the logs of several runs: the mean of the final losses is at most 3.28, shown by a
-one-sided t-test with p < 0.01. Reads this project's logs and upstream's, which have the same form.
+one-sided t-test with p < 0.01. Reads this project's logs and upstream's. Runs must be of one configuration, but for seeds and paths.
 
     python tools/record_stats.py logs/*.txt [--target 3.28]
 
@@ -12,7 +12,8 @@ import statistics
 import sys
 
 import command
-from run_log import Log, configuration, difference, read_log
+from run_log import Log, configuration, difference, read_logs
+from run_log import read_log as read_log  # a name of this module, too
 from scipy.stats import ttest_1samp
 
 P_MAX = 0.01  # upstream's README, "Rules"
@@ -100,7 +101,7 @@ def main(argv=None):
     parser.add_argument("--target", type=target_loss, default=3.28, help="the loss to be at most (3.28)")
     args = parser.parse_args(argv)
     try:
-        lines = report([read_log(path) for path in args.logs], args.target)
+        lines = report(read_logs(args.logs), args.target)
     except (ValueError, OSError) as e:
         sys.exit(f"record_stats.py: {e}")
     print(lines)

@@ -2,9 +2,9 @@
 The one reader of logs: this project's, and every form that upstream's scripts have written. It says what a run was and how it went, and
 whether two logs, or a log and a checkpoint, belong together. Without torch, which takes seconds to import.
 
-A log holds one run, but maybe several starts of it: one that failed, some that went on from a checkpoint, a finished run given again. A
-line of a step is this, with train_loss where that was read. Times are in ms or s; step_avg is nan until the clock starts, which upstream's
-older scripts did after ten steps.
+A log holds one run, but maybe several starts of it: one that failed, some that went on from a checkpoint, a finished run given again. In
+some of upstream's, one start makes several runs, a seed each. A line of a step is this, with train_loss where that was read; times are in
+ms or s; step_avg is nan until the clock starts, which upstream's older scripts did after ten steps:
 
     step:250/1775 val_loss:4.6062 train_time:7001ms step_avg:28.00ms
 """
@@ -42,6 +42,7 @@ class Log:
     step_avg: dict[int, float] = field(default_factory=dict)
     first: int | None = None  # the steps of its first and last line
     last: int | None = None
+    same_start: bool = False  # as the run before it in this log
     hyperparameters: dict = field(default_factory=dict)
     data: dict[str, list] = field(default_factory=dict)  # train_files, val_files: for each shard its name, and what tells it from others
     devices: str = ""
@@ -134,7 +135,7 @@ def read_starts(path: str, text: str) -> list[Log]:
         if last is None:
             found.append(header(i))
         elif this <= last:  # no header, but it starts over
-            found.append(replace(found[-1], first=None, **{name: {} for name in SERIES}))
+            found.append(replace(found[-1], first=None, same_start=True, **{name: {} for name in SERIES}))
         above, last, log = [], this, found[-1]
         log.num_steps, log.first, log.last = int(match[2]), step if log.first is None else log.first, step
         with at(path, i):
@@ -197,6 +198,15 @@ def only(runs: list[Log]) -> Log:
 def read_log(path: str) -> Log:
     """The run in a log. ValueError as by read_runs, or if it holds several."""
     return only(read_runs(path))
+
+def read_logs(paths: list[str]) -> list[Log]:
+    """The run in each log, or the runs where one start made several. ValueError as by read_log."""
+    logs = []
+    for path in paths:
+        runs = read_runs(path)
+        loop = len(runs) > 1 and all(run.same_start and run.first < 2 for run in runs[1:])
+        logs += [replace(run, path=f"{path}, run {i}") for i, run in enumerate(runs, 1)] if loop else [only(runs)]
+    return logs
 
 # -----------------------------------------------------------------------------
 # What belongs together
