@@ -21,7 +21,7 @@ from pathlib import Path
 
 # Hyperparameters that are about watching a run and not about its outcome: those that train_gpt_xla.hyperparameters leaves out
 WATCHING = {"run_id", "train_files", "val_files", "train_loss_every", "save_checkpoint", "save_every", "keep_checkpoints"}
-# What may differ between runs of one configuration. The data may not, but its path may (same_data)
+# What may differ between runs of one configuration. The data may not, but its path may (`same`)
 MAY_DIFFER = WATCHING - {"train_files", "val_files"} | {"seed", "val_loss_every"}
 VALIDATION = {"val_files", "val_tokens", "vocab_size"}  # what validation losses are losses of
 
