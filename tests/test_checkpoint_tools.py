@@ -322,6 +322,147 @@ def test_card_leaves_out_what_is_not_there(checkpoint, tmp_path, monkeypatch, ca
     assert not re.search(r"\b(nan|inf|None|devices|validation loss)\b", card), card
     assert "nothing is sent to someone/toy" in capsys.readouterr().out
 
+TOY_STATE = {"lm_head.weight": torch.zeros(384, 32), "attn_gate_bank": torch.zeros(10, 4, 12), "x0_lambdas": torch.zeros(11)}
+
+@pytest.fixture
+def card(tmp_path, capsys):
+    """hub.py push of a checkpoint from step 14 with this in it, beside or with this log: the card, and what is said on stderr."""
+    path = tmp_path / "toy" / "state_step000014.pt"
+    path.parent.mkdir()
+    def push(log: str, given=False, **content):
+        torch.save(dict(step=14, code="", model=TOY_STATE, optimizers=[]) | content, path)
+        file = tmp_path / ("other.txt" if given else "toy.txt")
+        file.write_text(log)
+        hub.main(["push", str(path), "a/b", "--dry_run", *["--log", str(file)] * given, *OPTIONS])
+        return (path.parent / "hub" / "README.md").read_text(), capsys.readouterr().err
+    return push
+
+LONG = LOG.replace("step:28/28 train", """step:14/28 train_time:2900ms step_avg:207.14ms
+step:14/28 val_loss:6.0000 train_time:2800ms step_avg:200.00ms
+step:28/28 train""", 1).replace("LOSS", "5.4321")
+
+@pytest.mark.parametrize("given", [False, True])
+def test_figures_are_those_of_the_checkpoints_step(card, given):
+    page, said = card(LONG, given)
+    assert "| validation loss | 6.0000 |\n| at step | 14 of 28 |\n| training time | 2.8 s |\n| time a step | 200.00 ms |" in page
+    assert "5.4321" not in page and not said
+    page, said = card(LONG.replace("val_loss:6.0000 ", ""), given)
+    assert "| at step | 14 of 28 |" in page and "validation loss" not in page and "none of step 14" in said
+    page, said = card(LONG.replace("step:0/28", "starting with the weights of /x/y.pt\nstep:0/28"), given)
+    assert "| starting with the weights of | y.pt |" in page
+
+RUN = dict(hyperparameters=t.hyperparameters(t.Hyperparameters(**FIELDS)), run_id="toy")
+
+@pytest.mark.parametrize("content, log, words", [
+    (RUN | dict(run_id="another"), LONG, "run_id is "),
+    (dict(hyperparameters=RUN["hyperparameters"] | dict(cooldown_frac=0.6)), LONG, "cooldown_frac is 0.5 there, 0.6 in the checkpoint"),
+    (dict(hyperparameters=RUN["hyperparameters"] | dict(seed=1)), LONG, "seed is 0 there, 1"),
+    ({}, LONG.replace("model_dim=32", "model_dim=64"), "model_dim is 64 there, 32"),
+    ({}, LONG.replace("vocab_size=301", "vocab_size=50257"), "vocab_size is 50257 there, 384"),
+    (dict(code="x = 1\n"), "x = 2\n" + LONG, "another source"),
+    ({}, LONG[:LONG.index("step:14/28")], "it ends at step 0, the checkpoint is from step 14"),
+])
+@pytest.mark.parametrize("given", [False, True])
+def test_figures_of_another_run_are_left_out(card, content, log, words, given):
+    page, said = card(log, given, **content)
+    assert not re.search(r"6\.0000|5\.4321|training time|devices", page) and words in said and "is not the log of" in said
+
+def test_a_log_that_does_not_say_whose_it_is(card):
+    """Beside the checkpoint it may be anyone's; who gives it vouches for it. A source is enough, and so are hyperparameters."""
+    bare = LONG.replace(str(t.Hyperparameters(**FIELDS)), "").replace(re.search(r"Hyperparameters\(.*\)", LONG)[0], "")
+    page, said = card(bare)
+    assert "6.0000" not in page and "neither hyperparameters nor a source" in said
+    assert "6.0000" in card(bare, given=True)[0]
+    assert "6.0000" in card("x = 1\n" + bare, code="x = 1\n")[0]
+    assert "6.0000" in card("x = 1\n" + LONG, code="x = 1\n", **RUN | dict(run_id=re.search(r"run_id='(.*?)'", LONG)[1]))[0]
+
+def test_a_log_of_two_runs(card):
+    two = LONG + LONG.replace("5.4321", "5.4322").replace("seed=0", "seed=1")
+    page, said = card(two)
+    assert "6.0000" not in page and "holds more than one run" in said
+    one_line(lambda _: card(two, given=True), [], "holds more than one run")
+    assert "6.0000" in card(two, hyperparameters=RUN["hyperparameters"])[0], "the seed tells them apart"
+    page, said = card("a letter")
+    assert "toy.txt is no log" in said and "at step" not in page
+
+def test_hyperparameters_come_from_the_checkpoints_own_log(tmp_path, capsys):
+    """Those of the run that reached this step with these sizes; a start that failed, before or after, is none."""
+    path = tmp_path / "toy" / "x.pt"
+    start = lambda **fields: f"{'=' * 100}\n{t.Hyperparameters(**FIELDS | fields)}\n{'=' * 100}\n"
+    end = "step:28/28 val_loss:5.0 train_time:9ms step_avg:9ms\n"
+    def block_size(log, **content):
+        (tmp_path / "toy.txt").write_text(log)
+        return sample.get_args(str(path), dict(model=TOY_STATE, step=28) | content, []).block_size
+    run, other = start(block_size=32) + end, start(block_size=64)
+    for log in (run, other + run, run + other, run + other + "step:1/28 train_time:9ms step_avg:9ms\n", start(block_size=32)):
+        assert block_size(log) == 32, log
+    assert block_size(run + start(block_size=32, seed=1) + end.replace("5.0", "5.1")) == 32, "two runs, whose models are alike"
+    assert not capsys.readouterr().err.count("left out: ")
+    for log, words in ((start(model_dim=64, block_size=64) + end, "model_dim is 64 there, 32"), ("", "is empty"),
+                       (run + other + end.replace("5.0", "5.1"), "more than one run"),
+                       (start(block_size=32) + "step:20/28 train_time:9ms step_avg:9ms\n", "it ends at step 20")):
+        assert block_size(log) == t.Hyperparameters().block_size and words in capsys.readouterr().err
+    assert block_size(run, hyperparameters=dict(FIELDS | dict(block_size=16))) == 16, "the checkpoint's own go before"
+
+class Answers(HubHandler):
+    """Nothing but a status."""
+    def answer(self, body):
+        status, headers = self.server.status
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": "0"}).items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(True)
+
+@pytest.fixture
+def answers(tmp_path, monkeypatch):
+    """The real client, asking a Hub that has nothing but an answer."""
+    from huggingface_hub import constants
+    server = Hub(Answers)
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+INVALID = {"X-Error-Message": "Invalid credentials in Authorization header"}
+
+@pytest.mark.parametrize("status, headers, token, words", [
+    (401, INVALID, "hf_test", ("401", "Invalid credentials", "has expired", "hf auth login")),
+    (401, {"X-Error-Message": "Invalid username or password."}, "", ("401", "without a token", "someone/toy", "check the name")),
+    (403, {}, "hf_test", ("403", "write access")),
+    (404, {"X-Error-Code": "RepoNotFound"}, "hf_test", ("404", "no someone/toy, or it is private")),
+    (429, {}, "hf_test", ("429", "too many requests", "wait")),
+    (503, {}, "hf_test", ("503", "later")),
+])
+def test_what_the_hub_answers_is_told(answers, checkpoint, monkeypatch, status, headers, token, words):
+    answers.status = status, headers
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token or None)
+    monkeypatch.setattr("time.sleep", lambda _: None)  # the client tries again
+    one_line(hub.main, ["pull", "someone/toy"], "hub.py: the Hub answers", *words)
+    if token:
+        one_line(hub.main, ["push", checkpoint, "someone/toy", *OPTIONS], "hub.py: the Hub answers", *words)
+
+def test_a_hub_that_does_not_answer(answers, monkeypatch):
+    from huggingface_hub import constants
+    monkeypatch.setattr("time.sleep", lambda _: None)  # the client tries again
+    answers.status = 404, {"X-Error-Code": "EntryNotFound"}
+    one_line(hub.main, ["pull", "someone/toy"], "404", "someone/toy lacks config.json")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:1/{repo_id}/resolve/{revision}/{filename}")
+    one_line(hub.main, ["pull", "someone/toy"], "the Hub does not answer (", "check the network")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    one_line(hub.main, ["pull", "someone/toy"], "HF_HUB_OFFLINE is set")
+
 def test_readme_commands_run(checkpoint, monkeypatch, capsys):
     """Those of README.md for these tools, on a checkpoint and with a model made here."""
     monkeypatch.chdir(ROOT)

@@ -14,6 +14,7 @@ from conftest import ROOT, one_line
 sys.path.insert(0, str(ROOT / "tools"))
 import plot_log
 import record_stats
+import run_log
 
 import train_gpt_xla as t
 
@@ -190,6 +191,52 @@ def test_plot_of_an_unfinished_run_and_bad_input(tmp_path, drawn):
     path = write_log(path)
     assert "no folder" in one_line(plot_log, path, "-o", tmp_path / "none" / "a.png")
     assert "not supported" in one_line(plot_log, path, "-o", tmp_path / "a.xyz")
+
+def test_plot_refuses_or_compares(tmp_path, drawn, capsys):
+    """Other validation data never in one picture; another configuration only if asked for, and named in the legend."""
+    fields = "Hyperparameters(val_files='{}/val_*.bin', val_tokens={}, train_max_seq_len={}, cooldown_frac=0.5, seed={})\n"
+    logs = [write_log(tmp_path / f"{i}.txt", 3.27 + i / 100, header=fields.format(*values)) for i, values in
+            enumerate([("x", 16384, 64, 0), ("/y/x", 16384, 64, 1), ("x", 16384, 32, 0), ("x", 8192, 64, 0), ("z", 16384, 64, 0)])]
+    out = ["-o", tmp_path / "a.png"]
+    plot_log.main([*map(str, logs[:2]), *map(str, out)])
+    labels = lambda: [label for label, _, _ in drawn[0][0] if not label.startswith("_")]
+    assert labels() == ["0: 3.2700", "1: 3.2800"]
+    assert "2.txt: train_max_seq_len is 32, in " in (said := one_line(plot_log, logs[0], logs[2], *out)) and "--compare" in said
+    for i, words in ((3, "val_tokens is 8192"), (4, "val_files is z/val_*.bin")):
+        for compare in ([], ["--compare"]):
+            assert f"{i}.txt: {words}" in (said := one_line(plot_log, logs[0], logs[i], *out, *compare)) and "do not compare" in said
+    longer = write_log(tmp_path / "5.txt", steps=5)  # an upstream log, which does not say on what it validates
+    assert "they are of different scripts" not in one_line(plot_log, logs[0], longer, *out)
+    drawn.clear()
+    plot_log.main(["--compare", *map(str, [logs[0], logs[2]]), *map(str, out)])
+    assert labels() == ["0, train_max_seq_len=64: 3.2700", "2, train_max_seq_len=32: 3.2900"]
+    assert "2.txt: train_max_seq_len is 32" in capsys.readouterr().out
+    plot_log.main(["--compare", *map(str, [logs[0], longer]), *map(str, out)])
+    assert "5.txt is a run of 5 steps" in capsys.readouterr().out
+
+def test_plot_has_no_times_from_before_the_clock_and_no_losses_that_are_none(tmp_path, drawn):
+    """Upstream's older form: the training loss of each step, no time at first. A loss that is not finite is told in the legend."""
+    path = tmp_path / "a.txt"
+    path.write_text("step:0/4 val_loss:10.8 train_time:475ms step_avg:nanms\nstep:1/4 train_loss:9.5 train_time:9000ms step_avg:nanms\n"
+                    "step:2/4 train_loss:nan train_time:20ms step_avg:10ms\nstep:3/4 train_loss:8.5 train_time:30ms step_avg:10ms\n"
+                    "step:4/4 val_loss:inf train_time:0.04s step_avg:10ms\n")
+    plot_log.main([str(path), "-o", str(tmp_path / "a.png")])
+    (steps, _, _), (times, _, _) = drawn
+    assert [x[1:] for x in steps] == [([0], [10.8]), ([1, 3], [9.5, 8.5])] and [x[1:] for x in times] == [([0], [10.8]), ([0.03], [8.5])]
+    assert steps[0][0] == "a: inf"
+    path.write_text("step:4/4 val_loss:nan train_time:0.04s step_avg:10ms\n")
+    plot_log.main([str(path), "-o", str(tmp_path / "a.png")])
+
+def test_plot_takes_no_other_run_for_the_record(tmp_path, drawn):
+    """1775 steps are not enough: upstream's source says otherwise, or the run began with other weights."""
+    path = write_log(tmp_path / "a.txt", steps=1775)
+    text = path.read_text()
+    for known, is_record in (("ws_final: int = 13", True), ("ws_final: int = 12", False), ("seed: int = 5", True)):
+        path.write_text(f"class Hyperparameters:\n    {known}\n" + text)
+        assert (plot_log.hyperparameters(run_log.read_log(str(path))) is not None) == is_record, known
+    write_log(path, steps=1775, header=f"{t.Hyperparameters()}\nstarting with the weights of x.pt\n")
+    plot_log.main([str(path), "-o", str(tmp_path / "a.png")])
+    assert drawn[0][2] == [579, 1157, 1735] and not any("CUDA" in label for label, _, _ in drawn[0][0])
 
 # -----------------------------------------------------------------------------
 # The figures of the log line

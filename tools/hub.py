@@ -5,7 +5,8 @@ A checkpoint to and from the Hugging Face Hub, as safetensors with config.json a
     python tools/hub.py pull USER/NAME [-o FILE.pt]
 
 push makes the files in the folder hub/ beside the checkpoint and sends them; without a token (hf auth login, or HF_TOKEN) or with
---dry_run it stops there. The card's figures are those of the run's log (logs/RUN_ID.txt, or --log); what the log lacks is left out.
+--dry_run it stops there. The card's figures are those of the checkpoint's step in its run's log (logs/RUN_ID.txt, or --log); what the log
+lacks is left out, and so is a log that is another run's.
 pull writes a file that --init_from, tools/sample.py and tools/hellaswag.py take, by default logs/NAME/state_step*.pt.
 """
 import argparse
@@ -19,8 +20,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from record_stats import Log, read_log
-from sample import NOT_THE_MODELS, get_args, load_checkpoint
+import command
+from run_log import WATCHING, Log
+from sample import find_log, get_args, load_checkpoint
 
 CARD = """---
 license: mit
@@ -40,14 +42,16 @@ names, `config.json` the hyperparameters.
     python tools/sample.py logs/{name}/state_step{step:06d}.pt --prompt "The capital of France is"
 """
 
-def get_figures(log: Log) -> list[tuple[str, str]]:
-    """What a run's log says of its outcome, name and value; nothing that it lacks or that is not finite."""
+def get_figures(log: Log, step: int) -> list[tuple[str, str]]:
+    """What a run's log says of this step and of the run, name and value; nothing that it lacks or that is not finite."""
     figures = []
-    step = max(log.val_loss, default=None)
-    if step is not None and math.isfinite(log.val_loss[step]):
-        figures += [("validation loss", f"{log.val_loss[step]:.4f}"), ("at step", f"{step} of {log.num_steps}")]
-        if step and math.isfinite(log.time[step]):
-            figures += [("training time", f"{log.time[step] / 1000:.1f} s"), ("time a step", f"{log.time[step] / step:.2f} ms")]
+    if math.isfinite(log.val_loss.get(step, math.nan)):
+        figures.append(("validation loss", f"{log.val_loss[step]:.4f}"))
+    figures.append(("at step", f"{step} of {log.num_steps}"))
+    if step and math.isfinite(log.time.get(step, math.nan)):
+        figures += [("training time", f"{log.time[step] / 1000:.1f} s"), ("time a step", f"{log.step_avg[step]:.2f} ms")]
+    if log.init_from:
+        figures.append(("starting with the weights of", Path(log.init_from).name))
     if log.devices:
         figures.append(("devices", log.devices))
     return figures
@@ -59,16 +63,20 @@ def make_files(path: str, repo: str, log_path: Path | None, options: list[str]) 
     checkpoint = load_checkpoint(path)
     args = dataclasses.asdict(get_args(path, checkpoint, options))
     step = checkpoint.get("step", args["num_scheduled_iterations"] + args["num_extension_iterations"])
-    log = read_log(str(log_path)) if log_path else None
-    figures = get_figures(log) if log else []
+    log = find_log(path, checkpoint, log_path) if "step" in checkpoint else None
+    if not log:
+        print("the card has no figures: --log FILE gives the log of the checkpoint's run", file=sys.stderr)
+    elif step not in log.val_loss:
+        print(f"the card has no validation loss: {log.path} has none of step {step}", file=sys.stderr)
+    figures = get_figures(log, step) if log else []
     folder, name = Path(path).parent / "hub", repo.split("/")[-1]
     folder.mkdir(exist_ok=True)
     # each tensor a copy of its own: safetensors refuses tensors that share memory
     save_file({k: v.contiguous().clone() for k, v in checkpoint["model"].items()}, folder / "model.safetensors", {"format": "pt"})
-    config = dict(model_type="modded-nanogpt", step=step) | {k: v for k, v in args.items() if k not in NOT_THE_MODELS}
+    config = dict(model_type="modded-nanogpt", step=step) | {k: v for k, v in args.items() if k not in WATCHING}
     (folder / "config.json").write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
     rows = "".join(f"| {name} | {value} |\n" for name, value in figures)
-    fineweb = log and "fineweb10B" in log.hyperparameters
+    fineweb = log and "fineweb10B" in log.hyperparameters.get("train_files", "")
     (folder / "README.md").write_text(CARD.format(
         **{k: args[k] for k in ("model_dim", "num_heads", "num_layers")}, name=name, repo=repo, step=step,
         datasets="datasets: [kjj0/fineweb10B-gpt2]\n" if fineweb else "",
@@ -94,8 +102,9 @@ def pull(repo: str, out: Path | None):
     from safetensors.torch import load_file
 
     config = json.loads(Path(hf_hub_download(repo, "config.json")).read_text())
-    if config.get("model_type") != "modded-nanogpt":
-        raise ValueError(f"{repo} is a {config.get('model_type')} by its config.json: only what 'tools/hub.py push' sent can be pulled")
+    kind = config.get("model_type")
+    if kind != "modded-nanogpt" or not isinstance(config.get("step"), int):
+        raise ValueError(f"{repo} is a {kind} by its config.json: only what 'tools/hub.py push' sent can be pulled")
     state = load_file(hf_hub_download(repo, "model.safetensors"))
     step = config["step"]
     out = out or Path("logs", repo.split("/")[-1], f"state_step{step:06d}.pt")
@@ -104,10 +113,44 @@ def pull(repo: str, out: Path | None):
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
     args = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k not in ("model_type", "step")}
-    torch.save(dict(step=step, code="", model=state, optimizers=[], hyperparameters=args), part)
+    # a run_id that no log here has: one that lies beside it is another run's
+    torch.save(dict(step=step, code="", model=state, optimizers=[], hyperparameters=args, run_id=repo), part)
     load_checkpoint(str(part))
     os.replace(part, out)
     print(out)
+
+def explain(error: BaseException, repo: str) -> str:
+    """What went wrong and the way out. The Hub's client buries the status of an answer under errors about the network."""
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    causes = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+    answer = next((cause.response for cause in causes if getattr(cause, "response", None) is not None), None)
+    if answer is not None:
+        status, said = answer.status_code, answer.headers.get("X-Error-Message") or answer.reason_phrase
+        if status == 401 and get_token():
+            way_out = "the token is invalid or has expired: 'hf auth login', or another HF_TOKEN"
+        elif status == 401:
+            way_out = f"without a token it shows no {repo}: check the name or, if it is private, 'hf auth login'"
+        elif status == 403:
+            way_out = f"the token may not do this: it needs write access to push, and for a gated {repo} its owner's consent"
+        elif status == 404 and isinstance(error, EntryNotFoundError):
+            way_out = f"{repo} lacks {answer.url.path.rpartition('/')[2]}: only what 'tools/hub.py push' sent can be pulled"
+        elif status == 404:
+            way_out = f"there is no {repo}, or it is private and not for the owner of this token: check the name"
+        elif status == 429:
+            way_out = "too many requests: wait some minutes, then run it again"
+        else:
+            way_out = "run it again later" if status >= 500 else "check the name"
+        return f"the Hub answers {status} ({said}): {way_out}"
+    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
+        return f"the Hub is not asked for {repo}, as HF_HUB_OFFLINE is set: unset it"
+    said = " ".join(str(causes[-1] if isinstance(error, LocalEntryNotFoundError) else error).split())[:400]
+    if isinstance(error, (HTTPError, LocalEntryNotFoundError)):
+        return f"the Hub does not answer ({said}): check the network and HF_ENDPOINT, then run it again"
+    return said if type(error) in (ValueError, FileNotFoundError) else f"{type(error).__name__}: {said}"
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -127,14 +170,13 @@ def main(argv: list[str] | None = None):
             if rest:
                 parser.error(f"{rest[0]} is not an option of pull")
             return pull(options.repo, options.out)
-        log = options.log or Path(f"{Path(options.checkpoint).resolve().parent}.txt")
-        return push(options.checkpoint, options.repo, log if options.log or log.exists() else None, options.private, options.dry_run, rest)
+        return push(options.checkpoint, options.repo, options.log, options.private, options.dry_run, rest)
+    except BrokenPipeError:
+        raise
     except Exception as e:  # noqa: BLE001 (the Hub's client and its HTTP library raise what they like)
         if os.environ.get("TRACEBACK"):
             raise
-        name = "" if type(e) in (ValueError, FileNotFoundError) else f"{type(e).__name__}: "
-        way_out = "" if isinstance(e, (ValueError, FileNotFoundError)) else "; check the name, the token and the network, then run it again"
-        sys.exit(f"hub.py: {name}{' '.join(str(e).split())[:400]}{way_out}")
+        sys.exit(f"hub.py: {explain(e, options.repo)}")
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -1,21 +1,24 @@
 """
 Draws runs from their logs: training and validation loss against step and against time, with the changes of batch size and window.
-Where a run is the record's, its CUDA validation losses are drawn beside it. Reads upstream's logs too.
+Where a run is the record's, its CUDA validation losses are drawn beside it. Reads upstream's logs too. Several runs in one picture look
+like samples of one thing, so they must be of one configuration; --compare draws others, too, and says what differs.
 
-    python tools/plot_log.py logs/*.txt -o runs.png
+    python tools/plot_log.py logs/*.txt -o runs.png [--compare]
 """
 import argparse
 import dataclasses
+import math
 import os
 import re
 import sys
 from pathlib import Path
 
+import command
 import matplotlib
 
 matplotlib.use("Agg")  # draws into files; no window system is needed
 import matplotlib.pyplot as plt
-from record_stats import Log, fields, read_log
+from run_log import MAY_DIFFER, Log, configuration, difference, read_logs, same, validation_difference
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("PJRT_DEVICE", "CPU")  # reading a log must not take a TPU
@@ -23,12 +26,13 @@ import train_gpt_xla as port
 
 
 def hyperparameters(log: Log) -> port.Hyperparameters | None:
-    """Those that the log prints. Upstream's logs print none: the record's, if the number of steps is. None if unknown."""
+    """Those that the log prints. Upstream's logs print none: the record's, if number of steps and source agree. None if unknown."""
     record = port.Hyperparameters()
-    if not log.hyperparameters:
-        return record if log.num_steps == record.num_iterations else None
-    known = {f.name for f in dataclasses.fields(record)}
-    return port.Hyperparameters(**{name: value for name, value in fields(log.hyperparameters).items() if name in known})
+    known = {f.name: configuration(log)[f.name] for f in dataclasses.fields(record) if f.name in configuration(log)}
+    if log.hyperparameters:
+        return port.Hyperparameters(**known)
+    agrees = all(value == getattr(record, name) for name, value in known.items() if name not in MAY_DIFFER)
+    return record if log.num_steps == record.num_iterations and agrees else None
 
 def stages(args: port.Hyperparameters) -> dict[int, str]:
     """The steps at which batch size or windows change, from step 0 on, and what they are from there."""
@@ -40,18 +44,37 @@ def stages(args: port.Hyperparameters) -> dict[int, str]:
         before = now
     return found
 
+def check(logs: list[Log], compare: bool):
+    """ValueError where losses do not compare or, unless that is the point, where the configurations differ. Says how they do."""
+    for i, log in enumerate(logs):
+        for other in logs[:i]:
+            if found := validation_difference(other, log):
+                raise ValueError(f"{found}: losses on other validation data do not compare")
+            if (found := difference(other, log)) and not compare:
+                raise ValueError(f"{found}: give logs of one configuration, or --compare")
+        if i and (found := difference(logs[0], log)):
+            print(found)
+
+def labels(logs: list[Log]) -> list[str]:
+    """Of each run: its name, or of a run_id by chance the first digits, and the first hyperparameters in which not all runs are alike."""
+    common = [name for name in configuration(logs[0]) if name not in MAY_DIFFER and all(name in configuration(log) for log in logs)]
+    unlike = [name for name in common if not all(same(name, logs[0], log) for log in logs)][:3]
+    name = lambda log: re.sub(r"^([0-9a-f]{8})(-[0-9a-f]+){4}$", r"\1", Path(log.path).stem)
+    return [", ".join([name(log), *(f"{x}={configuration(log)[x]}" for x in unlike)]) for log in logs]
+
 def draw(logs: list[Log], path: str):
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
     runs = [hyperparameters(log) for log in logs]
-    for i, log in enumerate(logs):
+    for i, (log, name) in enumerate(zip(logs, labels(logs))):
         seconds = {step: ms / 1000 for step, ms in log.time.items()}
-        for ax, x in zip(axes, ({step: step for step in seconds}, seconds)):
-            name = re.sub(r"^([0-9a-f]{8})(-[0-9a-f]+){4}$", r"\1", Path(log.path).stem)  # a run_id by chance: its first digits do
-            last = [f"{name}: {loss:.4f}" for loss in log.val_loss.values()][-1:] or [name]
-            ax.plot([x[s] for s in log.val_loss], list(log.val_loss.values()), "o-", ms=4, color=f"C{i}", label=last[0])
-            ax.plot([x[s] for s in log.train_loss], list(log.train_loss.values()), lw=1, alpha=0.6, color=f"C{i}",
-                    marker="." if len(log.train_loss) < 20 else "", label="training, all its targets" if not i and log.train_loss else None)
-    if any(args is not None and port.is_record(args) for args in runs):
+        losses = [{s: x for s, x in series.items() if math.isfinite(x)} for series in (log.val_loss, log.train_loss)]
+        last = [f": {loss:.4f}" for loss in log.val_loss.values()][-1:] or [""]
+        for ax, x in zip(axes, ({s: s for s in [*log.val_loss, *log.train_loss]}, seconds)):
+            val_loss, train_loss = ({s: y for s, y in series.items() if s in x} for series in losses)
+            ax.plot([x[s] for s in val_loss], list(val_loss.values()), "o-", ms=4, color=f"C{i}", label=name + last[0])
+            ax.plot([x[s] for s in train_loss], list(train_loss.values()), lw=1, alpha=0.6, color=f"C{i}",
+                    marker="." if len(train_loss) < 20 else "", label="training, all its targets" if not i and train_loss else None)
+    if any(args is not None and port.is_record(args) and not log.init_from for log, args in zip(logs, runs)):
         axes[0].plot(list(port.RECORD_VAL_LOSS), list(port.RECORD_VAL_LOSS.values()), "k+", ms=9, zorder=3,
                      label=f"CUDA record: {list(port.RECORD_VAL_LOSS.values())[-1]:.4f}")
     if runs[0] is not None and all(args is not None and stages(args) == stages(runs[0]) for args in runs):
@@ -82,14 +105,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logs", nargs="+", metavar="LOG")
     parser.add_argument("-o", "--output", required=True, metavar="FILE.png", help="or .svg or .pdf")
+    parser.add_argument("--compare", action="store_true", help="the runs may be of different configurations")
     args = parser.parse_args(argv)
     try:
         if not Path(args.output).absolute().parent.is_dir():
             raise ValueError(f"there is no folder {Path(args.output).parent} for {args.output}")
-        draw([read_log(path) for path in args.logs], args.output)
+        logs = read_logs(args.logs)
+        check(logs, args.compare)
+        draw(logs, args.output)
     except (ValueError, OSError) as e:
         sys.exit(f"plot_log.py: {e}")
     print(f"written: {args.output}")
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

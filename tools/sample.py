@@ -13,7 +13,6 @@ a position does not change it. There is no cache of keys and values.
 """
 import argparse
 import dataclasses
-import re
 import sys
 from pathlib import Path
 
@@ -23,17 +22,15 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+import command
 import fineweb
-from record_stats import fields
+from run_log import WATCHING, Log, first_difference, only, read_runs, why_not
 
 import train_gpt_xla as port
 from spmd import ROWS, enter, leave, shard, to_device
 
 PROMPTS = ["The capital of France is", "Once upon a time, there was", "The opposite of hot is", "Water boils at",
            "The first thing to do when baking bread is", "In 1969, astronauts", "def main():\n    ", "import os\nimport "]
-
-# hyperparameters that a trained model does not need
-NOT_THE_MODELS = {"train_files", "val_files", "run_id", "train_loss_every", "save_checkpoint", "save_every", "keep_checkpoints"}
 
 def load_checkpoint(path: str) -> dict:
     """step and model (upstream's names, on the CPU) of a checkpoint; ValueError where it is of another kind."""
@@ -55,14 +52,40 @@ def get_sizes(state: dict[str, Tensor]) -> dict[str, int]:
     num_heads, model_dim = state["attn_gate_bank"].shape[1], state["lm_head.weight"].shape[1]
     return dict(num_layers=len(state["x0_lambdas"]), num_heads=num_heads, head_dim=model_dim // num_heads, model_dim=model_dim)
 
+def find_log(path: str, checkpoint: dict, given: Path | None = None, figures: bool = True) -> Log | None:
+    """
+    The log of the run that had these weights, for its figures or for its hyperparameters alone: the given one, else logs/RUN_ID.txt
+    beside the checkpoint's folder. None where there is none or where it is another run's; says on stderr why. ValueError, OSError for
+    a given one that is no log of one run.
+    """
+    file = given or Path(f"{Path(path).resolve().parent}.txt")
+    if not given and not file.is_file():
+        return None
+    sizes = get_sizes(checkpoint["model"]) | dict(vocab_size=len(checkpoint["model"]["lm_head.weight"]))
+    try:
+        runs = read_runs(str(file), started=figures)
+        reasons = [why_not(run, checkpoint, sizes) for run in runs]
+        fitting = [run for run, reason in zip(runs, reasons) if reason is None]
+        if not fitting:
+            why = f"{file} is not the log of {path}: {reasons[-1]}"
+        elif not given and not fitting[-1].hyperparameters and not (fitting[-1].codes and checkpoint.get("code")):
+            why = f"{file} has neither hyperparameters nor a source that would show it to be the log of {path}"
+        else:
+            alike = not any(first_difference(fitting[-1], run, WATCHING | {"seed"}) for run in fitting)
+            return fitting[-1] if alike and not figures else only(fitting)
+    except ValueError as e:
+        if given:
+            raise
+        why = str(e)
+    print(f"left out: {why}", file=sys.stderr)
+    return None
+
 def recorded_options(path: str, checkpoint: dict) -> list[str]:
     """The run's hyperparameters as options, from the checkpoint or from the log beside it; none where neither has them."""
     args = checkpoint.get("hyperparameters", {})
-    log = Path(f"{Path(path).resolve().parent}.txt")
-    if not args and log.is_file():
-        for line in re.findall(r"^Hyperparameters\(.*\)$", log.read_text(errors="replace"), re.M):
-            args = fields(line)
-    return [f"--{name}={value}" for name, value in args.items() if name not in NOT_THE_MODELS]
+    if not args and (log := find_log(path, checkpoint, figures=False)):
+        args = log.hyperparameters
+    return [f"--{name}={value}" for name, value in args.items() if name not in WATCHING]
 
 def get_args(path: str, checkpoint: dict, options: list[str]) -> "port.Hyperparameters":
     """The run's hyperparameters: as it wrote them down, else a preset's; options, training's, go before. Sizes are the checkpoint's."""
@@ -203,4 +226,4 @@ def main(argv: list[str] | None = None):
         print(f"> {prompt}\n{decode(text)}\n")
 
 if __name__ == "__main__":
-    main()
+    command.run(main)
