@@ -21,18 +21,20 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # for an import as data.cached_fineweb10B
-from fineweb import HEADER_BYTES, check_shard
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 from text import piped
+
+from shards import FINEWEBS_TOKENS, HEADER_BYTES, read_tokens
 
 REPO = "kjj0/fineweb10B-gpt2"
 NUM_CHUNKS = 103
-SHARD_BYTES = 1024 + 2 * 10**8
+SHARD_BYTES = HEADER_BYTES + 2 * FINEWEBS_TOKENS
 NOTE = "hub.json"
 
 def data_folder():
     root = os.environ.get("DATA_PATH")
-    return Path(root) / "data/fineweb10B" if root else Path(__file__).resolve().parent / "fineweb10B"
+    return Path(root) / "data/fineweb10B" if root else HERE / "fineweb10B"
 
 # -----------------------------------------------------------------------------
 # What is known of a shard
@@ -73,13 +75,16 @@ def from_hub(folder, paths):
     note = read_note(folder)
     return all(is_noted(path, note) for path in paths)
 
-def check_content(path):
-    """ValueError where path is no whole shard: a header that does not fit, or a stretch of zeros that was never written."""
-    tokens = np.memmap(path, "<u2", "r", offset=HEADER_BYTES, shape=(check_shard(path),))
+def problem(path):
+    """Why path is no whole shard, "" where it is one: a header that does not fit, or a stretch that was never written."""
+    try:
+        tokens = read_tokens(path)
+    except ValueError as error:
+        return str(error).rpartition("; ")[0]  # the advice is to fetch it again
     full = len(tokens) // 512 * 512
-    empty = np.append(~tokens[:full].reshape(-1, 512).any(1), not tokens[full:].any() and full < len(tokens))
-    if (hole := empty[:-1] & empty[1:]).any():  # of 1024 tokens; no text repeats its "!" as often
-        raise ValueError(f"{path}: zeros from byte {HEADER_BYTES + 1024 * int(hole.argmax()):,} on, where nothing was ever written")
+    empty = np.append(~tokens[:full].reshape(-1, 512).any(1), full < len(tokens) and not tokens[full:].any())
+    hole = empty[:-1] & empty[1:]  # 1024 zeros, or 512 and the end: no text repeats its "!" as often
+    return f"{path}: zeros from byte {HEADER_BYTES + 1024 * int(hole.argmax()):,} on, where nothing was ever written" if hole.any() else ""
 
 def ask_hub(name, retry=False):
     """What the Hub says of a file (size, etag); None where it has no such file. Raises whatever huggingface_hub does."""
@@ -111,13 +116,9 @@ def get(folder, name, note):
     from huggingface_hub import hf_hub_download
 
     staged = Path(hf_hub_download(repo_id=REPO, filename=name, repo_type="dataset", local_dir=folder / ".incoming"))
-    try:
-        check_content(staged)
-        if how := compare(staged, ask_hub(name, retry=True), note):
-            raise ValueError(f"{staged}: {how}")
-    except ValueError as error:
+    if wrong := problem(staged) or compare(staged, ask_hub(name, retry=True), note):
         staged.unlink()
-        sys.exit(f"cached_fineweb10B.py: {error}; that is what the Hub sent: check HF_ENDPOINT "
+        sys.exit(f"cached_fineweb10B.py: {name}: {wrong}; that is what was sent: check HF_ENDPOINT "
                  f"({os.environ.get('HF_ENDPOINT', 'unset')}) and any proxy, then run it again")
     with open(staged, "rb") as f:
         os.fsync(f.fileno())
@@ -169,12 +170,12 @@ def main(argv=None):
         there = sorted(p for kind in ("val", "train") for p in folder.glob(f"fineweb_{kind}_*.bin") if p.exists())
         note, broken, unknown, foreign = read_note(folder), {}, [], []
         for path in there:  # beyond names, too: training reads them all
-            if not is_noted(path, note):
-                try:
-                    check_content(path)
-                    unknown.append(path)
-                except ValueError as error:
-                    broken[path.name] = error
+            if is_noted(path, note):
+                continue
+            if wrong := problem(path):
+                broken[path.name] = wrong
+            else:
+                unknown.append(path)
         wanted = [name for name in names if not (folder / name).exists()] + sorted(broken)
         try:
             hubs = [ask_hub(path.name) for path in unknown]
@@ -188,12 +189,12 @@ def main(argv=None):
         if foreign:
             if num_chunks == 0 and len(foreign) == len(there) > 1 and not wanted:
                 return print(f"{folder}: {len(there)} shards of your own, not {REPO}'s ({foreign[0]}); nothing is fetched")
-            foreign += map(str, broken.values())
+            foreign += broken.values()
             sys.exit(f"cached_fineweb10B.py: {folder}: {len(foreign)} of {len(there)} shards are not {REPO}'s ({'; '.join(foreign[:3])}): "
-                     "FineWeb's never go beside shards of your own (set DATA_PATH to another folder; to train on a whole set of your own, "
-                     "give 0 in place of N); if these are damaged ones, delete them and run it again")
-        for error in broken.values():
-            print(f"{error}; fetching it again", flush=True)
+                     "FineWeb's do not go beside shards of your own (set DATA_PATH to another folder; to train on a whole set of your own "
+                     "give 0 in place of N, run_tpu.sh TRAIN_CHUNKS=0); if these are damaged ones, delete them and run it again")
+        for wrong in broken.values():
+            print(f"{wrong}; fetching it again", flush=True)
         free, incoming = shutil.disk_usage(folder).free, sum(p.stat().st_size for p in folder.glob(".incoming/**/*.incomplete"))
         if free + incoming < len(wanted) * SHARD_BYTES:
             sys.exit(f"cached_fineweb10B.py: {len(wanted)} shards take {len(wanted) * SHARD_BYTES / 1e9:.1f} GB, {folder} has "

@@ -9,8 +9,7 @@ not, nor .json: name those that hold an object a line.
 DIR gets fineweb_val_000000.bin (the first --val_tokens), then fineweb_train_000001.bin and so on, all of them or none. To train on
 them: --out PLACE/data/fineweb10B, and DATA_PATH=PLACE; with run_tpu.sh also TRAIN_CHUNKS=0.
 
-A shard is llm.c's .bin (https://github.com/karpathy/llm.c): 256 int32 (magic 20240520, version 1, token count, zeros),
-then the tokens as uint16. Each document opens with BOS_ID. Differences from the record's fineweb.py:
+A shard is llm.c's .bin (shards.py), in which each document opens with BOS_ID. Differences from the record's fineweb.py:
 - a shard ends with the document that fills it, so every shard opens with BOS_ID and none cuts a document;
 - the validation shard has a size of its own, so that a corpus of less than 100M tokens leaves something to train on.
 Output depends on the input and its order (folders are sorted) only, not on --workers.
@@ -30,54 +29,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # for an import as data.fineweb
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 from text import COMPRESSED, JSON_TYPES, parse_row, piped, read_lines
 
-MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
+from shards import write_shard
+
 BOS_ID = 50256  # <|endoftext|>, GPT-2's last token
 SEPARATOR = "<|endoftext|>"
 BATCH_CHARS = 1 << 20  # text handed to a worker at a time
-
-# -----------------------------------------------------------------------------
-# Shards
-
-def write_shard(path, tokens):
-    """Writes tokens [n] to path, whole or not at all. ValueError where they are no GPT-2 tokens."""
-    path, tokens = Path(path), np.asarray(tokens)
-    if not 0 < len(tokens) < 2**31:
-        raise ValueError(f"{path}: {len(tokens):,} tokens; a shard holds 1 to 2**31 - 1, choose another shard size")
-    if tokens.min() < 0 or tokens.max() > BOS_ID:
-        raise ValueError(f"{path}: token {tokens.max() if tokens.max() > BOS_ID else tokens.min()}; GPT-2's are 0 to {BOS_ID}")
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # hidden: no glob for *.bin finds it
-    try:
-        with open(temporary, "wb") as f:
-            f.write(header.tobytes())
-            f.write(np.ascontiguousarray(tokens, dtype="<u2"))
-            f.flush()
-            os.fsync(f.fileno())  # else a crash could leave the new name with no content
-        os.replace(temporary, path)
-    except OSError as error:
-        need = f"{error.strerror} for {HEADER_BYTES + 2 * len(tokens):,} bytes, make room or choose another folder"
-        raise OSError(error.errno, need, str(path)) from error  # a failed write does not name its file
-    finally:
-        temporary.unlink(missing_ok=True)
-
-def check_shard(path):
-    """Token count of the shard at path. ValueError says what is wrong with it."""
-    with open(path, "rb") as f:
-        head, size = f.read(HEADER_BYTES), os.fstat(f.fileno()).st_size
-    if len(head) < HEADER_BYTES:
-        raise ValueError(f"{path}: {size} bytes, less than a shard's header of {HEADER_BYTES}")
-    magic, version, count = (int(x) for x in np.frombuffer(head, dtype="<i4")[:3])
-    if magic != MAGIC:
-        raise ValueError(f"{path}: magic number {magic}, a shard's is {MAGIC}")
-    if version != VERSION:
-        raise ValueError(f"{path}: version {version}, not {VERSION}")
-    if count < 1 or size != HEADER_BYTES + 2 * count:
-        raise ValueError(f"{path}: {size:,} bytes, but {count:,} tokens take {HEADER_BYTES + 2 * count:,}")
-    return count
 
 # -----------------------------------------------------------------------------
 # Tokens
@@ -242,12 +202,13 @@ def _batches(files, key):
     for path in files:
         for text, place in READERS[_ending(path)](path, key):
             texts.append(text.lstrip("\ufeff"))  # the mark of a file that was put in here
-            size += len(text)
+            size += len(text) + 64  # a short document costs something, too
             if size >= BATCH_CHARS:
                 yield texts, before + place
                 texts, size = [], 0
         before += path.stat().st_size
-    yield texts, before
+    if texts:
+        yield texts, before
 
 # -----------------------------------------------------------------------------
 # Parallel tokenising
@@ -280,8 +241,8 @@ def write_shards(files, out, key="text", shard_size=10**8, val_tokens=10_500_000
     out.mkdir(parents=True, exist_ok=True)
     if old := sorted(out.glob("fineweb_*.bin")):
         from cached_fineweb10B import from_hub  # not at the top: it imports this module
-        whose = "FineWeb's from the Hub" if from_hub(out, old) else "delete them or"
-        raise ValueError(f"{out}: already holds {len(old)} shards ({old[0].name} first), {whose}: choose another --out")
+        whose, way_out = ("of FineWeb, from the Hub ", "") if from_hub(out, old) else ("", "delete them or ")
+        raise ValueError(f"{out}: already holds {len(old)} shards {whose}({old[0].name} first); {way_out}choose another --out")
     shard, held, index, documents, total = [], 0, 0, 0, 0
     unfinished = out / ".unfinished"  # nothing finds them there: a part of a corpus must not pass for the whole
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -304,7 +265,7 @@ def write_shards(files, out, key="text", shard_size=10**8, val_tokens=10_500_000
                 documents, total = documents + len(arrays), total + sum(map(len, arrays))
                 bar.set_postfix_str(f"{total:,} tokens, shard {index}")
             if not documents:
-                raise ValueError(f"{files[0]}{', ...' * (len(files) > 1)}: no text, all {len(files)} files are empty or hold empty rows")
+                raise ValueError(f"{files[0]}{' and the others' * (len(files) > 1)}: no text, nothing but empty rows")
             if index == 0:
                 raise ValueError(f"{total:,} tokens in {documents:,} documents leave nothing to train on after --val_tokens {val_tokens}; "
                                  f"try --val_tokens {total // 20 + 1}" + (" and more documents" if documents < 2 else ""))
@@ -336,7 +297,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         files, left_out = find_files(args.inputs)
-        print(f"{len(files):,} files to read{left_out}", flush=True)
+        print(f"files to read: {len(files):,}{left_out}", flush=True)
         write_shards(files, args.out, args.text_key, args.shard_size, args.val_tokens, args.workers, args.bytes)
     except BrokenProcessPool:
         sys.exit(f"fineweb.py: one of {args.workers} workers was killed, most often for memory; try fewer --workers or smaller documents")

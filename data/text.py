@@ -20,8 +20,8 @@ JSON_TYPES = {str: "a string", bool: "a boolean", int: "a number", float: "a num
 def read_lines(raw, path):
     """Lines [str] with their ends, without marks, of a file that `raw` has open for bytes; ValueError names `path` and the place."""
     f, errors = _decompressed(raw, path)
-    encoding = next((name for mark, name in WIDE.items() if f.peek(4).startswith(mark)), None)
     try:
+        encoding = next((name for mark, name in WIDE.items() if f.peek(4).startswith(mark)), None)
         yield from _wide_lines(f, path, encoding) if encoding else _utf8_lines(f, path)
     except (EOFError, *errors) as e:
         if isinstance(e, OSError) and e.errno:  # the disk's, not the format's
