@@ -76,8 +76,6 @@ def _wide_lines(f, path, encoding):
             yield line.lstrip("\ufeff")
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}: not {encoding} after line {number}, although its mark says so ({e.reason}): damaged or cut off") from e
-    finally:
-        text.detach()  # else it would close f
 
 def parse_row(line, where, *keys):
     """The object that a line of JSON is. ValueError names `where` and what is wrong; one of keys that is there twice is wrong, too."""
