@@ -75,23 +75,24 @@ def encoder(single_bytes=False, timeout=60):
     return lambda text: np.array([BOS_ID, *gpt2.encode_ordinary(text)], dtype=np.uint16)
 
 # -----------------------------------------------------------------------------
-# Documents: each reader yields (text, place in the file, in bytes)
+# Documents: each reader yields (text, a function that tells how many bytes of the file are read)
 
-def _read_lines(path):
-    with open(path, "rb") as raw:
-        tell = raw.tell if raw.seekable() else lambda: 0
-        for line in read_lines(raw, path):
-            yield line, tell()
+def _open(path):
+    raw = open(path, "rb")
+    return raw, raw.tell if raw.seekable() else lambda: 0
 
 def _read_txt(path, _):
-    parts, place = [], 0
-    for line, place in _read_lines(path):
-        *ended, rest = line.split(SEPARATOR)
-        for part in ended:
-            yield "".join([*parts, part]).strip("\r\n"), place
-            parts = []
-        parts.append(rest)
-    yield "".join(parts).strip("\r\n"), place
+    raw, place = _open(path)
+    with raw:
+        parts = []
+        for line in read_lines(raw, path):
+            if SEPARATOR in line:
+                first, *others, line = line.split(SEPARATOR)
+                for text in ("".join([*parts, first]), *others):
+                    yield text.strip("\r\n"), place
+                parts = []
+            parts.append(line)
+        yield "".join(parts).strip("\r\n"), place
 
 def _text(value, where, key):
     if value is not None and type(value) is not str:
@@ -100,16 +101,18 @@ def _text(value, where, key):
 
 def _check_key(key, names, where):
     if key not in names:
-        there = ", ".join(names[:8]) + ", ..." * (len(names) > 8) or "nothing"
+        there = ", ".join([*names][:8]) + ", ..." * (len(names) > 8) or "nothing"
         raise ValueError(f"{where}: no '{key}' (there is: {there}); name the text with --text_key")
 
 def _read_jsonl(path, key):
-    for number, (line, place) in enumerate(_read_lines(path), 1):
-        if line.strip():
-            where = f"{path}:{number}"
-            row = parse_row(line, where, key)
-            _check_key(key, list(row), where)
-            yield _text(row[key], where, key), place
+    raw, place = _open(path)
+    with raw:
+        for number, line in enumerate(read_lines(raw, path), 1):
+            if line.strip():
+                where = f"{path}:{number}"
+                row = parse_row(line, where, key)
+                _check_key(key, row, where)
+                yield _text(row[key], where, key), place
 
 def _read_parquet(path, key):
     import pyarrow as pa
@@ -126,10 +129,11 @@ def _read_parquet(path, key):
             if not any(fits(values) for fits in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)):
                 raise ValueError(f"{path}: row 1: '{key}' holds {kind}, not text; cast it to string, or name the text with --text_key")
             share = path.stat().st_size / max(1, f.metadata.num_rows)
+            place = lambda: round(row * share)
             for batch in f.iter_batches(columns=[key]):
                 for value in batch.column(0):
                     row += 1
-                    yield value.as_py() or "", round(row * share)
+                    yield value.as_py() or "", place
     except UnicodeDecodeError as error:
         bad = error.object[error.start]
         raise ValueError(f"{path}: row {row}: byte {bad:#04x} in '{key}' is not UTF-8; write the file again from decoded text") from error
@@ -204,7 +208,7 @@ def _batches(files, key):
             texts.append(text.lstrip("\ufeff"))  # the mark of a file that was put in here
             size += len(text) + 64  # a short document costs something, too
             if size >= BATCH_CHARS:
-                yield texts, before + place
+                yield texts, before + place()
                 texts, size = [], 0
         before += path.stat().st_size
     if texts:
