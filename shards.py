@@ -69,9 +69,9 @@ def write_shard(path: Path, tokens: np.ndarray, vocab_size: int = 50257):
     finally:
         temporary.unlink(missing_ok=True)
 
-def is_fineweb(path: Path, num_tokens: int = FINEWEBS_TOKENS) -> bool:
-    """Whether a shard of this name and length is one that the Hub sent."""
-    return num_tokens == FINEWEBS_TOKENS and bool(re.fullmatch(r"fineweb_(train|val)_\d{6}\.bin", Path(path).name))
+def is_fineweb(path: Path) -> bool:
+    """By its name. Shards of one's own text may have it too (data/fineweb.py), but hardly ever FINEWEBS_TOKENS."""
+    return bool(re.fullmatch(r"fineweb_(train|val)_\d{6}\.bin", Path(path).name))
 
 def way_out(path: Path) -> str:
     """How to get a shard of this name again."""
@@ -79,3 +79,10 @@ def way_out(path: Path) -> str:
         return "make it again with data/demo.py"
     own = "write it again with data/fineweb.py"
     return f"fetch it again ('bash run_tpu.sh data'), or if it is your own text {own}" if is_fineweb(path) else own
+
+def more(files: list[Path]) -> str:
+    """How to get more shards like these."""
+    if all(is_fineweb(file) and shard_tokens(file) == FINEWEBS_TOKENS for file in files):
+        return "fetch more ('bash run_tpu.sh data N')"
+    demo = all(Path(file).name.startswith("demo_") for file in files)
+    return f"make more ({'data/demo.py --tokens N --val_tokens N' if demo else 'data/fineweb.py, from more text'})"
