@@ -22,10 +22,9 @@ import numpy as np
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
-from text import piped
-
+sys.path.insert(0, str(HERE.parent))
 from shards import FINEWEBS_TOKENS, HEADER_BYTES, read_tokens
+from tools import command
 
 REPO = "kjj0/fineweb10B-gpt2"
 NUM_CHUNKS = 103
@@ -212,4 +211,4 @@ def main(argv=None):
     print(f"{folder}: {len(names)} shards complete, {len(wanted)} fetched now; they are {REPO}'s by {how}")
 
 if __name__ == "__main__":
-    piped(main)
+    command.run(main)

@@ -19,9 +19,9 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 from fineweb import BOS_ID, encoder
-from text import piped
 
 from shards import read_tokens, shard_tokens, write_shard
+from tools import command
 
 SHARDS = "demo_train_000001.bin", "demo_train_000002.bin", "demo_val_000000.bin"
 SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages"}  # some distributions leave the tests out, anyone adds packages
@@ -110,4 +110,4 @@ def main(argv=None):
         sys.exit(f"demo.py: {error}")
 
 if __name__ == "__main__":
-    piped(main)
+    command.run(main)

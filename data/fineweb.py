@@ -31,9 +31,10 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-from text import COMPRESSED, JSON_TYPES, parse_row, piped, read_lines
+from text import COMPRESSED, JSON_TYPES, parse_row, read_lines
 
 from shards import write_shard
+from tools import command
 
 BOS_ID = 50256  # <|endoftext|>, GPT-2's last token
 SEPARATOR = "<|endoftext|>"
@@ -311,4 +312,4 @@ def main(argv=None):
         sys.exit(f"fineweb.py: stopped; nothing was written to {args.out}")
 
 if __name__ == "__main__":
-    piped(main)
+    command.run(main)

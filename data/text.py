@@ -8,8 +8,6 @@ import gzip
 import io
 import json
 import lzma
-import os
-import sys
 import zlib
 
 COMPRESSED = ".gz", ".zst", ".bz2", ".xz"
@@ -94,13 +92,3 @@ def parse_row(line, where, *keys):
             if sum(name == key for name, _ in pairs) > 1:
                 raise ValueError(f"{where}: '{key}' is there twice; mend or delete the line")
     return row
-
-def piped(main):
-    """main(), whose reader may leave early, as head does: no traceback then."""
-    try:
-        try:
-            main()
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import command
 from sample import ROOT, ROWS, check_tokens, load_model, port, tokenizer
-from text import parse_row, piped, read_lines
+from text import parse_row, read_lines
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 
@@ -149,4 +150,4 @@ def main(argv: list[str] | None = None):
     print(f"HellaSwag: {n} questions, acc {acc:.4f} (+-{error(acc):.4f}), acc_norm {acc_norm:.4f} (+-{error(acc_norm):.4f}), chance 0.25")
 
 if __name__ == "__main__":
-    piped(main)
+    command.run(main)

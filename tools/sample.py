@@ -24,9 +24,9 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+import command
 import fineweb
 from record_stats import fields
-from text import piped
 
 import train_gpt_xla as port
 from spmd import ROWS, enter, leave, shard, to_device
@@ -248,4 +248,4 @@ def main(argv: list[str] | None = None):
         print(f"> {prompt}\n{decode(text)}\n")
 
 if __name__ == "__main__":
-    piped(main)
+    command.run(main)
