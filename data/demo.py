@@ -17,8 +17,11 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))  # for an import as data.demo
-from fineweb import BOS_ID, check_shard, encoder, write_shard
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+from fineweb import BOS_ID, encoder
+
+from shards import read_tokens, shard_tokens, write_shard
+from tools import command
 
 SHARDS = "demo_train_000001.bin", "demo_train_000002.bin", "demo_val_000000.bin"
 SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages"}  # some distributions leave the tests out, anyone adds packages
@@ -61,11 +64,11 @@ def take(arrays, n):
 def complete(out, sizes, single_bytes):
     """True where out holds shards of these sizes (and of single bytes, if those are asked for)."""
     try:
-        if [check_shard(out / name) for name in SHARDS] != sizes:
+        if [shard_tokens(out / name) for name in SHARDS] != sizes:
             return False
     except (OSError, ValueError):
         return False
-    tokens = np.fromfile(out / SHARDS[-1], dtype="<u2", offset=1024)
+    tokens = read_tokens(out / SHARDS[-1])
     return not single_bytes or bool(((tokens < 256) | (tokens == BOS_ID)).all())
 
 def make(out_dir=HERE / "demo", tokens=4_000_000, val_tokens=300_000, single_bytes=False):
@@ -107,4 +110,4 @@ def main(argv=None):
         sys.exit(f"demo.py: {error}")
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

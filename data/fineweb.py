@@ -3,24 +3,25 @@ Your own text -> token shards that the record's loader reads.
 
     python data/fineweb.py INPUT... --out DIR [--shard_size N] [--val_tokens N] [--text_key text] [--workers N] [--bytes]
 
-INPUT: .txt (documents end at <|endoftext|>, else a file is one document), .jsonl, .parquet (a document a row), or folders of these.
-DIR gets fineweb_val_000000.bin (the first --val_tokens), then fineweb_train_000001.bin and so on. To train on them:
---out PLACE/data/fineweb10B, and DATA_PATH=PLACE.
+INPUT: .txt (documents end at <|endoftext|>, else a file is one document), .jsonl or .ndjson (a document a line), .parquet (a
+document a row), or folders of these; text may be compressed (.gz, .zst, .bz2, .xz). Each file counts once, hidden ones in folders do
+not, nor .json: name those that hold an object a line.
+DIR gets fineweb_val_000000.bin (the first --val_tokens), then fineweb_train_000001.bin and so on, all of them or none. To train on
+them: --out PLACE/data/fineweb10B, and DATA_PATH=PLACE; with run_tpu.sh also TRAIN_CHUNKS=0.
 
-A shard is llm.c's .bin (https://github.com/karpathy/llm.c): 256 int32 (magic 20240520, version 1, token count, zeros),
-then the tokens as uint16. Each document opens with BOS_ID. Differences from the record's fineweb.py:
+A shard is llm.c's .bin (shards.py), in which each document opens with BOS_ID. Differences from the record's fineweb.py:
 - a shard ends with the document that fills it, so every shard opens with BOS_ID and none cuts a document;
 - the validation shard has a size of its own, so that a corpus of less than 100M tokens leaves something to train on.
 Output depends on the input and its order (folders are sorted) only, not on --workers.
 """
 import argparse
-import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -28,51 +29,16 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+from text import COMPRESSED, JSON_TYPES, parse_row, read_lines
+
+from shards import write_shard
+from tools import command
+
 BOS_ID = 50256  # <|endoftext|>, GPT-2's last token
-SEPARATOR = b"<|endoftext|>"
-BATCH_BYTES = 1 << 20  # text handed to a worker at a time
-
-# -----------------------------------------------------------------------------
-# Shards
-
-def write_shard(path, tokens):
-    """Writes tokens [n] to path, whole or not at all. ValueError where they are no GPT-2 tokens."""
-    path, tokens = Path(path), np.asarray(tokens)
-    if not 0 < len(tokens) < 2**31:
-        raise ValueError(f"{path}: {len(tokens):,} tokens; a shard holds 1 to 2**31 - 1, choose another shard size")
-    if tokens.min() < 0 or tokens.max() > BOS_ID:
-        raise ValueError(f"{path}: token {tokens.max() if tokens.max() > BOS_ID else tokens.min()}; GPT-2's are 0 to {BOS_ID}")
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # hidden: no glob for *.bin finds it
-    try:
-        with open(temporary, "wb") as f:
-            f.write(header.tobytes())
-            f.write(np.ascontiguousarray(tokens, dtype="<u2"))
-            f.flush()
-            os.fsync(f.fileno())  # else a crash could leave the new name with no content
-        os.replace(temporary, path)
-    except OSError as error:
-        need = f"{error.strerror} for {HEADER_BYTES + 2 * len(tokens):,} bytes, make room or choose another folder"
-        raise OSError(error.errno, need, str(path)) from error  # a failed write does not name its file
-    finally:
-        temporary.unlink(missing_ok=True)
-
-def check_shard(path):
-    """Token count of the shard at path. ValueError says what is wrong with it."""
-    with open(path, "rb") as f:
-        head, size = f.read(HEADER_BYTES), os.fstat(f.fileno()).st_size
-    if len(head) < HEADER_BYTES:
-        raise ValueError(f"{path}: {size} bytes, less than a shard's header of {HEADER_BYTES}")
-    magic, version, count = (int(x) for x in np.frombuffer(head, dtype="<i4")[:3])
-    if magic != MAGIC:
-        raise ValueError(f"{path}: magic number {magic}, a shard's is {MAGIC}")
-    if version != VERSION:
-        raise ValueError(f"{path}: version {version}, not {VERSION}")
-    if count < 1 or size != HEADER_BYTES + 2 * count:
-        raise ValueError(f"{path}: {size:,} bytes, but {count:,} tokens take {HEADER_BYTES + 2 * count:,}")
-    return count
+SEPARATOR = "<|endoftext|>"
+BATCH_CHARS = 1 << 20  # text handed to a worker at a time
 
 # -----------------------------------------------------------------------------
 # Tokens
@@ -110,83 +76,144 @@ def encoder(single_bytes=False, timeout=60):
     return lambda text: np.array([BOS_ID, *gpt2.encode_ordinary(text)], dtype=np.uint16)
 
 # -----------------------------------------------------------------------------
-# Documents: each reader yields (text, bytes of the file it took)
+# Documents: each reader yields (text, a function that tells how many bytes of the file are read)
+
+def _open(path):
+    raw = open(path, "rb")
+    return raw, raw.tell if raw.seekable() else lambda: 0
 
 def _read_txt(path, _):
-    parts, size = [], 0
-    with open(path, "rb") as f:
-        for line in f:
-            *ended, rest = line.split(SEPARATOR)
-            size += len(line)
-            for part in ended:
-                yield _decode(b"".join([*parts, part]), path), size
-                parts, size = [], 0
-            parts.append(rest)
-    yield _decode(b"".join(parts), path), size
+    raw, place = _open(path)
+    with raw:
+        parts = []
+        for line in read_lines(raw, path):
+            if SEPARATOR in line:
+                first, *others, line = line.split(SEPARATOR)
+                for text in ("".join([*parts, first]), *others):
+                    yield text.strip("\r\n"), place
+                parts = []
+            parts.append(line)
+        yield "".join(parts).strip("\r\n"), place
 
-def _decode(raw, path):
-    try:
-        return raw.decode().strip("\r\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {raw[error.start]:#04x} is not UTF-8; convert it (iconv -f latin1 -t utf8)") from error
-
-def _text(value, where, key, names):
+def _text(value, where, key):
     if value is not None and type(value) is not str:
-        raise ValueError(f"{where}: no text under '{key}' (there is: {', '.join(names) or 'nothing'}); name the text with --text_key")
+        raise ValueError(f"{where}: '{key}' holds {JSON_TYPES[type(value)]}, not text; mend the row, or name the text with --text_key")
     return value or ""
 
+def _check_key(key, names, where):
+    if key not in names:
+        there = ", ".join([*names][:8]) + ", ..." * (len(names) > 8) or "nothing"
+        raise ValueError(f"{where}: no '{key}' (there is: {there}); name the text with --text_key")
+
 def _read_jsonl(path, key):
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error}); mend or delete the line") from error
-            names = list(row) if isinstance(row, dict) else []
-            yield _text(row[key] if key in names else 0, f"{path}:{number}", key, names), len(line)
+    raw, place = _open(path)
+    with raw:
+        for number, line in enumerate(read_lines(raw, path), 1):
+            if line.strip():
+                where = f"{path}:{number}"
+                row = parse_row(line, where, key)
+                _check_key(key, row, where)
+                yield _text(row[key], where, key), place
 
 def _read_parquet(path, key):
-    import pyarrow
+    import pyarrow as pa
     import pyarrow.parquet as pq
+    row = 0
     try:
-        with pq.ParquetFile(path) as f:
+        with pq.ParquetFile(path, page_checksum_verification=True) as f:
             names = f.schema_arrow.names
-            if key not in names:
-                _text(0, path, key, names)
+            _check_key(key, names, path)
+            if names.count(key) > 1:
+                raise ValueError(f"{path}: {names.count(key)} columns are called '{key}'; rename all but one")
+            kind = f.schema_arrow.field(key).type
+            values = kind.value_type if pa.types.is_dictionary(kind) else kind
+            if not any(fits(values) for fits in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)):
+                raise ValueError(f"{path}: row 1: '{key}' holds {kind}, not text; cast it to string, or name the text with --text_key")
             share = path.stat().st_size / max(1, f.metadata.num_rows)
+            place = lambda: round(row * share)
             for batch in f.iter_batches(columns=[key]):
                 for value in batch.column(0):
-                    yield _text(value.as_py(), path, key, names), share
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: not parquet ({' '.join(str(error).split())[:120]}); download or convert it again") from error
+                    row += 1
+                    yield value.as_py() or "", place
+    except UnicodeDecodeError as error:
+        bad = error.object[error.start]
+        raise ValueError(f"{path}: row {row}: byte {bad:#04x} in '{key}' is not UTF-8; write the file again from decoded text") from error
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None):  # the disk's, not the format's
+            raise
+        raise ValueError(f"{path}: not parquet, or damaged ({' '.join(str(error).split())[:120]}); download or convert it again") from error
 
-READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_jsonl, ".parquet": _read_parquet}
+WANTED = f"{', '.join(READERS)} files (text also {', '.join(COMPRESSED)}) or folders of them"
+
+def _unpacked(path):
+    """The path without the ending of a compressed file."""
+    return path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+
+def _ending(path):
+    """The ending that tells how to read path, "" where nothing here can."""
+    plain = _unpacked(path)
+    ending = plain.suffix.lower()
+    return ending if ending in READERS and (plain == path or ending != ".parquet") else ""
+
+def _identity(path):
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+def _search(folder, left_out):
+    """Files below folder, linked folders too, each folder once; left_out {why: [paths]} gets the others."""
+    def fail(error):
+        raise error
+
+    entered, found = {_identity(folder)}, []
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=fail):
+        visible = []
+        for path in [Path(here, name) for name in sorted(folders)]:
+            if path.name.startswith("."):
+                left_out["hidden"].append(path)
+            elif _identity(path) not in entered:
+                entered.add(_identity(path))
+                visible.append(path.name)
+        folders[:] = visible  # os.walk enters these
+        for path in [Path(here, name) for name in names]:
+            why = ("hidden" if path.name.startswith(".") else "broken links or pipes" if not path.is_file() else
+                   "of another kind" if not _ending(path) else ".json, read where it is named" if _ending(path) == ".json" else "")
+            (left_out[why] if why else found).append(path)
+    return sorted(found)
 
 def find_files(inputs):
-    """Files to read, in order: folders are searched to the bottom and sorted."""
-    files = []
+    """Files to read, in order (folders are searched to the bottom and sorted), each once; and in words what was left out."""
+    files, seen, left_out = [], set(), defaultdict(list)
     for item in map(Path, inputs):
         if not item.exists():
             raise ValueError(f"{item}: no such file or folder")
-        found = sorted(p for p in item.rglob("*") if p.suffix in READERS and p.is_file()) if item.is_dir() else [item]
-        if not found or found[0].suffix not in READERS:
-            raise ValueError(f"{item}: nothing to read; give {', '.join(READERS)} files or folders of them")
-        files += found
-    return files
+        found = _search(item, left_out) if item.is_dir() else [item] if _ending(item) else []
+        if not found:
+            raise ValueError(f"{item}: nothing to read{_in_words(left_out)}; give {WANTED}")
+        for path in found:
+            names = {_identity(path), _unpacked(path.resolve())}  # a copy unpacked beside the compressed file is the same text
+            (left_out["there twice"] if names & seen else files).append(path)
+            seen |= names
+    return files, _in_words(left_out)
+
+def _in_words(left_out):
+    words = [f"{len(paths)} {why} ({', '.join(p.name for p in sorted(paths)[:3])}{', ...' * (len(paths) > 3)})"
+             for why, paths in sorted(left_out.items())]
+    return f", left out: {'; '.join(words)}" if words else ""
 
 def _batches(files, key):
-    """Yields (texts, bytes read), about BATCH_BYTES each."""
-    texts, size = [], 0
+    """Yields (texts, bytes of the files read so far), about BATCH_CHARS of text each."""
+    texts, size, before = [], 0, 0
     for path in files:
-        for text, took in READERS[path.suffix](path, key):
-            texts.append(text)
-            size += took
-            if size >= BATCH_BYTES:
-                yield texts, size
+        for text, place in READERS[_ending(path)](path, key):
+            texts.append(text.lstrip("\ufeff"))  # the mark of a file that was put in here
+            size += len(text) + 64  # a short document costs something, too
+            if size >= BATCH_CHARS:
+                yield texts, before + place()
                 texts, size = [], 0
-    yield texts, size
+        before += path.stat().st_size
+    if texts:
+        yield texts, before
 
 # -----------------------------------------------------------------------------
 # Parallel tokenising
@@ -200,17 +227,17 @@ def _encode_batch(texts):
     return [_encode(text) for text in texts if text]  # an empty document would be a lone BOS_ID
 
 def tokenize(files, key, workers, single_bytes):
-    """Yields (list of [n] uint16 documents, bytes read), in the order of the input."""
+    """Yields (list of [n] uint16 documents, bytes of the files read so far), in the order of the input."""
     # spawn: the parent may have threads (pyarrow's, tqdm's). A window, not map(): bounded memory, and a killed worker raises
     context, window = multiprocessing.get_context("spawn"), deque()
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_init_worker, initargs=(single_bytes,)) as pool:
-        for texts, size in _batches(files, key):
-            window.append((pool.submit(_encode_batch, texts), size))
+        for texts, place in _batches(files, key):
+            window.append((pool.submit(_encode_batch, texts), place))
             if len(window) > 2 * workers:
-                future, size = window.popleft()
-                yield future.result(), size
-        for future, size in window:
-            yield future.result(), size
+                future, place = window.popleft()
+                yield future.result(), place
+        for future, place in window:
+            yield future.result(), place
 
 def write_shards(files, out, key="text", shard_size=10**8, val_tokens=10_500_000, workers=1, single_bytes=False):
     """Tokenises files into out. ValueError, OSError or BrokenProcessPool where that cannot be done."""
@@ -218,28 +245,40 @@ def write_shards(files, out, key="text", shard_size=10**8, val_tokens=10_500_000
         encoder()  # fail here, with one clear line, and leave the vocabulary in tiktoken's cache for the workers
     out.mkdir(parents=True, exist_ok=True)
     if old := sorted(out.glob("fineweb_*.bin")):
-        raise ValueError(f"{out}: already holds {len(old)} shards ({old[0].name} first); delete them or choose another --out")
+        from cached_fineweb10B import from_hub  # not at the top: it imports this module
+        whose, way_out = ("of FineWeb, from the Hub ", "") if from_hub(out, old) else ("", "delete them or ")
+        raise ValueError(f"{out}: already holds {len(old)} shards {whose}({old[0].name} first); {way_out}choose another --out")
     shard, held, index, documents, total = [], 0, 0, 0, 0
-    with tqdm(total=sum(p.stat().st_size for p in files), unit="B", unit_scale=True) as bar:
+    unfinished = out / ".unfinished"  # nothing finds them there: a part of a corpus must not pass for the whole
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        with tqdm(total=sum(p.stat().st_size for p in files), unit="B", unit_scale=True) as bar:
 
-        def flush():
-            nonlocal shard, held, index
-            write_shard(out / f"fineweb_{'train' if index else 'val'}_{index:06d}.bin", np.concatenate(shard))
-            shard, held, index = [], 0, index + 1
+            def flush():
+                nonlocal shard, held, index
+                write_shard(unfinished / f"fineweb_{'train' if index else 'val'}_{index:06d}.bin", np.concatenate(shard))
+                shard, held, index = [], 0, index + 1
 
-        for arrays, size in tokenize(files, key, workers, single_bytes):
-            bar.update(size)
-            for tokens in arrays:
-                if held >= (shard_size if index else val_tokens):  # asked before adding: validation is written once training follows
-                    flush()
-                shard.append(tokens)
-                held += len(tokens)
-            documents, total = documents + len(arrays), total + sum(map(len, arrays))
-            bar.set_postfix_str(f"{total:,} tokens, shard {index}")
-        if index == 0:
-            raise ValueError(f"{total:,} tokens in {documents:,} documents leave nothing to train on after --val_tokens {val_tokens}; "
-                             f"try --val_tokens {total // 20 + 1}" + (" and more documents" if documents < 2 else ""))
-        flush()
+            for arrays, place in tokenize(files, key, workers, single_bytes):
+                bar.update(place - bar.n)
+                for tokens in arrays:
+                    if held >= (shard_size if index else val_tokens):  # asked before adding: validation is written once training follows
+                        flush()
+                    shard.append(tokens)
+                    held += len(tokens)
+                documents, total = documents + len(arrays), total + sum(map(len, arrays))
+                bar.set_postfix_str(f"{total:,} tokens, shard {index}")
+            if not documents:
+                raise ValueError(f"{files[0]}{' and the others' * (len(files) > 1)}: no text, nothing but empty rows")
+            if index == 0:
+                raise ValueError(f"{total:,} tokens in {documents:,} documents leave nothing to train on after --val_tokens {val_tokens}; "
+                                 f"try --val_tokens {total // 20 + 1}" + (" and more documents" if documents < 2 else ""))
+            flush()
+        for path in sorted(unfinished.iterdir()):
+            os.replace(path, out / path.name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     mean = total / documents
     print(f"{out}: {documents:,} documents, {total:,} tokens ({mean:.0f} a document), 1 validation and {index - 1} train shards")
     if mean > 2048:
@@ -262,13 +301,15 @@ def main(argv=None):
     parser.add_argument("--bytes", action="store_true", help="GPT-2's 256 single-byte tokens: no download, about 4 times the tokens")
     args = parser.parse_args(argv)
     try:
-        write_shards(find_files(args.inputs), args.out, args.text_key, args.shard_size, args.val_tokens, args.workers, args.bytes)
+        files, left_out = find_files(args.inputs)
+        print(f"files to read: {len(files):,}{left_out}", flush=True)
+        write_shards(files, args.out, args.text_key, args.shard_size, args.val_tokens, args.workers, args.bytes)
     except BrokenProcessPool:
         sys.exit(f"fineweb.py: one of {args.workers} workers was killed, most often for memory; try fewer --workers or smaller documents")
     except (ValueError, OSError) as error:
         sys.exit(f"fineweb.py: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"fineweb.py: stopped; delete the shards in {args.out} before another run")
+        sys.exit(f"fineweb.py: stopped; nothing was written to {args.out}")
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -11,7 +11,6 @@ document opens with BOS_ID, as in training, and two lone BOS_ID stand before it.
 across documents; this way they find the same there wherever a document lies, and its loss does not depend on its neighbours.
 """
 import argparse
-import json
 import os
 import sys
 import urllib.request
@@ -22,35 +21,49 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from sample import ROOT, ROWS, load_model, port, tokenizer
+import command
+from sample import ROOT, ROWS, check_tokens, load_model, port, tokenizer
+from text import parse_row, read_lines
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 
 def fetch(path: Path):
-    """Downloads the validation set to path, whole or not at all. OSError names the way out."""
+    """Downloads the validation set to path, whole or not at all. OSError or ValueError names the way out."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     try:
         with urllib.request.urlopen(URL, timeout=30) as answer:
             part.write_bytes(answer.read())
-    except (OSError, HTTPException) as e:
+        read_questions(part)  # a proxy may have sent a page of its own
+    except (OSError, HTTPException, ValueError) as e:
+        part.unlink(missing_ok=True)
         raise OSError(f"cannot fetch {URL} ({e}): go online, or fetch it elsewhere and give it with --data FILE") from None
     os.replace(part, path)
 
-def read_questions(path: Path, limit: int = 0) -> list[dict]:
-    """Questions with ctx, four endings and label, one JSON object a line. ValueError names the line that is none."""
+def read_question(line: str, where: str) -> dict:
+    """The question of a line, with ctx, four endings and label; ValueError where it has none."""
+    q = parse_row(line, where, "ctx", "endings", "label")
+    ctx, endings, label = (q.get(key) for key in ("ctx", "endings", "label"))
+    if type(label) is str and label in ("0", "1", "2", "3"):  # the Hub's copy has them as text
+        label = int(label)
+    if type(ctx) is not str or not ctx.strip():
+        raise ValueError(f"{where}: ctx is no text")
+    if type(endings) is not list or len(endings) != 4 or any(type(x) is not str or not x.strip() for x in endings):
+        raise ValueError(f"{where}: endings are not four texts")
+    if type(label) is not int or not 0 <= label < 4:
+        raise ValueError(f"{where}: label {label!r} is not 0, 1, 2 or 3")
+    return dict(ctx=ctx, endings=endings, label=label)
+
+def read_questions(path: Path, limit: int | None = None) -> list[dict]:
+    """The first `limit` questions, one JSON object a line. ValueError names the line that is none."""
     questions = []
-    with open(path, encoding="utf-8") as f:
-        for i, line in enumerate(f, 1):
+    with open(path, "rb") as raw:
+        for i, line in enumerate(read_lines(raw, path), 1):
             try:
-                q = json.loads(line)
-                q = dict(ctx=q["ctx"], endings=[*q["endings"]], label=int(q["label"]))
-                if len(q["endings"]) != 4 or not 0 <= q["label"] < 4 or not all(isinstance(x, str) for x in [q["ctx"], *q["endings"]]):
-                    raise ValueError
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{path}:{i}: not a HellaSwag question (ctx, four endings and a label of 0 to 3, as JSON): the "
-                                 f"original is {URL}") from None
-            questions.append(q)
+                questions.append(read_question(line, f"{path}:{i}"))
+            except ValueError as e:
+                raise ValueError(f"{e}; not a HellaSwag question (ctx, four endings and a label of 0 to 3, as JSON): the original is "
+                                 f"{URL}") from None
             if len(questions) == limit:
                 break
     if not questions:
@@ -92,6 +105,8 @@ def ending_losses(manager, endings: list[tuple[np.ndarray, int]], tokens: int) -
     """[n, 2] float64: each ending's loss, summed over its tokens and their mean."""
     T = port.next_multiple_of_n(max(tokens, max(len(x) for x, _ in endings) + 1), n=128)
     result = np.full((len(endings), 2), np.nan)
+    for x, _ in endings:
+        check_tokens(x, manager.args)
     for batch, places in pack(endings, T, manager.args.bos_id):
         losses = manager("losses", batch).double().numpy()
         for i, row, first, stop in places:
@@ -105,12 +120,18 @@ def score(losses: np.ndarray, labels: list[int]) -> tuple[float, float]:
     return tuple((losses.reshape(-1, 4, 2).argmin(1) == np.array(labels)[:, None]).mean(0))
 
 def main(argv: list[str] | None = None):
+    def positive(text):
+        if not text.isdecimal() or not int(text):
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 on")
+        return int(text)
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("checkpoint")
     parser.add_argument("--data", type=Path, metavar="FILE", help="questions, one JSON object a line")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N questions")
-    parser.add_argument("--tokens", type=int, default=0, help="of a row; shorter rows take less memory (16384, on a CPU 1024)")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N questions")
+    parser.add_argument("--tokens", type=positive, metavar="N", help="of a row; shorter rows take less memory (16384, on a CPU 1024)")
     parser.add_argument("--bytes", action="store_true", help="tokens are single bytes")
+    parser.error = lambda message: sys.exit(f"hellaswag.py: {message} (see --help)")
     options, rest = parser.parse_known_args(argv)
     try:
         path = options.data or ROOT / "data" / "hellaswag" / "hellaswag_val.jsonl"
@@ -118,7 +139,8 @@ def main(argv: list[str] | None = None):
             fetch(path)
         questions = read_questions(path, options.limit)
         manager = load_model(options.checkpoint, rest)
-        endings = get_endings(questions, tokenizer(options.bytes)[0])
+        encode, _ = tokenizer(options.bytes, manager.args, options.checkpoint, len(manager.model.lm_head.weight))
+        endings = get_endings(questions, encode)
         losses = ending_losses(manager, endings, options.tokens or (16384 if port.xr.device_type() == "TPU" else 1024))
     except (ValueError, OSError, FloatingPointError) as e:
         sys.exit(f"hellaswag.py: {e}")
@@ -128,4 +150,4 @@ def main(argv: list[str] | None = None):
     print(f"HellaSwag: {n} questions, acc {acc:.4f} (+-{error(acc):.4f}), acc_norm {acc_norm:.4f} (+-{error(acc_norm):.4f}), chance 0.25")
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

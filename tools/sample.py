@@ -16,6 +16,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch_xla.distributed.spmd as xs
 from torch import Tensor
@@ -171,7 +172,9 @@ def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Gene
 def generate(manager: Inference, prompts: list[list[int]], num_tokens: int, temperature: float, top_k: int, seed: int) -> list[list[int]]:
     """Up to num_tokens after each prompt (tokens, the first of them bos_id); a row ends before the next bos_id."""
     bos_id, vocab_size = manager.args.bos_id, manager.args.vocab_size  # no entries of the vocabulary's padding
-    T = port.next_multiple_of_n(max(map(len, prompts)) + num_tokens, n=128)
+    for prompt in prompts:
+        check_tokens(prompt, manager.args)
+    T = port.next_multiple_of_n(max(map(len, prompts), default=0) + num_tokens, n=128)
     texts = []
     for first in range(0, len(prompts), ROWS):
         rows = [list(prompt) for prompt in prompts[first:first + ROWS]]
@@ -194,14 +197,51 @@ def generate(manager: Inference, prompts: list[list[int]], num_tokens: int, temp
         texts += [row[len(prompt):len(row) - end] for row, prompt, end in zip(rows, prompts[first:first + ROWS], ended, strict=True)]
     return texts
 
-def tokenizer(single_bytes: bool) -> tuple:
-    """encode(text) -> tokens, BOS_ID first; decode(tokens) -> text. OSError where GPT-2's vocabulary cannot be had."""
-    encode = fineweb.encoder(single_bytes)
-    if not single_bytes:
+def check_tokens(tokens, args: port.Hyperparameters):
+    """ValueError where there are none, or one that the run's vocabulary lacks: XLA would quietly take the table's last row."""
+    if not len(tokens):
+        raise ValueError(f"a text without tokens: it begins with the run's bos_id, {args.bos_id}")
+    if (worst := np.max(tokens)) >= args.vocab_size or (worst := np.min(tokens)) < 0:
+        raise ValueError(f"token {worst} is not in the run's vocabulary of {args.vocab_size:,} (bos_id {args.bos_id})")
+
+def tokenizer(single_bytes: bool, args: port.Hyperparameters | None = None, path: str = "the model", rows: int = 0) -> tuple:
+    """
+    encode(text) -> tokens, the run's bos_id first; decode(tokens) -> text, in which a token that the tokenizer lacks is a number.
+    OSError where GPT-2's vocabulary cannot be had; ValueError where the run with args, at path, was not trained on such tokens. rows: of
+    the model's table, which are the vocabulary and its padding.
+    """
+    args = args or port.Hyperparameters(run_id="")
+    encode_text = fineweb.encoder(single_bytes)
+    if single_bytes:
+        count, kind, way_out = 256, "single bytes", "leave out --bytes"
+        to_byte = {int(token): bytes([byte]) for byte, token in enumerate(fineweb.byte_tokens())}
+        to_bytes = to_byte.__getitem__
+    else:
         import tiktoken
-        return encode, tiktoken.get_encoding("gpt2").decode
-    to_byte = {int(token): byte for byte, token in enumerate(fineweb.byte_tokens())}
-    return encode, lambda tokens: bytes(to_byte.get(token, ord("?")) for token in tokens).decode(errors="replace")
+        count, kind, way_out = fineweb.BOS_ID, "GPT-2's tokens", "try --bytes"
+        to_bytes = tiktoken.get_encoding("gpt2").decode_single_token_bytes
+    if rows and port.next_multiple_of_n(args.vocab_size, n=128) != rows:
+        raise ValueError(f"{path}: its table has {rows:,} rows, which is none of a vocabulary of {args.vocab_size:,}: give the run's "
+                         "--vocab_size and --bos_id")
+    if not count <= args.bos_id < args.vocab_size:
+        raise ValueError(f"{path}: the run has a vocabulary of {args.vocab_size:,} and bos_id {args.bos_id}, {kind} are 0 to "
+                         f"{count - 1:,}: it was not trained on these; {way_out}, or use the tokenizer of its data")
+    if not single_bytes and args.vocab_size > port.next_multiple_of_n(count + 1, n=128):
+        print(f"{path}: taken for a model of GPT-2's tokens, though its vocabulary has {args.vocab_size:,}", file=sys.stderr)
+
+    def encode(text: str) -> np.ndarray:
+        return np.concatenate(([args.bos_id], encode_text(text)[1:])).astype(np.int32)
+
+    def decode(tokens: list[int]) -> str:
+        raw = b""
+        for token in tokens:
+            try:
+                raw += to_bytes(token)
+            except KeyError:
+                raw += f"<|{token}|>".encode()
+        return raw.decode(errors="replace")
+
+    return encode, decode
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -212,13 +252,17 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--top_k", type=int, default=50, help="0: the whole vocabulary")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing (a prompt adds its number)")
     parser.add_argument("--bytes", action="store_true", help="tokens are single bytes")
+    parser.error = lambda message: sys.exit(f"sample.py: {message} (see --help)")
     options, rest = parser.parse_known_args(argv)
     if options.tokens < 1 or options.top_k < 0 or not 0 <= options.temperature < float("inf"):
         parser.error("--tokens must be 1 or more, --top_k and --temperature 0 or more")
     try:
         manager = load_model(options.checkpoint, rest)
-        encode, decode = tokenizer(options.bytes)
+        encode, decode = tokenizer(options.bytes, manager.args, options.checkpoint, len(manager.model.lm_head.weight))
         prompts = [encode(text).tolist() for text in options.prompt]
+        window = manager.graph.ws_long * manager.args.block_size
+        if (longest := max(map(len, prompts))) > window:
+            print(f"sample.py: a prompt has {longest:,} tokens, the model looks back {window:,}", file=sys.stderr)
         texts = generate(manager, prompts, options.tokens, options.temperature, options.top_k, options.seed)
     except (ValueError, OSError, FloatingPointError) as e:
         sys.exit(f"sample.py: {e}")
