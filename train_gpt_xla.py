@@ -28,6 +28,7 @@ import time
 import uuid
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -138,21 +139,26 @@ class Yarn(nn.Module):
 
     @staticmethod
     def tables(t: Tensor, freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """factor1, factor2 [T, D] for positions t [T] and frequencies [D/4], in half-split order."""
+        """factor1, factor2 [..., T, D] for positions t [..., T] and frequencies [D/4], in half-split order."""
         zero = torch.zeros_like(freq)
-        theta = torch.outer(t, torch.cat([freq, zero, -freq, zero]))
+        theta = t.reshape(*t.shape, 1) * torch.cat([freq, zero, -freq, zero])
         return theta.cos().to(dtype), theta.sin().to(dtype)
 
-    def factors(self, T: int, freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[T, D] each, for all heads."""
-        return self.tables(torch.arange(T, dtype=torch.float32, device=freq.device), freq, dtype)
+    @staticmethod
+    def positions(T: int, device, positions: Tensor | None) -> Tensor:
+        """[T], or as given for each row [B, T]: [B, 1, T], the same for all heads."""
+        return torch.arange(T, dtype=torch.float32, device=device) if positions is None else positions.unsqueeze(1)
+
+    def factors(self, T: int, freq: Tensor, dtype: torch.dtype, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[T, D] each, for all heads; [B, 1, T, D] at positions [B, T]."""
+        return self.tables(self.positions(T, freq.device, positions), freq, dtype)
 
 class YarnPairedHead(Yarn):
-    def factors(self, T: int, freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[2, T, D] each: heads of even number rotate by positions 2t, of odd number by 2t + 1."""
-        t = torch.arange(T, dtype=torch.float32, device=freq.device)
+    def factors(self, T: int, freq: Tensor, dtype: torch.dtype, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """[2, T, D] each, or [B, 1, 2, T, D]: heads of even number rotate by positions 2t, of odd number by 2t + 1."""
+        t = self.positions(T, freq.device, positions)
         even, odd = self.tables(2 * t, freq, dtype), self.tables(2 * t + 1, freq, dtype)
-        return torch.stack([even[0], odd[0]]), torch.stack([even[1], odd[1]])
+        return torch.stack([even[0], odd[0]], dim=-3), torch.stack([even[1], odd[1]], dim=-3)
 
 @dataclass
 class AttnArgs:
@@ -167,6 +173,7 @@ class AttnArgs:
     attn_gate_w: Tensor
     ve_gate_w: Tensor
     keep_mlp: bool = True
+    attention: Callable | None = None
 
 class CausalSelfAttention(nn.Module):
     paired = False
@@ -222,7 +229,8 @@ class CausalSelfAttention(nn.Module):
         if ve is not None:
             ve = ve.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
             v = v + scaled(2 * gate(attn_args.ve_gate_w), ve) # @KoszarskyB, @Grad62304977
-        y = window_attention(q, k, v, attn_args.documents, attn_args.bm_size, attn_args.attn_scale, self.paired)
+        attention = attn_args.attention or window_attention
+        y = attention(q, k, v, attn_args.documents, attn_args.bm_size, attn_args.attn_scale, self.paired)
         y = scaled(gate(attn_args.attn_gate_w), y).transpose(1, 2).flatten(2)
         return F.linear(y, scaled(sa_lambdas[1], self.qkvo_w[self.dim * 3:].type_as(y))) # lambda on O's weights, not its output: @shenberg
 
@@ -284,7 +292,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, attn_args: AttnArgs):
         lambdas, x0 = attn_args.mix  # D20: upstream mixes before the block
         attn = self.attn and (self.attn.num_heads, attn_args.bm_size, self.attn.paired)
-        if takes_block(x, self.mlp.c_fc, self.mlp.c_proj, attn):
+        if attn_args.attention is None and takes_block(x, self.mlp.c_fc, self.mlp.c_proj, attn):
             return self.by_kernels(x, attn_args)
         x = mixed(x, lambdas, x0)
         if self.attn is not None:
@@ -390,6 +398,8 @@ class ForwardScheduleConfig:
     yarn: Tensor  # [D/4 + 1] float32: Yarn.numbers()
     yarn_paired_head: Tensor
     keep: Kept | None = None  # for the backward pass (D25)
+    attention: Callable | None = None  # in place of window_attention, with its arguments; the blocks' kernels do not run then
+    positions: Tensor | None = None  # [B, T] float32, in the row, by which heads rotate; 0 .. T-1 where there are none
 
 class GPT(nn.Module):
     def __init__(self, vocab_size: int, num_layers: int, num_heads: int, head_dim: int, model_dim: int, block_size: int = 128):
@@ -532,7 +542,7 @@ class GPT(nn.Module):
         bm_sizes = [short_bm, short_bm, short_bm, long_bm, short_bm, short_bm, None, short_bm, short_bm, short_bm, long_bm]
         assert len(bm_sizes) == self.num_layers
         key_offset = [b==long_bm for b in bm_sizes] # where the window is long
-        factors = [yarn.factors(T, cfg[:-1], dtype) + (cfg[-1],) for yarn, cfg in
+        factors = [yarn.factors(T, cfg[:-1], dtype, schedule_cfg.positions) + (cfg[-1],) for yarn, cfg in
                    ((self.yarn, schedule_cfg.yarn), (self.yarn_paired_head, schedule_cfg.yarn_paired_head))]
 
         # D19: on a TPU a kernel adds up their gradients
@@ -568,7 +578,8 @@ class GPT(nn.Module):
                 key_offset=key_offset[i],
                 attn_gate_w=attn_gates[i],
                 ve_gate_w=ve_gates[i],
-                keep_mlp=schedule_cfg.keep is None or schedule_cfg.keep.mlp
+                keep_mlp=schedule_cfg.keep is None or schedule_cfg.keep.mlp,
+                attention=schedule_cfg.attention
             )
             if i in skip_out:
                 skip_gate_out = self.skip_gate(x0[..., :self.skip_gate.weight.size(-1)].float())

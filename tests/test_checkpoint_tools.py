@@ -66,7 +66,7 @@ def one_line(main, argv, *words):
 # -----------------------------------------------------------------------------
 # The model as at the end of training
 
-def test_model_is_that_of_the_last_validation(manager, monkeypatch):
+def test_model_is_that_of_the_last_validation(manager):
     """Windows, YaRN and embedding: the losses are those of a TrainingManager that went through the whole schedule."""
     args = t.Hyperparameters(**FIELDS, val_batch_size=8 * 128)
     rng = np.random.default_rng(0)
@@ -77,7 +77,6 @@ def test_model_is_that_of_the_last_validation(manager, monkeypatch):
     for step in range(args.num_iterations):
         trained.advance_schedule(step)
     trained.advance_schedule(args.num_iterations, train=False)
-    monkeypatch.setattr(sample.LanguageModel, "forward", t.GPT.forward)
     expected = trained.validation_step(t.to_device(batch, "data"), t.to_device(trained.get_numbers())).cpu()
     assert torch.allclose(losses.mean(1), expected, rtol=1e-6)
     assert manager.graph.ws_long == 6 and manager.model.split_embed
@@ -87,22 +86,52 @@ def test_model_is_that_of_the_last_validation(manager, monkeypatch):
 
 PROMPTS = [[BOS, *np.random.default_rng(i).integers(0, 256, 3 + 9 * i).tolist()] for i in range(10)]  # two batches, 4 to 85 tokens
 
-def test_greedy_is_the_full_forwards_argmax(manager, monkeypatch):
+def full_logits(manager, rows) -> torch.Tensor:
+    """[8, 128, V]: of all positions, by a forward pass over all of them."""
+    batch = torch.zeros(8, 3, 128, dtype=torch.int32)
+    for i, row in enumerate(rows):
+        batch[i, 0] = torch.from_numpy(np.random.default_rng(i).integers(0, 301, 128))  # whatever follows
+        batch[i, 0, :len(row)] = torch.tensor(row)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t, "softcapped_cross_entropy", lambda x, weight, _: t.softcapped_logits(x, weight)[1].T)
+        patch.setattr(manager, "replay", t.Replay(manager.step_fn, manager.tensors, manager.constants))
+        return manager("losses", batch).view(8, 128, -1)
+
+def test_greedy_is_the_full_forwards_argmax(manager, capsys):
     texts = sample.generate(manager, PROMPTS, 20, temperature=0, top_k=0, seed=0)
-    assert [len(x) for x in texts] == [20] * 10
-    full = np.random.default_rng(0).integers(0, 301, (16, 128))  # whatever follows
-    for row, prompt, text in zip(full, PROMPTS, texts):
-        row[:len(prompt) + 20] = prompt + text
-    def forward(model, tokens, targets, documents, schedule_cfg):
-        logits = t.softcapped_logits(model(tokens, None, documents, schedule_cfg), model.lm_head.weight)[1]
-        return logits[:301].argmax(0).view(tokens.shape)
-    monkeypatch.setattr(sample.LanguageModel, "forward", forward)
+    assert [len(x) for x in texts] == [20] * 10 and re.fullmatch(r"\d+\.\d tokens a second\n", capsys.readouterr().err)
     for half in (0, 8):
-        batch = torch.zeros(8, 3, 128, dtype=torch.int32)
-        batch[:, 0] = torch.from_numpy(full[half:half + 8])
-        best = manager("argmax", batch)
-        for row, prompt, text in zip(best.tolist(), PROMPTS[half:half + 8], texts[half:half + 8]):
+        prompts, more = PROMPTS[half:half + 8], texts[half:half + 8]
+        best = full_logits(manager, [p + x for p, x in zip(prompts, more)])[..., :301].argmax(-1)
+        for row, prompt, text in zip(best.tolist(), prompts, more):
             assert row[len(prompt) - 1:len(prompt) + 19] == text
+
+def test_logits_at_each_position(manager):
+    """Rows shorter than a chunk and longer than the windows, of 32 and 96 tokens; the third one ends on the way."""
+    rng, ends = np.random.default_rng(1), [24, 25, 20, 39, 40, 41, 123, 60]
+    rows = [[BOS, *rng.integers(0, 256, end - 1).tolist()] for end in ends]
+    want = full_logits(manager, rows)
+    for n in range(24):
+        lengths = [min(1 + i + n, end) if i < 3 else end - 24 + n for i, end in enumerate(ends)]
+        logits = manager.logits([row[:length] for row, length in zip(rows, lengths)], None if n else 128)
+        for i, length in enumerate(lengths):
+            assert torch.allclose(logits[i], want[i, length - 1], rtol=0, atol=1e-4), (i, length)
+        if n == 1:
+            compiled = t.graphs_compiled()
+    assert t.graphs_compiled() == compiled
+
+@pytest.mark.parametrize("window, paired", [(7, False), (7, True), (8, True), (100, False), (100, True)])
+def test_cached_attention(window, paired):
+    """At each position what window_attention has there, in a row of two documents."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 48, 8).unbind()
+    documents, scale = torch.tensor([[0] * 48, [0] * 20 + [20] * 28], dtype=torch.int32), torch.tensor(0.5)
+    want = t.window_attention(q, k, v, documents, window, scale, paired)
+    for first in (0, 16, 25):
+        positions = first + torch.arange(16, dtype=torch.int32).expand(2, -1)
+        here = slice(first, first + 16)
+        got = sample.cached_attention(q[:, :, here], k, v, documents[:, here], window, scale, paired, positions)
+        assert torch.allclose(got, want[:, :, here], atol=1e-5)
 
 def test_sampling(manager):
     draw = lambda prompts, seed, temperature=1.0, top_k=50: sample.generate(manager, prompts, 5, temperature, top_k, seed)

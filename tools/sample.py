@@ -8,12 +8,15 @@ bytes as tokens, for a model trained on them (data/demo.py --bytes, or made offl
 its schedule (windows, YaRN) from the run's log beside it (logs/RUN_ID.txt), else from the preset with these sizes, else from the
 record; --preset and --FIELD as in training go before all that.
 
-Each token takes a whole forward pass over [8, T] with T fixed, so that one compiled graph serves all positions: what comes after
-a position does not change it. There is no cache of keys and values.
+The first token takes a forward pass over [8, T], which leaves keys and values of each layer in a cache; each further one takes a forward
+pass over the last 16 tokens of each row. T is fixed, so these two compiled graphs serve all positions: what comes after a position does
+not change it.
 """
 import argparse
 import dataclasses
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -104,9 +107,63 @@ def get_args(path: str, checkpoint: dict, options: list[str]) -> "port.Hyperpara
                          "or its --num_scheduled_iterations, --num_extension_iterations, --block_size and windows")
     return args
 
+# -----------------------------------------------------------------------------
+# The cache
+
+CHUNK = 16  # tokens. The newest one needs two before it: smear and key offset look one back, and smear did so before key offset does
+
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, scale: Tensor, paired: bool,
+                     positions: Tensor) -> Tensor:
+    """
+    window_attention for queries at some positions only. q: [B, H, C, D], at positions [B, C] int32 of the row, whose documents start at
+    documents [B, C]; k, v: [B, H, T, D], at positions 0 .. T-1. Returns [B, H, C, D].
+    """
+    if paired:
+        turns = lambda x: torch.stack(x.chunk(2, dim=1), dim=3).flatten(2, 3)
+        twice = lambda x: torch.stack([2 * x, 2 * x + 1], dim=2).flatten(1)
+        starts = 2 * documents.repeat_interleave(2, dim=1)
+        y = cached_attention(turns(q), turns(k), turns(v), starts, window, scale, False, twice(positions))
+        return torch.cat(y.unflatten(2, (-1, 2)).unbind(3), dim=1)
+    first, last = (x[:, None, :, None] for x in (torch.maximum(documents, positions - window), positions))
+    t = torch.arange(k.size(2), device=k.device, dtype=torch.int32)
+    s = (q.float() @ k.float().mT * scale).masked_fill((t < first) | (t > last), -torch.inf)
+    return (s.softmax(-1).to(v.dtype).float() @ v.float()).to(q.dtype)
+
+def pick(x: Tensor, here: Tensor) -> Tensor:
+    """The one [..., 1, d] of x [..., T, d] where here, [..., T] or fewer dims, is true; whatever the others hold."""
+    return torch.where(here.unsqueeze(-1), x, 0).sum(-2, keepdim=True)
+
+class Cache:
+    """Keys and values of all positions, [8, H, T, D] of each layer with attention, split over the devices as the rows are."""
+    def __init__(self, model: port.GPT, T: int):
+        self.T, attns = T, [block.attn for block in model.blocks if block.attn is not None]
+        zeros = [torch.zeros(ROWS, attn.num_heads, T, attn.head_dim, dtype=attn.qkvo_w.dtype) for attn in attns for _ in "kv"]
+        self.tensors = [to_device(x, "data") for x in zeros]
+
+    def attention(self, positions: Tensor, newest: Tensor, whole: bool) -> Callable:
+        """
+        For one forward pass, in place of window_attention. whole: over all positions, whose keys and values are kept. Else over those of
+        positions [B, C], for which the cache has the keys and values up to newest [B, 1]: its own come from the chunk and are kept.
+        """
+        tensors = iter(self.tensors)
+        def attend(q, k, v, documents, window, scale, paired):
+            kept = next(tensors), next(tensors)
+            if whole:
+                y = port.window_attention(q, k, v, documents, window, scale, paired)
+            else:
+                here = (positions == newest).unsqueeze(1)
+                there = (torch.arange(self.T, device=q.device, dtype=torch.int32) == newest)[:, None, :, None]
+                k, v = (torch.where(there, pick(x, here), enter(old, "data")) for x, old in zip((k, v), kept))
+                y = cached_attention(q, k, v, documents, window, scale, paired, positions.clamp(min=0))
+            for old, x in zip(kept, (k, v)):
+                old.copy_(shard(leave(x).flatten(0, 1), "data"))
+            return y
+        return attend
+
 class Inference(port.TrainingManager):
     """The model with windows, YaRN and embedding as the validation at a step has them, and no optimizers."""
     wanted = "losses"
+    cache = None
 
     def __init__(self, model: port.GPT, args: port.Hyperparameters, step: int):
         self.model, self.args, self.optimizers, self.initial_lr = model, args, [], {}
@@ -120,26 +177,48 @@ class Inference(port.TrainingManager):
         return port.StepNumbers(numbers[:0], *numbers.chunk(2), muon_lr=None, muon_momentum=None, adam={})
 
     def tensors(self) -> list[Tensor]:
-        return [*self.model.parameters(), *self.model.buffers()]
+        return [*self.model.parameters(), *self.model.buffers(), *(self.cache.tensors if self.cache else ())]
+
+    def get_forward_args(self, numbers: port.StepNumbers) -> port.ForwardScheduleConfig:
+        return dataclasses.replace(super().get_forward_args(numbers), **self.replaced)
 
     @torch.no_grad()
     def step_fn(self, batch: Tensor, numbers: Tensor) -> Tensor:
         weights = {name: enter(p) for name, p in self.model.named_parameters()}
-        x, lm_head, targets = self.forward(batch, numbers, weights, targets=False), weights["lm_head.weight"], enter(batch, "data")[:, 1]
+        targets, self.replaced = enter(batch, "data")[:, 1], {}
+        if self.wanted != "losses":
+            newest = targets.amax(1, keepdim=True)
+            attention = self.cache.attention(targets, newest, whole=self.wanted == "first")
+            self.replaced = dict(attention=attention, positions=targets.clamp(min=0).float())
+        x, lm_head = self.forward(batch, numbers, weights, targets=False), weights["lm_head.weight"]
         if self.wanted == "losses":
             results = port.softcapped_cross_entropy(x, lm_head, targets)
         else:
-            x = torch.where((targets == 1).unsqueeze(-1), x, 0).sum(1, keepdim=True)
-            results = port.softcapped_logits(x, lm_head)[1].T
+            results = port.softcapped_logits(pick(x, targets == newest), lm_head)[1].T
         return shard(leave(results).flatten(0, 1), "data")
 
     def __call__(self, wanted: str, batch: Tensor) -> Tensor:
         """
-        "losses" [8, T], or "logits" [8, V] at the position that targets mark with a 1, on the CPU, of batch [8, 3, T] int32: tokens,
-        targets (or marks), documents.
+        On the CPU, of batch [8, 3, T] int32, tokens, targets and documents: "losses" [8, T]. With positions for targets, -1 after the
+        newest: "first" or "next" logits [8, V], of what follows the newest, from all positions or from a chunk of them and the cache.
         """
         self.wanted = wanted
         return self.replay((wanted, batch.shape), to_device(batch, "data"), self.numbers).cpu()
+
+    def logits(self, rows: list[list[int]], T: int | None = None) -> Tensor:
+        """
+        What follows each of up to 8 rows of tokens, each one document: [rows, V], on the CPU. T: the most tokens that a row may come to
+        have; begins new rows. Without it each row is that of the last call, at most one token longer.
+        """
+        if T and (self.cache is None or self.cache.T != T):
+            self.cache = Cache(self.model, T)
+        batch = torch.zeros(ROWS, 3, T or CHUNK, dtype=torch.int32)
+        batch[:, 1] = -1
+        for i, row in enumerate(rows):
+            start = 0 if T else max(0, len(row) - CHUNK)
+            n = len(row) - start
+            batch[i, 0, :n], batch[i, 1, :n] = torch.tensor(row[start:]), torch.arange(start, len(row))
+        return self("first" if T else "next", batch)[:len(rows)]
 
 def load_model(path: str, options: list[str]) -> Inference:
     """The checkpoint's model on the devices, which are set up if they are not yet; says on stderr what it is. ValueError, OSError."""
@@ -175,17 +254,16 @@ def generate(manager: Inference, prompts: list[list[int]], num_tokens: int, temp
     for prompt in prompts:
         check_tokens(prompt, manager.args)
     T = port.next_multiple_of_n(max(map(len, prompts), default=0) + num_tokens, n=128)
-    texts = []
+    texts, seconds, tokens = [], 0.0, 0
     for first in range(0, len(prompts), ROWS):
         rows = [list(prompt) for prompt in prompts[first:first + ROWS]]
         generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(rows))]  # a row's text is its own
         ended = [False] * len(rows)
-        for _ in range(num_tokens):
-            batch = torch.zeros(ROWS, 3, T, dtype=torch.int32)  # each row one document
-            for i, row in enumerate(rows):
-                batch[i, 0, :len(row)] = torch.tensor(row)
-                batch[i, 1, len(row) - 1] = 1
-            logits = manager("logits", batch)[:len(rows), :vocab_size]
+        for n in range(num_tokens):
+            start = time.perf_counter()
+            logits = manager.logits(rows, None if n else T)[:, :vocab_size]
+            if n > 1:  # the first two compile
+                seconds, tokens = seconds + time.perf_counter() - start, tokens + ended.count(False)
             if not logits.isfinite().all():
                 raise FloatingPointError("the model's logits are not finite: try --dtype float32, or an earlier checkpoint")
             for i, row in enumerate(rows):
@@ -195,6 +273,8 @@ def generate(manager: Inference, prompts: list[list[int]], num_tokens: int, temp
             if all(ended):
                 break
         texts += [row[len(prompt):len(row) - end] for row, prompt, end in zip(rows, prompts[first:first + ROWS], ended, strict=True)]
+    if tokens:
+        print(f"{tokens / seconds:.1f} tokens a second", file=sys.stderr)
     return texts
 
 def check_tokens(tokens, args: port.Hyperparameters):
