@@ -20,6 +20,7 @@ from conftest import BOS, ROOT
 from test_data_scripts import Hub, HubHandler
 
 import train_gpt_xla as t
+from checkpoint import load_weights
 
 sys.path.insert(0, str(ROOT / "tools"))
 import hellaswag
@@ -333,7 +334,7 @@ def test_push_and_pull(checkpoint, tmp_path):
     config = json.loads(server.files["config.json"])
     assert config["block_size"] == 16 and config["model_dim"] == 32 and config["step"] == 28 and "train_files" not in config
     pulled = tmp_path / "logs" / "toy" / "state_step000028.pt"
-    theirs, ours = torch.load(checkpoint)["model"], sample.load_checkpoint(str(pulled))
+    theirs, ours = torch.load(checkpoint)["model"], load_weights(pulled)
     assert ours["model"].keys() == {name.removeprefix("_orig_mod.") for name in theirs}
     assert all(torch.equal(x, ours["model"][name.removeprefix("_orig_mod.")]) for name, x in theirs.items())
     args = sample.get_args(str(pulled), ours, [])  # with no option: what it needs came along

@@ -22,7 +22,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import command
 from run_log import WATCHING, Log
-from sample import find_log, get_args, load_checkpoint
+from sample import find_log, get_args
+
+from checkpoint import load_weights
 
 CARD = """---
 license: mit
@@ -60,7 +62,7 @@ def make_files(path: str, repo: str, log_path: Path | None, options: list[str]) 
     """model.safetensors, config.json and README.md, in hub/ beside the checkpoint. ValueError or OSError where that cannot be."""
     from safetensors.torch import save_file
 
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_weights(path)
     args = dataclasses.asdict(get_args(path, checkpoint, options))
     step = checkpoint.get("step", args["num_scheduled_iterations"] + args["num_extension_iterations"])
     log = find_log(path, checkpoint, log_path) if "step" in checkpoint else None
@@ -115,7 +117,7 @@ def pull(repo: str, out: Path | None):
     args = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k not in ("model_type", "step")}
     # a run_id that no log here has: one that lies beside it is another run's
     torch.save(dict(step=step, code="", model=state, optimizers=[], hyperparameters=args, run_id=repo), part)
-    load_checkpoint(str(part))
+    load_weights(part)
     os.replace(part, out)
     print(out)
 

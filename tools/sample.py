@@ -31,25 +31,11 @@ import fineweb
 from run_log import WATCHING, Log, first_difference, only, read_runs, why_not
 
 import train_gpt_xla as port
+from checkpoint import load_weights
 from spmd import ROWS, enter, leave, shard, to_device
 
 PROMPTS = ["The capital of France is", "Once upon a time, there was", "The opposite of hot is", "Water boils at",
            "The first thing to do when baking bread is", "In 1969, astronauts", "def main():\n    ", "import os\nimport "]
-
-def load_checkpoint(path: str) -> dict:
-    """step and model (upstream's names, on the CPU) of a checkpoint; ValueError where it is of another kind."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        state = {name.removeprefix("_orig_mod."): value for name, value in checkpoint["model"].items()}
-        missing = {"lm_head.weight", "attn_gate_bank", "x0_lambdas"} - state.keys()
-    except OSError:
-        raise
-    except Exception as e:  # torch.load raises what it likes
-        raise ValueError(f"{path}: not a checkpoint ({type(e).__name__}): give a state_step*.pt, as --save_checkpoint true or upstream "
-                         "writes it, or what 'tools/hub.py pull' brings") from None
-    if missing:
-        raise ValueError(f"{path}: its model has no {min(missing)}, so it is not record #60's: --save_checkpoint true writes one that is")
-    return checkpoint | dict(model=state)
 
 def get_sizes(state: dict[str, Tensor]) -> dict[str, int]:
     """Hyperparameters that the shapes tell."""
@@ -222,7 +208,7 @@ class Inference(port.TrainingManager):
 
 def load_model(path: str, options: list[str]) -> Inference:
     """The checkpoint's model on the devices, which are set up if they are not yet; says on stderr what it is. ValueError, OSError."""
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_weights(path)
     args = get_args(path, checkpoint, options)
     state = checkpoint["model"]
     if xs.get_global_mesh() is None:
