@@ -74,6 +74,8 @@ def _wide_lines(f, path, encoding):
             yield line.lstrip("\ufeff")
     except UnicodeDecodeError as e:
         raise ValueError(f"{path}: not {encoding} after line {number}, although its mark says so ({e.reason}): damaged or cut off") from e
+    finally:
+        text.detach()  # otherwise it would close f, which its reader still asks where it is
 
 def parse_row(line, where, *keys):
     """The object that a line of JSON is. ValueError names `where` and what is wrong; one of keys that is there twice is wrong, too."""

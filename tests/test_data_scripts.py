@@ -193,6 +193,9 @@ def test_compressed_text(tmp_path, ending):
     (tmp_path / f"b.ndjson{ending}").write_bytes(pack(JSONL.encode("utf-16")))
     (tmp_path / "c.txt").write_bytes(pack(TXT.encode()))  # whatever it is called
     assert texts(tmp_path) == (DOCS * 3, "")
+    for content in ("ab".encode("utf-16") * fineweb.BATCH_CHARS, pack("ab".encode("utf-16") * fineweb.BATCH_CHARS)):
+        (tmp_path / "c.txt").write_bytes(content)  # a batch ends with the file
+        assert texts(tmp_path / "c.txt")[0] == ["ab" + "\ufeffab" * (fineweb.BATCH_CHARS - 1)]
     good = pack("".join(rng.choices("abc \n", k=200_000)).encode())
     bad = {"cut": good[:-20], "half": good[:len(good) // 2], "header": good[:7], "flipped": good[:-2000] + b"\0" * 9 + good[-1991:],
            "empty": b"", "plain": b"hello"}
