@@ -263,6 +263,12 @@ def test_too_little_validation_data(tmp_path, refused, sizes, batches):
     refused("few_*.bin", f"{sum(sizes):,} tokens", f"hold {batches} of 2 batches", "needs 4,098 tokens", "2,048",
             val_files=tmp_path / "few_*.bin")
 
+def test_unigram_entropy_is_of_all_that_validation_reads(tmp_path):
+    for i, tokens in enumerate(([BOS, 1], [BOS, 1, 2, 3], [9] * 8)):
+        write_shard(tmp_path / f"val_{i}.bin", tokens)
+    entropy = t.unigram_entropy(t.Hyperparameters(val_files=str(tmp_path / "val_*.bin"), val_tokens=6, vocab_size=301))
+    assert entropy == pytest.approx(2 * np.log(3) / 3 + np.log(6) / 3)
+
 def test_training_on_validation_data(refused, corpus):
     refused("val_000.bin", "train_files", "val_files", train_files=corpus / "*.bin")
 
