@@ -303,12 +303,13 @@ def test_non_finite_loss(tmp_path, corpus):
 @pytest.fixture
 def killed(monkeypatch, corpus, tmp_path):
     """main() whose training is the function given; what signal it then kills itself with."""
-    def run(train):
+    def run(train, ignored=()):
         kills = []
+        before = {number: signal.signal(number, signal.SIG_IGN if number in ignored else signal.default_int_handler)
+                  for number in t.checkpoint.SIGNALS}
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(t, "train", train)
         monkeypatch.setattr(t.os, "kill", lambda pid, number: kills.append((pid, number, signal.getsignal(number))))
-        before = {number: signal.getsignal(number) for number in t.checkpoint.SIGNALS}
         try:
             t.main(toy_options(corpus))
         finally:
@@ -327,11 +328,8 @@ def test_a_signal_without_checkpoints(killed, capsys, number):
 
 def test_nohup(killed):
     """What is ignored at the start stays so."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        assert killed(lambda *_: (signal.raise_signal(signal.SIGHUP), signal.raise_signal(signal.SIGINT))) == signal.SIGINT
-    finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    hang_up, stop = signal.SIGHUP, signal.SIGINT
+    assert killed(lambda *_: (signal.raise_signal(hang_up), signal.raise_signal(stop)), ignored=[hang_up]) == stop
 
 @pytest.mark.parametrize("error", [BrokenPipeError, OSError])
 def test_a_lost_console_is_a_lost_terminal(monkeypatch, tmp_path, error):
