@@ -55,7 +55,7 @@ from muon_xla import DistAdam, NorMuon
 from replay import Replay
 from shards import find_shards, more, read_tokens, way_out
 from spmd import ROWS, assign, begin_program, device_count, enter, is_split, leave, setup_devices, shard, to_device, to_host, turns
-from wandb_run import WandbRun
+from wandb_run import WandbRun, get_client
 
 warnings.filterwarnings("ignore", message="Use torch_xla.sync", category=DeprecationWarning)
 
@@ -1530,8 +1530,10 @@ def operations_on_host() -> list[str]:
 
 def unigram_entropy(args: Hyperparameters) -> float:
     """In nats, of the validation tokens: what a model reaches that knows the frequency of each token and nothing else."""
-    tokens = _load_data_shard(find_shards(args.val_files)[0], args.vocab_size)[:args.val_tokens]
-    p = np.bincount(tokens) / len(tokens)
+    counts, files = np.zeros(args.vocab_size, dtype=np.int64), iter(find_shards(args.val_files))
+    while (left := args.val_tokens - counts.sum()) > 0:
+        counts += np.bincount(_load_data_shard(next(files), args.vocab_size)[:left], minlength=args.vocab_size)
+    p = counts / counts.sum()
     return float(-(p[p > 0] * np.log(p[p > 0])).sum())
 
 class Log:
@@ -1654,6 +1656,8 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
     began = time.perf_counter()
     if profile and sum(profile) - 1 > args.num_iterations:
         raise ValueError(f"--profile {profile[0]}:{profile[1]} goes beyond the run's {args.num_iterations} steps")
+    if wandb:
+        get_client()
     data = read_data(args)
     if checkpoints and resume in (None, "latest") and (result := checkpoints.finished()):
         check_resumable(checkpoints.folder, result, args, data)

@@ -10,14 +10,18 @@ import re
 import uuid
 
 
+def get_client():
+    try:
+        import wandb
+    except ImportError as e:
+        raise ValueError(f"--wandb needs the client of Weights & Biases ({e}): 'pip install -r requirements-wandb.txt', or leave out "
+                         "--wandb") from None
+    return wandb
+
 class WandbRun:
     """say: where to tell what happens. id: that of the run which goes on, None for a new one. ValueError where there is no client."""
     def __init__(self, project: str, run_id: str, config: dict, say, id: str | None = None):
-        try:
-            import wandb
-        except ImportError as e:
-            raise ValueError(f"--wandb needs the client of Weights & Biases ({e}): 'pip install -r requirements-wandb.txt', or leave out "
-                             "--wandb") from None
+        wandb = get_client()
         self.say, self.id = say, id or f"{re.sub(r'[^A-Za-z0-9_.-]', '_', run_id)[:100]}-{uuid.uuid4().hex[:8]}"
         def init(mode: str | None):
             return wandb.init(project=project, id=self.id, name=run_id, config=config, dir="logs", mode=mode,

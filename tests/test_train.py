@@ -265,6 +265,12 @@ def test_too_little_validation_data(tmp_path, refused, sizes, batches):
     refused("few_*.bin", f"{sum(sizes):,} tokens", f"hold {batches} of 2 batches", "needs 4,098 tokens", "2,048",
             val_files=tmp_path / "few_*.bin")
 
+def test_unigram_entropy_is_of_all_that_validation_reads(tmp_path):
+    for i, tokens in enumerate(([BOS, 1], [BOS, 1, 2, 3], [9] * 8)):
+        write_shard(tmp_path / f"val_{i}.bin", tokens)
+    entropy = t.unigram_entropy(t.Hyperparameters(val_files=str(tmp_path / "val_*.bin"), val_tokens=6, vocab_size=301))
+    assert entropy == pytest.approx(2 * np.log(3) / 3 + np.log(6) / 3)
+
 def test_training_on_validation_data(refused, corpus):
     refused("val_000.bin", "train_files", "val_files", train_files=corpus / "*.bin")
 
@@ -299,12 +305,13 @@ def test_non_finite_loss(tmp_path, corpus):
 @pytest.fixture
 def killed(monkeypatch, corpus, tmp_path):
     """main() whose training is the function given; what signal it then kills itself with."""
-    def run(train):
+    def run(train, ignored=()):
         kills = []
+        before = {number: signal.signal(number, signal.SIG_IGN if number in ignored else signal.default_int_handler)
+                  for number in t.checkpoint.SIGNALS}
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(t, "train", train)
         monkeypatch.setattr(t.os, "kill", lambda pid, number: kills.append((pid, number, signal.getsignal(number))))
-        before = {number: signal.getsignal(number) for number in t.checkpoint.SIGNALS}
         try:
             t.main(toy_options(corpus))
         finally:
@@ -323,11 +330,8 @@ def test_a_signal_without_checkpoints(killed, capsys, number):
 
 def test_nohup(killed):
     """What is ignored at the start stays so."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        assert killed(lambda *_: (signal.raise_signal(signal.SIGHUP), signal.raise_signal(signal.SIGINT))) == signal.SIGINT
-    finally:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    hang_up, stop = signal.SIGHUP, signal.SIGINT
+    assert killed(lambda *_: (signal.raise_signal(hang_up), signal.raise_signal(stop)), ignored=[hang_up]) == stop
 
 @pytest.mark.parametrize("error", [BrokenPipeError, OSError])
 def test_a_lost_console_is_a_lost_terminal(monkeypatch, tmp_path, error):

@@ -106,9 +106,9 @@ def test_what_fails_later_does_not_end_the_run(place):
 
 def test_no_client(place, monkeypatch, corpus):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr(t, "build", lambda args: pytest.fail("not refused before the model is made"))
     with pytest.raises(SystemExit) as e:
         t.main([*toy_options(corpus), "--wandb"])
     assert str(e.value).startswith("train_gpt_xla.py: --wandb needs") and "pip install -r requirements-wandb.txt" in str(e.value)
+    assert not list((place / "logs").iterdir()), "told before there is a log"
     assert t.parse_args(["--wandb"])[1].wandb and t.parse_args(["--wandb", "mine"])[1].wandb == "mine"
     assert t.parse_args([])[1].wandb is None
