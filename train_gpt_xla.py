@@ -144,19 +144,15 @@ class Yarn(nn.Module):
         theta = t.reshape(*t.shape, 1) * torch.cat([freq, zero, -freq, zero])
         return theta.cos().to(dtype), theta.sin().to(dtype)
 
-    @staticmethod
-    def positions(T: int, device, positions: Tensor | None) -> Tensor:
-        """[T], or as given for each row [B, T]: [B, 1, T], the same for all heads."""
-        return torch.arange(T, dtype=torch.float32, device=device) if positions is None else positions.unsqueeze(1)
-
     def factors(self, T: int, freq: Tensor, dtype: torch.dtype, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[T, D] each, for all heads; [B, 1, T, D] at positions [B, T]."""
-        return self.tables(self.positions(T, freq.device, positions), freq, dtype)
+        t = torch.arange(T, dtype=torch.float32, device=freq.device) if positions is None else positions.unsqueeze(1)
+        return self.tables(t, freq, dtype)
 
 class YarnPairedHead(Yarn):
     def factors(self, T: int, freq: Tensor, dtype: torch.dtype, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[2, T, D] each, or [B, 1, 2, T, D]: heads of even number rotate by positions 2t, of odd number by 2t + 1."""
-        t = self.positions(T, freq.device, positions)
+        t = torch.arange(T, dtype=torch.float32, device=freq.device) if positions is None else positions.unsqueeze(1)
         even, odd = self.tables(2 * t, freq, dtype), self.tables(2 * t + 1, freq, dtype)
         return torch.stack([even[0], odd[0]], dim=-3), torch.stack([even[1], odd[1]], dim=-3)
 
