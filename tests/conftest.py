@@ -1,5 +1,6 @@
 """What several test files use: a toy corpus, and the training script run on it in a process of its own."""
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,11 @@ os.environ.setdefault("PJRT_DEVICE", "CPU")
 os.environ.setdefault("CPU_NUM_DEVICES", "8")
 import numpy as np
 import pytest
+
+# A shell that starts a job in the background has it ignore these, and what it starts in turn: tests of signals need them as they are.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parent.parent
 BOS = 300

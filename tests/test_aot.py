@@ -623,13 +623,13 @@ def test_the_fingerprint_is_of_what_is_computed(programs, tmp_path):
 
 @compiles
 def test_a_graph_of_the_rehearsal(tmp_path, monkeypatch, capsys):
-    """From tracing to the report, with all that is promised of the command; on a TPU of 4 chips, so two rows a device."""
+    """From tracing to the report, with all that is promised of the command; on a TPU of 4 chips, where rows take turns."""
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000")
     def run(*options):
         status = aot.main(["--tpu", "v6e-4", "--preset", "rehearsal", "--out", str(tmp_path), *options])
         return status, *capsys.readouterr()
     listed = [line.split() for line in run("--list")[1].splitlines()]
-    name, steps = next((line[0], int(line[2])) for line in listed if line[0].startswith("odd"))
+    name, steps = next((line[0], int(line[2])) for line in listed if line[0].startswith("update_odd"))
     status, out, _ = run("--graphs", name)
     assert status == 0
     report = json.loads((tmp_path / "report.json").read_text())

@@ -70,7 +70,7 @@ def main(*options, stop=None, by=signal.SIGTERM, poison=None):
         return tensors(self)
     t.TrainingManager.tensors = in_hand
     t.TrainingManager.get_numbers = lambda self: get_numbers(self) * (float("nan") if self.step == poison else 1)
-    t.distinct_graphs = distinct_graphs if stop is poison is None else lambda args: {{}}
+    t.distinct_graphs = distinct_graphs if stop is poison is None else lambda args, turns: {{}}
     try:
         t.main(sys.argv[1:] + list(options))
     except SystemExit as e:

@@ -144,7 +144,7 @@ def test_errors_of_the_thread_are_raised_where_batches_are_taken(monkeypatch):
         yield BATCH
         raise ValueError("the reason")
     taken = t.prefetch(batches())
-    batch, numbers, position = next(taken)
+    (batch,), numbers, position = next(taken)
     assert batch.shape == (8, 3, 16) and numbers is BATCH[2] and position == (0, 7)
     with pytest.raises(ValueError, match="the reason"):
         next(taken)

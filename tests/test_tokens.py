@@ -91,9 +91,9 @@ def test_ids_are_checked_where_they_enter(tokens):
 
 def test_a_prompt_beyond_the_window_is_told(monkeypatch, capsys):
     class Likes(Model):
-        def __call__(self, wanted, batch):
-            assert batch.shape == (8, 3, 256) and batch[0, 0, 0] == 300
-            return torch.eye(384)[64].repeat(8, 1)
+        def logits(self, rows, T=None):
+            assert T in (256, None) and rows[0][0] == 300
+            return torch.eye(384)[64].repeat(len(rows), 1)
     monkeypatch.setattr(sample, "load_model", lambda *_: Likes(run_of(301, 300), 384))
     sample.main(["x.pt", "--bytes", "--tokens", "2", "--temperature", "0", "--prompt", "b" * 200, ""])
     out, err = capsys.readouterr()

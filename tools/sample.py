@@ -32,7 +32,7 @@ from run_log import WATCHING, Log, first_difference, only, read_runs, why_not
 
 import train_gpt_xla as port
 from checkpoint import load_weights
-from spmd import ROWS, enter, leave, shard, to_device
+from spmd import ROWS, enter, leave, shard, to_device, to_host
 
 PROMPTS = ["The capital of France is", "Once upon a time, there was", "The opposite of hot is", "Water boils at",
            "The first thing to do when baking bread is", "In 1969, astronauts", "def main():\n    ", "import os\nimport "]
@@ -189,7 +189,9 @@ class Inference(port.TrainingManager):
         newest: "first" or "next" logits [8, V], of what follows the newest, from all positions or from a chunk of them and the cache.
         """
         self.wanted = wanted
-        return self.replay((wanted, batch.shape), to_device(batch, "data"), self.numbers).cpu()
+        result = self.replay((wanted, batch.shape), to_device(batch, "data"), self.numbers)
+        port.xm.wait_device_ops()
+        return to_host(result)  # where .cpu() would compile
 
     def logits(self, rows: list[list[int]], T: int | None = None) -> Tensor:
         """
