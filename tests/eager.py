@@ -5,6 +5,7 @@ What torch_xla makes of the same calls is the business of test_on_devices.py and
 """
 import contextlib
 import functools
+import gc
 import types
 
 import ml_dtypes
@@ -31,15 +32,18 @@ def replace(patch: pytest.MonkeyPatch, name: str, value):
         patch.setattr(module, name, value)
 
 @contextlib.contextmanager
-def eager(kernels: bool):
-    """kernels: run those of the TPU, interpreted. Otherwise the plain path."""
+def eager(kernels: bool, turns: int = 1):
+    """
+    kernels: run those of the TPU, interpreted. Otherwise the plain path. turns: the device takes the 8 rows in so many of them.
+    """
     with pytest.MonkeyPatch.context() as patch:
         same = lambda x, *spec: x
         for name, value in dict(to_device=lambda x, *spec: x.clone(), to_host=lambda x, lazy=False: x.clone(), shard=same, enter=same,
                                 leave=lambda x: x.unsqueeze(0), reduce_scatter=same, device_count=lambda: 1,
-                                turns=lambda: 1, is_split=lambda x: False).items():
+                                turns=lambda: turns, is_split=lambda x: False).items():
             replace(patch, name, value)
         patch.setattr(xm, "optimization_barrier_", lambda tensors: None)
+        patch.setattr(xm, "mark_step", lambda: None)
         if kernels:
             patch.setattr(dispatch, "target", CHIPS["v6e"])
             replace(patch, "for_tpu", lambda x: True)
@@ -47,9 +51,16 @@ def eager(kernels: bool):
                 replace(patch, name, lambda *args: None)
             replace(patch, "call_kernel", call_kernel)
         calls.clear()
-        yield
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # several would wait for each other, busily, longer than such small tensors take
+        gc.disable()  # it would go through JAX's many objects again and again
+        try:
+            yield
+        finally:
+            gc.enable()
+            torch.set_num_threads(threads)
 
-calls = []  # of kernels, by name
+calls = []  # of kernels, by name, since eager() was entered
 
 def call_kernel(call, shapes, **tensors: torch.Tensor | None) -> types.SimpleNamespace:
     calls.append(call.__name__)
@@ -65,6 +76,17 @@ def compiled(call, shapes, dtype: torch.dtype):
     import jax
     dtype = {torch.float32: jax.numpy.float32, torch.bfloat16: jax.numpy.bfloat16}[dtype]
     return jax.jit(call(shapes, dtype, interpret=True), keep_unused=True, compiler_options=dict(xla_backend_optimization_level=0))
+
+def check(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tolerance: float, where: str):
+    """The norm of each tensor's error, as a part of the tensor's."""
+    assert got.keys() == want.keys(), f"{where}: {got.keys() ^ want.keys()} on one side only"
+    wrong = {}
+    for name, x in want.items():
+        assert got[name].shape == x.shape and got[name].dtype == x.dtype, f"{where}: {name}"
+        error, size = float((got[name] - x).norm()), float(x.norm())
+        if not error <= tolerance * size:  # nor if it is not a number
+            wrong[name] = f"{error:.1e} of {size:.1e}"
+    assert not wrong, f"{where}: errors beyond {tolerance}: {wrong}"
 
 def to_numpy(x: torch.Tensor) -> np.ndarray:
     x = x.detach().contiguous()

@@ -10,16 +10,16 @@ import torch
 import train_gpt_xla as train
 from gradients import Gradients, Slot, Stack
 
-B, T, H, D = 2, 384, 4, 32  # blocks of 128 tokens; of four heads, pairs are not the even and the odd ones
-C = H * D
+B, T, C = 2, 384, 128  # rows of three blocks of tokens
 SHORT, LONG = 100, 250
+TOLERANCE = 5e-5  # measured: 3e-6, of a lambda whose gradient is a small difference of large sums; all others 1e-6
 WEIGHTS = "attn.qkvo_w", "mlp.c_fc", "mlp.c_proj"
 
 # As the record wires them: layer, paired, window
 LAYERS = {
     "first: paired, values, no mix": dict(layer=0, paired=True, values=True, mix=False),
     "short window, values": dict(layer=1, values=True),
-    "paired": dict(layer=2, paired=True),
+    "paired": dict(layer=2, paired=True, heads=4),  # of four, pairs are not the even and the odd ones
     "long window, key offset": dict(layer=3, window=LONG),
     "no attention": dict(layer=6),
     "no attention, no mix": dict(layer=6, mix=False),
@@ -28,16 +28,18 @@ LAYERS = {
 
 def gradients_of(block: train.Block, weights: dict[str, torch.Tensor], x, attn_args, dout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The block's result and its weights' gradients, wherever they go; those of the other leaves are in .grad."""
-    squares, mlp, params = Stack(3, 2), Stack(5, 4), dict(block.named_parameters())
-    slots = dict(zip(WEIGHTS, (Slot(squares, 1), Slot(mlp, 2), Slot(mlp, 3)), strict=True))
+    squares, mlp, params = Stack(4, 3), Stack(5, 4), dict(block.named_parameters())
+    slots = dict(zip(WEIGHTS, (Slot(squares, 2), Slot(mlp, 2), Slot(mlp, 3)), strict=True))
     gradients = Gradients({p: slots[name] for name, p in params.items()})
     with gradients.receive({p: weights[name] for name, p in params.items()}):
         out = torch.func.functional_call(block, weights, (x, attn_args))
         out.backward(dout)
     return out.detach(), {name: gradients[p] for name, p in params.items()}
 
-def run(kernels: bool, dtype: torch.dtype, layer: int, paired=False, values=False, mix=True, window=SHORT) -> dict[str, torch.Tensor]:
+def run(kernels: bool, dtype: torch.dtype, layer: int, paired=False, values=False, mix=True, window=SHORT,
+        heads=2) -> dict[str, torch.Tensor]:
     """Every result by name."""
+    H, D = heads, C // heads
     generator = torch.Generator().manual_seed(layer)
     randn = lambda *shape: torch.randn(*shape, generator=generator).bfloat16().to(dtype)
     block = train.Block(C, D, H, layer, paired)
@@ -72,7 +74,4 @@ def run(kernels: bool, dtype: torch.dtype, layer: int, paired=False, values=Fals
 @pytest.mark.parametrize("layer", LAYERS)
 def test_block(layer):
     want, got = (run(kernels, torch.float32, **LAYERS[layer]) for kernels in (False, True))
-    assert got.keys() == want.keys()
-    errors = {name: float((got[name] - want[name]).abs().max() / want[name].abs().max()) for name in want}
-    print(errors)
-    assert max(errors.values()) < 1e-4, errors
+    eager.check(got, want, TOLERANCE, layer)
