@@ -77,9 +77,9 @@ def test_the_clock_of_older_scripts(write):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_encodings_and_line_ends(write, encoding, newline):
-    text = (header(code="x = 'é'") + steps(0, 6)).replace("\n", newline)
+    text = (header(code="x = 'é'\ny = 2") + steps(0, 6)).replace("\n", newline)
     log = read_log(write(text, encoding=encoding))
-    assert log.val_loss == {0: 10.8309, 6: 3.27} and log.hyperparameters == FIELDS and log.codes == ["x = 'é'"]
+    assert log.val_loss == {0: 10.8309, 6: 3.27} and log.hyperparameters == FIELDS and log.codes == ["x = 'é'\ny = 2"]
     assert read_log(write(text.rstrip(), encoding=encoding)).val_loss[6] == 3.27, "the last line's end is missing"
 
 def test_damaged_logs(write):
@@ -112,6 +112,8 @@ def test_a_resumed_run(write):
     log = read_log(write(begun + header("resumed from c.pt at step 4", code="y = 2", devices="4 TPU devices") + steps(5, 6, ms=20)))
     assert log.time == {0: 0, 1: 10, 2: 20, 3: 30, 4: 40, 5: 100, 6: 120} and log.val_loss == {0: 10.8309, 6: 3.27}
     assert log.codes == ["y = 1", "y = 2"] and log.devices == "8 TPU devices, then 4 TPU devices" and log.init_from == "x.pt"
+    stopped = read_log(write(begun + header() + steps(4, 4, ms=20)))
+    assert stopped.time == {0: 0, 1: 10, 2: 20, 3: 30, 4: 80} and stopped.last == 4, "step 5 of the first start is gone"
     # the same source is not printed again
     assert read_log(write(begun + "peak memory allocated: 1 MiB\n" + header() + steps(5, 6))).codes == ["y = 1"]
 
@@ -171,6 +173,7 @@ def test_runs_of_one_configuration(write, capsys):
                UPSTREAM.replace("the learning rate", "of step").replace(" # to eval on", "")]
     record_stats.main([write(f"{code}\n{BAR}\n{steps(0, 6, 3.27 + i / 1000)}", f"{i}.txt") for i, code in enumerate(sources)])
     assert "3 runs of 6 steps" in capsys.readouterr().out
+    assert read_log(write(f"{BAR}\n{UPSTREAM}\n{BAR}\nRunning\n{BAR}\n{steps(0, 6)}")).codes == [UPSTREAM.strip()], "as the first scripts"
     record_stats.main([write(steps(0, 6, 3.27 + i / 1000), f"{i}.txt") for i in range(2)])
     assert "Note: " in capsys.readouterr().out.split("1.txt has neither hyperparameters nor a source")[0], "nothing says what they are"
     record_stats.main([write(header() + steps(0, 6, ms=10 + i), f"{i}.txt") for i in range(2)])

@@ -89,11 +89,8 @@ def at(path: str, i: int):
     except (ValueError, SyntaxError) as e:
         raise ValueError(f"{path}:{i}: cannot be read ({getattr(e, 'msg', e)}), so the file is damaged: cut that line out") from None
 
-def read_header(path: str, lines: list[str], i: int, before: Log | None) -> Log:
-    """
-    What stands above the steps of a start, from line i of the file on. before: the start before it, whose source goes on to hold if no
-    other is printed.
-    """
+def read_header(path: str, lines: list[str], i: int) -> Log:
+    """What stands above the steps of a start, from line i of the file on."""
     log = Log(path)
     printed = [k for k, line in enumerate(lines) if re.fullmatch(r"Hyperparameters\(.*\)", line)]
     bars = [k for k, line in enumerate(lines) if line == BAR and not (printed and k > printed[-1])]
@@ -103,7 +100,7 @@ def read_header(path: str, lines: list[str], i: int, before: Log | None) -> Log:
     code = lines[begin + 1:end]
     above = [k for k, line in enumerate(code) if re.match(r"logs/.*\.txt$|peak memory allocated: ", line)]
     code = "\n".join(code[above[-1] + 1 if above else 0:]).strip()
-    log.codes = [code] if code else before.codes[-1:] if before else []
+    log.codes = [code] if code else []  # who goes on with the same source does not print it again
     for k, line in enumerate(lines[end:], i + end):
         with at(path, k):
             if re.fullmatch(r"Hyperparameters\(.*\)", line):
@@ -123,7 +120,6 @@ def read_starts(path: str, text: str) -> list[Log]:
         whole = re.match(r"step:.*?\bstep_avg:\s*\S+?ms", lines[-1])
         lines[-1] = whole[0] if whole else ""
     found, above, last = [], [], None  # last: what the line of a step before this one was, None at the first below a header
-    header = lambda i: read_header(path, above, i - len(above), found[-1] if found else None)
     for i, line in enumerate(lines, 1):
         match = re.match(r"step:(\d+)/(\d+) (.*)", line)
         values = dict(re.findall(r"(\w+):\s*(\S+)", match[3])) if match else {}
@@ -133,7 +129,7 @@ def read_starts(path: str, text: str) -> list[Log]:
             continue
         step, this = int(match[1]), (int(match[1]), "val_loss" in values)
         if last is None:
-            found.append(header(i))
+            found.append(read_header(path, above, i - len(above)))
         elif this <= last:  # no header, but it starts over
             found.append(replace(found[-1], first=None, same_start=True, **{name: {} for name in SERIES}))
         above, last, log = [], this, found[-1]
@@ -147,7 +143,7 @@ def read_starts(path: str, text: str) -> list[Log]:
         elif step == 0:
             log.time[0] = 0.0
     if any(line == BAR or line.startswith("Hyperparameters(") for line in above):
-        found.append(header(len(lines) + 1))
+        found.append(read_header(path, above, len(lines) + 1 - len(above)))
     return found
 
 def go_on(before: Log, part: Log) -> Log:
