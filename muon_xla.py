@@ -280,9 +280,10 @@ class DistAdam(torch.optim.Optimizer):
         return {p: Sum(tensor=None if p.label == 'embed' and not split_embed else enter(state["grad"], "data").squeeze(0).to(p.dtype))
                 for p, state in self.state.items()}
 
-    def clear(self):
-        for state in self.state.values():
-            clear(state["grad"])
+    def clear(self, split_embed: bool):
+        for p, state in self.state.items():
+            if p.label != 'embed' or split_embed:  # while tied it has no gradient of its own
+                clear(state["grad"])
 
     @torch.no_grad()
     def step(self, gradients: Gradients, numbers: dict[str, tuple[Tensor, Tensor]]):

@@ -1136,7 +1136,7 @@ class TrainingManager():
         self.step_optimizers(gradients, self.unpack(numbers))
         self.muon_opt.clear()
         if self.graph.adam:
-            self.adam_opt.clear()
+            self.adam_opt.clear(self.graph.split_embed)
         return shard(numbers.clone())
 
     def program(self, *inputs: Tensor) -> Tensor:
