@@ -643,12 +643,12 @@ def test_a_graph_of_the_rehearsal(tmp_path, monkeypatch, capsys):
     assert gib["aliased"] > 0.9 * gib["outputs"] > 0  # weights and state exist once
     assert e["est_ms"]["total"] == pytest.approx(sum(e["est_ms"][k] for k in hlo_cost.KINDS)) and e["est_ms"]["matmuls"] > 0
     assert e["collectives"]["mib"] > 1 and {"reduce-scatter", "all-gather"} <= set(e["collectives"]["kinds"])
-    assert any("train_gpt_xla.py:" in op["source"] for op in e["dearest_ops"])
+    assert any("muon_xla.py:" in op["source"] for op in e["dearest_ops"])
     assert name in out and "No total" in out
     assert {f"{name}.hlo.pb", f"{name}.tpu.txt", "report.json"} <= {p.name for p in tmp_path.iterdir()}
     _, out, said = run("--graphs", name, "--json")
     assert "unchanged" in said and json.loads(out)["graphs"][0] == {**e, "cached": True}
     _, out, _ = run("--explain", name)
-    assert "dearest operations" in out and "largest buffers" in out and "train_gpt_xla.py:" in out
+    assert "dearest operations" in out and "largest buffers" in out and "muon_xla.py:" in out
     status, out, _ = run("--graphs", name, "--fingerprints", "--against", str(tmp_path / "report.json"))
     assert status == 0 and f"{name:28} same" in out and "1 of 1 graphs" in out
