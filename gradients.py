@@ -89,9 +89,6 @@ class Sum:
 
 
 class PlainSlot(Slot):
-    def __init__(self, weights: int, number: int):
-        super().__init__(Stack(weights, weights), number)
-
     def so_far(self, weight: Tensor) -> Tensor:
         return torch.zeros(self.stack.n, *weight.shape, dtype=weight.dtype, device=weight.device)
 
@@ -139,7 +136,8 @@ def slots(*weights: Tensor) -> list[Slot | None]:
     if not torch.is_grad_enabled():
         return [None] * len(weights)
     if Gradients.receiving is None:
-        return [PlainSlot(len(weights), i) for i in range(len(weights))]
+        stack = Stack(len(weights), len(weights))
+        return [PlainSlot(stack, i) for i in range(len(weights))]
     return [Gradients.receiving.of_leaf[weight] for weight in weights]
 
 

@@ -26,8 +26,13 @@ LAYERS = {
     "long window, key offset, values": dict(layer=10, window=LONG, values=True),
 }
 
-def gradients_of(block: train.Block, weights: dict[str, torch.Tensor], x, attn_args, dout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def gradients_of(block: train.Block, weights: dict[str, torch.Tensor], x, attn_args, dout,
+                 own_loop: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The block's result and its weights' gradients, wherever they go; those of the other leaves are in .grad."""
+    if own_loop:
+        out = torch.func.functional_call(block, weights, (x, attn_args))
+        out.backward(dout)
+        return out.detach(), {name: weight.grad for name, weight in weights.items()}
     squares, mlp, params = Stack(4, 3), Stack(5, 4), dict(block.named_parameters())
     slots = dict(zip(WEIGHTS, (Slot(squares, 2), Slot(mlp, 2), Slot(mlp, 3)), strict=True))
     gradients = Gradients({p: slots[name] for name, p in params.items()})
@@ -37,8 +42,8 @@ def gradients_of(block: train.Block, weights: dict[str, torch.Tensor], x, attn_a
     return out.detach(), {name: gradients[p] for name, p in params.items()}
 
 def run(kernels: bool, dtype: torch.dtype, layer: int, paired=False, values=False, mix=True, window=SHORT,
-        heads=2) -> dict[str, torch.Tensor]:
-    """Every result by name."""
+        heads=2, own_loop=False) -> dict[str, torch.Tensor]:
+    """Every result by name. own_loop: as someone finds it who calls backward() and no TrainingManager."""
     H, D = heads, C // heads
     generator = torch.Generator().manual_seed(layer)
     randn = lambda *shape: torch.randn(*shape, generator=generator).bfloat16().to(dtype)
@@ -66,7 +71,7 @@ def run(kernels: bool, dtype: torch.dtype, layer: int, paired=False, values=Fals
         factors=yarn.factors(T, torch.tensor(freq), dtype), attn_scale=torch.tensor(scale), key_offset=window == LONG,
         attn_gate_w=take("attn_gate_w"), ve_gate_w=take("ve_gate_w"))
     with eager.eager(kernels):
-        out, gradients = gradients_of(block, weights, take("x"), attn_args, dout)
+        out, gradients = gradients_of(block, weights, take("x"), attn_args, dout, own_loop)
         assert bool(eager.calls) == kernels
     gradients |= {name: leaf.grad for name, leaf in leaves.items()}
     return dict(out=out) | {name: gradient.float() for name, gradient in gradients.items() if gradient is not None}
@@ -74,4 +79,10 @@ def run(kernels: bool, dtype: torch.dtype, layer: int, paired=False, values=Fals
 @pytest.mark.parametrize("layer", LAYERS)
 def test_block(layer):
     want, got = (run(kernels, torch.float32, **LAYERS[layer]) for kernels in (False, True))
+    eager.check(got, want, TOLERANCE, layer)
+
+@pytest.mark.parametrize("layer", ["no attention", "long window, key offset, values"])
+def test_backward_in_ones_own_loop(layer):
+    """Nobody has made addresses, so that each weight has its gradient in .grad."""
+    want, got = (run(kernels, torch.float32, own_loop=True, **LAYERS[layer]) for kernels in (False, True))
     eager.check(got, want, TOLERANCE, layer)
