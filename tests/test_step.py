@@ -65,3 +65,17 @@ def test_rows_in_turn():
         if step % 2:  # Adam has taken the sums; they are cleared for the rows to come
             want, got = ({name: x for name, x in results.items() if not name.endswith(" grad")} for results in (want, got))
         eager.check(got, want, TOLERANCE, f"step {step}")
+
+def test_backward_in_ones_own_loop():
+    """Without a TrainingManager each parameter finds its gradient in .grad; lm_head that of embed with it, as long as they are one."""
+    gradients = []
+    for kernels in (False, True):
+        with eager.eager(kernels):
+            manager = build()
+            manager.advance_schedule(0)
+            losses = manager.forward(get_batch(0), manager.get_numbers(), dict(manager.model.named_parameters()))
+            losses.sum().backward()
+            gradients.append({name: p.grad for name, p in manager.model.named_parameters() if p.grad is not None})
+    want, got = gradients
+    assert want.keys() ^ dict(manager.model.named_parameters()).keys() == {"embed.weight"}
+    eager.check(got, want, TOLERANCE, "step 0")
