@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from chips import MiB
 from kernels import dispatch
 
 EPS = jnp.finfo(jnp.float32).eps  # of RMSNorm
@@ -86,6 +87,8 @@ def kernel_call(kernel: Callable, shapes, grid: tuple[int, ...], operands: Opera
     order = [*operands.prefetch, *inputs]
     names, absent = (*order, *outputs, *scratch), dict.fromkeys((*operands.inputs, *operands.outputs, *operands.scratch))
     assert len(set(names)) == len(names), "two operands with one name"
+    # twice what is counted, because the compiler needs some, too; what a kernel may not take, XLA can fill while it runs
+    limit = min(dispatch.vmem_limit(), max(32 * MiB, 2 * operands.vmem_bytes))
     call = pl.pallas_call(
         lambda *refs: kernel(SimpleNamespace(**absent | dict(zip(names, refs, strict=True))), shapes), name=kernel.__name__,
         interpret=interpret,
@@ -94,7 +97,7 @@ def kernel_call(kernel: Callable, shapes, grid: tuple[int, ...], operands: Opera
             out_specs=[x.spec for x in outputs.values()], scratch_shapes=[pltpu.VMEM(*x) for x in scratch.values()]),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()],
         input_output_aliases={order.index(x): list(outputs).index(y) for y, x in operands.in_place.items() if y in outputs},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * len(grid), vmem_limit_bytes=dispatch.vmem_limit()))
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * len(grid), vmem_limit_bytes=limit))
 
     def run(**arrays):
         results = call(*(arrays[name] for name in order))

@@ -1,0 +1,59 @@
+"""The notebook, cell for cell in a kernel, in a clone without a TPU: the rehearsal, cut to a few steps."""
+import os
+import shutil
+import subprocess
+import sys
+
+import nbclient
+import nbformat
+import pytest
+from conftest import ROOT
+
+NOTEBOOK = "notebooks/speedrun.ipynb"
+# No batch or window but the first, on one device: what takes time here is compiling.
+CUT = ("--num_scheduled_iterations 4 --num_extension_iterations 2 --val_loss_every 3 --val_tokens 16384 --val_batch_size 16384 "
+       "--train_bs_schedule 1024 --train_bs_extension 1024 --ws_schedule 3 --ws_final 3 --ws_validate_post_yarn_ext 3")
+
+@pytest.fixture
+def clone(tmp_path):
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / file, tmp_path / file)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    return tmp_path
+
+def run(folder, monkeypatch, options: str, sampling: str) -> nbformat.NotebookNode:
+    """The notebook after all of its cells, in folder/notebooks, as Jupyter opens it there. The first that fails ends it with its output."""
+    for name, value in dict(PJRT_DEVICE="CPU", CPU_NUM_DEVICES="1", XLA_FLAGS="--xla_backend_optimization_level=0").items():
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(folder / NOTEBOOK, as_version=4)
+    (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    parameters.source += f"\noptions += ' {options}'\nsampling += ' {sampling}'"
+    nbclient.NotebookClient(notebook, timeout=600, resources=dict(metadata=dict(path=str(folder / "notebooks")))).execute()
+    return notebook
+
+def printed(notebook) -> str:
+    return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+
+def test_from_nothing_to_a_sample(clone, monkeypatch):
+    notebook = run(clone, monkeypatch, CUT, "--bytes --tokens 8")
+    text = printed(notebook)
+    assert "step:6/6 val_loss:" in text and "graphs compiled after warm-up: 0" in text
+    assert "> In 1969," in text
+    pictures = [output.data["image/png"] for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
+    assert len(pictures) == 1 and (clone / "notebook.png").stat().st_size > 10_000
+    assert {file.name for file in (clone / "logs/notebook").iterdir()} >= {"state_step000006.pt"}
+
+def test_a_command_that_fails_ends_it(clone, monkeypatch):
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="the line above says why"):
+        run(clone, monkeypatch, "--model_dim 65", "")
+    assert not list(clone.glob("logs/notebook/state*"))
+
+def test_stored_without_outputs_and_one_home():
+    notebook = nbformat.read(ROOT / NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in notebook.cells)
+    home = "github.com/OWNER/modded-nanogpt-xla"
+    assert f"git clone --depth 1 https://{home}" in "".join(cell.source for cell in notebook.cells)
+    assert os.path.basename(NOTEBOOK) in (ROOT / "README.md").read_text()
