@@ -13,10 +13,8 @@ import re
 import sys
 from pathlib import Path
 
+os.environ["MPLBACKEND"] = "Agg"  # draws into files; a notebook's own backend, which its commands inherit, is not installed here
 import command
-import matplotlib
-
-matplotlib.use("Agg")  # draws into files; no window system is needed
 import matplotlib.pyplot as plt
 from run_log import MAY_DIFFER, Log, configuration, difference, read_logs, same, validation_difference
 
