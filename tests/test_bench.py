@@ -54,12 +54,11 @@ def test_a_bench_that_measured_nothing_fails(monkeypatch):
         def advance_schedule(self, step): ...
         def precompute(self, steps):
             return [port.torch.zeros(1)]
-        def training_step(self, batch, numbers):
+        def program(self, batch, numbers):
             return batch.float().sum()
     monkeypatch.setattr(port, "Replay", Traces)
     monkeypatch.setattr(port, "TrainingManager", Manager)
     monkeypatch.setattr(port.GPT, "to_devices", lambda model, dtype: model)
     args = port.Hyperparameters(vocab_size=128, num_heads=2, head_dim=8, model_dim=16)
-    graphs = [(port.get_graph(0, args), 0)]
     with pytest.raises(AssertionError, match="nothing was measured"):
-        bench_step.bench_step(port, args, graphs, 4, replay=True)
+        bench_step.bench_step(port, args, [0], 4, replay=True)

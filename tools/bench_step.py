@@ -1,13 +1,14 @@
 """
 What does a training step cost the host? The record's structure (11 layers, all parameters, both optimizers, its schedule) at toy
-widths on 8 virtual CPU devices, which get cores of their own so that their work does not count; and the loader at the record's real
+widths on virtual CPU devices, which get cores of their own so that their work does not count; and the loader at the record's real
 batch sizes.
 
-    python tools/bench_step.py [--steps 30] [--json]        (bash run_tpu.sh bench)
+    python tools/bench_step.py [--steps 30] [--devices 8] [--json]        (bash run_tpu.sh bench)
 
 retraced_ms: recording the step anew and handing it over, as without replay. replayed_ms: handing over the recorded step.
 loader_ms: packing one batch, 8 rows with their document starts, from a shard of documents with FineWeb's lengths. Medians, with
-quartiles. A replayed step should cost at most 3 ms and a twentieth of a retraced one; a batch at most 10 ms.
+quartiles. A replayed step should cost at most 3 ms and a twentieth of a retraced one; a batch at most 10 ms. On one device a step is 8
+programs, one for each row, and the update (D24): beside it stands what they should take on a v6e-1, which must be longer.
 """
 import argparse
 import json
@@ -52,86 +53,93 @@ def bench_loader(port, num_tokens: int, steps: int, folder: Path) -> dict:
     assert batch.shape == (port.ROWS, 3, num_tokens // port.ROWS)
     return spread(times[1:])  # the first one opens the shard
 
-def bench_step(port, args, graphs: list, steps: int, replay: bool) -> dict:
-    """Host time of a step of this stage, its even and odd steps in turn, each after the devices are done with the last."""
+def bench_step(port, args, steps: list[int], n: int, replay: bool) -> dict:
+    """Host time of n steps, these of one stage in turn: what it takes to hand over their programs, while the devices have nothing to do."""
     import torch
     manager = port.build(args)
     calls = []
-    step_fn = port.Replay(lambda *x: calls.append(1) or manager.training_step(*x), manager.tensors, manager.constants, enabled=replay)
-    batch = port.to_device(torch.zeros(port.ROWS, 3, graphs[0][0].tokens, dtype=torch.int32), "data")
-    numbers = [port.to_device(x) for x in manager.precompute([example for _, example in graphs])]  # the loader's thread sends them
-    times = []
-    for i in range(steps + 2 * len(graphs)):
-        graph, example = graphs[i % len(graphs)]
-        if i == len(graphs):
+    step_fn = port.Replay(lambda *x: calls.append(1) or manager.program(*x), manager.tensors, manager.constants, enabled=replay)
+    batch = port.to_device(torch.zeros(port.ROWS // port.turns(), 3, port.get_graph(steps[0], args).tokens, dtype=torch.int32), "data")
+    numbers = [port.to_device(x) for x in manager.precompute(steps)]  # the loader's thread sends them
+    times, programs = [], []
+    for i in range(n + 2 * len(steps)):
+        step = steps[i % len(steps)]
+        if i == len(steps):
             set_cores(CORES[:1], CORES[1:] or CORES)
         port.xm.wait_device_ops()
         t0 = time.perf_counter()
-        manager.advance_schedule(example)
-        losses = step_fn(manager.graph, batch, numbers[i % len(graphs)])
-        if not replay:
-            port.xm.mark_step()  # hashes the recording and hands it over; the devices run it in a thread
+        manager.advance_schedule(step)
         times.append(time.perf_counter() - t0)
-        if replay:
+        for graph in [g for g, turns in port.get_graph(step, args).programs(port.turns()) for _ in range(turns)]:
+            programs.append(graph)
+            t0 = time.perf_counter()
+            manager.graph = graph
+            result = step_fn(graph, *(() if graph.part == "update" else (batch,)), numbers[i % len(steps)])
+            if not replay:
+                port.xm.mark_step()  # hashes the recording and hands it over; the devices run it in a thread
+            times[-1] += time.perf_counter() - t0
             port.xm.wait_device_ops()  # a CPU runs the step in the call that hands it over, a TPU does not: wait, then time
             t0 = time.perf_counter()
-            port.xm.mark_step()  # finds nothing to do
-            times[-1] += time.perf_counter() - t0
-        assert losses.cpu().isfinite().all()
-    assert len(calls) == (len(graphs) if replay else len(times)), "replay traced, or tracing was skipped: nothing was measured"
+            port.xm.mark_step()  # replayed, it finds nothing to do
+            times[-1] += time.perf_counter() - t0 if replay else 0
+            assert result.cpu().isfinite().all()
+    assert len(calls) == len(set(programs) if replay else programs), "replay traced, or tracing was skipped: nothing was measured"
     set_cores(CORES, CORES)
-    return spread(times[2 * len(graphs):])  # the first of each compiles
+    return spread(times[2 * len(steps):])  # the first of each compiles
 
 def set_cores(mine: list[int], others: list[int]):
     """The cores of this thread and of all others, which do the devices' work. It holds for threads that exist by now."""
     for thread in map(int, os.listdir("/proc/self/task")):
         os.sched_setaffinity(thread, mine if thread == threading.get_native_id() else others)
 
-def estimates() -> dict:
-    """Estimated ms of the chip by graph name, from the newest report of tools/aot.py in records/, if there is one."""
-    reports = sorted(ROOT.glob("records/*/report.json"))
-    return {g["name"]: g["est_ms"]["total"] for g in json.loads(reports[-1].read_text())["graphs"]} if reports else {}
+def estimates(tpu: str) -> dict[int, float]:
+    """Estimated ms a step on this TPU by tokens a row, from the newest report of tools/aot.py in records/ that has them."""
+    for path in sorted(ROOT.glob("records/*/report.json"), reverse=True):
+        report = json.loads(path.read_text())
+        for part in report.get("tpus", [report]):
+            if part.get("tpu", "v6e-8") == tpu and part.get("step_est_ms"):
+                return {int(tokens): ms for tokens, ms in part["step_est_ms"].items()}
+    return {}
 
-def run(steps: int) -> dict:
+def run(n: int, devices: int) -> dict:
     import train_gpt_xla as port
 
     port.setup_devices()
     record = port.Hyperparameters()
     toy = port.Hyperparameters(vocab_size=256, num_heads=2, head_dim=8, model_dim=16, block_size=1, train_bs_extension=8 * 48,
                                train_bs_schedule=(8 * 16, 8 * 32, 8 * 48), val_batch_size=8 * 16)
-    real = [(g, s[0]) for g, s in port.distinct_graphs(record).items() if g.train and not g.copy_embed]
-    small = [(g, s[0]) for g, s in port.distinct_graphs(toy).items() if g.train and not g.copy_embed]
-    chip, stages = estimates(), []
+    stages, ms = {}, estimates(f"v6e-{devices}")
+    for graph, steps in port.distinct_graphs(record).items():
+        if graph.train and not graph.copy_embed:  # one step of each, even and odd ones; the toy's schedule is the record's
+            stages.setdefault((graph.tokens, graph.ws_short, graph.ws_long), []).append(steps[0])
+    results = []
     with tempfile.TemporaryDirectory() as folder:
-        for key in dict.fromkeys((g.tokens, g.ws_long) for g, _ in real):
-            chosen = [i for i, (g, _) in enumerate(real) if (g.tokens, g.ws_long) == key]
-            graphs, toys = [real[i][0] for i in chosen], [small[i] for i in chosen]
-            retraced = bench_step(port, toy, toys, steps, replay=False)
-            replayed = bench_step(port, toy, toys, steps, replay=True)
-            loader = bench_loader(port, key[0] * port.ROWS, steps, Path(folder))
-            known = [chip[g.name] for g in graphs if g.name in chip]
-            chip_ms = sum(known) / len(known) if len(known) == len(graphs) else None
-            stages.append(dict(name=f"{key[0]}_ws{graphs[0].ws_short}_{key[1]}", retraced_ms=retraced["median"],
-                               replayed_ms=replayed["median"], loader_ms=loader["median"], chip_est_ms=chip_ms,
-                               replayed_of_chip=chip_ms and replayed["median"] / chip_ms,
-                               spread=dict(retraced=retraced, replayed=replayed, loader=loader)))
-    return dict(stages=stages, steps=steps, devices=8, cores=os.cpu_count())
+        for (tokens, short, long), steps in stages.items():
+            retraced = bench_step(port, toy, steps, n, replay=False)
+            replayed = bench_step(port, toy, steps, n, replay=True)
+            loader = bench_loader(port, tokens * port.ROWS, n, Path(folder))
+            results.append(dict(name=f"{tokens}_ws{short}_{long}", retraced_ms=retraced["median"], replayed_ms=replayed["median"],
+                                loader_ms=loader["median"], chip_est_ms=ms.get(tokens),
+                                replayed_of_chip=ms.get(tokens) and replayed["median"] / ms[tokens],
+                                spread=dict(retraced=retraced, replayed=replayed, loader=loader)))
+    return dict(stages=results, steps=n, devices=devices, cores=os.cpu_count())
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=30, help="steps a median is taken over, at least 30 for a figure to quote")
+    parser.add_argument("--devices", type=int, default=8, choices=(1, 2, 4, 8), help="on fewer than 8 a step's rows take turns")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     if options.steps < 4:
         parser.error(f"--steps {options.steps}: a median with quartiles needs 4 at least")
-    os.environ["PJRT_DEVICE"], os.environ["CPU_NUM_DEVICES"] = "CPU", "8"
+    os.environ["PJRT_DEVICE"], os.environ["CPU_NUM_DEVICES"] = "CPU", str(options.devices)
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
     sys.path.insert(0, str(ROOT))
-    result = run(options.steps)
+    result = run(options.steps, options.devices)
     if options.json:
         print(json.dumps(result))
         return
-    print(f"host ms a step, medians of {options.steps}, quartiles in brackets; {result['cores']} cores")
+    print(f"host ms a step, medians of {options.steps}, quartiles in brackets; {options.devices} virtual devices, {result['cores']} cores")
     print(f"{'stage (tokens a chip)':24}{'retraced':>24}{'replayed':>24}{'loader':>24}   chip, est.   replayed/chip")
     for s in result["stages"]:
         cells = [f"{x['median']:.2f} [{x['low']:.2f} {x['high']:.2f}]" for x in s["spread"].values()]
