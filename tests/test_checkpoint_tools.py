@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BOS, ROOT
+from safetensors.torch import save_file
 from test_data_scripts import Hub, HubHandler
 
 import train_gpt_xla as t
@@ -359,13 +360,16 @@ def card(tmp_path, capsys):
     """hub.py push of a checkpoint from step 14 with this in it, beside or with this log: the card, and what is said on stderr."""
     path = tmp_path / "toy" / "state_step000014.pt"
     path.parent.mkdir()
-    def push(log: str, given=False, **content):
-        torch.save(dict(step=14, code="", model=TOY_STATE, optimizers=[]) | content, path)
+    def push(log: str, given=False, options=OPTIONS, **content):
+        content = dict(step=14, code="", model=TOY_STATE, optimizers=[]) | content
+        torch.save({name: x for name, x in content.items() if x is not None}, path)
         file = tmp_path / ("other.txt" if given else "toy.txt")
         file.write_text(log)
-        hub.main(["push", str(path), "a/b", "--dry_run", *["--log", str(file)] * given, *OPTIONS])
+        hub.main(["push", str(path), "a/b", "--dry_run", *["--log", str(file)] * given, *options])
         return (path.parent / "hub" / "README.md").read_text(), capsys.readouterr().err
     return push
+
+DATA = "data: {'train_files': [('fineweb_train_000001.bin', 100000000, 8)], 'val_files': [('v.bin', 50, 9)]}\n"
 
 LONG = LOG.replace("step:28/28 train", """step:14/28 train_time:2900ms step_avg:207.14ms
 step:14/28 val_loss:6.0000 train_time:2800ms step_avg:200.00ms
@@ -380,6 +384,53 @@ def test_figures_are_those_of_the_checkpoints_step(card, given):
     assert "| at step | 14 of 28 |" in page and "validation loss" not in page and "none of step 14" in said
     page, said = card(LONG.replace("step:0/28", "starting with the weights of /x/y.pt\nstep:0/28"), given)
     assert "| starting with the weights of | y.pt |" in page
+    assert "validation loss" not in card(LONG.replace("6.0000", "nan"), given)[0]
+
+def test_the_card_names_fineweb_only_where_it_was_read(card):
+    """A folder's name is no evidence: one's own shards are in one of that name, too."""
+    for data, named in ((DATA, True), (DATA.replace("100000000", "99999999"), False), (DATA.replace("fineweb_train", "mine"), False),
+                        ("", False)):
+        log = LONG.replace("step:0/28", data + "step:0/28").replace("data/demo/demo_train", "data/fineweb10B/fineweb_train")
+        assert ("datasets: [kjj0/fineweb10B-gpt2]" in card(log)[0]) == named, data
+    assert "datasets" in card(LONG, data=dict(train_files=[("fineweb_train_000001.bin", 10**8, 8)]))[0]
+
+def test_a_checkpoint_that_does_not_say_its_step(card, tmp_path):
+    """It may be published, but without figures, and no step is made up for it."""
+    page, said = card(LONG, given=True, step=None)
+    assert "at step" not in page and "logs/b/state.pt" in page and "does not say of which step" in said and "--log FILE" not in said
+    assert "step" not in json.loads((tmp_path / "toy" / "hub" / "config.json").read_text())
+
+def test_hyperparameters_on_the_hub_are_the_runs(card, tmp_path):
+    """Those of the checkpoint, of its log, wherever that is, or of upstream's source; else a preset's, which is said."""
+    config = lambda: json.loads((tmp_path / "toy" / "hub" / "config.json").read_text())
+    log = LONG.replace("cooldown_frac=0.5", "cooldown_frac=0.25")
+    for given in (False, True):
+        _, said = card(log, given, options=[])
+        assert config()["cooldown_frac"] == 0.25 and not said
+    (tmp_path / "toy.txt").unlink()
+    card(log, given=True, options=[], hyperparameters=RUN["hyperparameters"] | dict(cooldown_frac=0.25))
+    source = UPSTREAM.format("(2, 2, 3)")
+    _, said = card("a letter", given=False, options=[], code=source)
+    assert (config()["ws_schedule"], config()["cooldown_frac"]) == ([2, 2, 3], 0.5)
+    assert "nothing tells" not in said and "--train_bs_extension=9 * n" in said and "num_iterations" not in said
+    _, said = card("a letter", given=False, options=[], code="import torch_xla\n" + source)
+    assert config()["ws_schedule"] == [3, 7, 11] and "nothing tells its run's hyperparameters, so those of --preset record" in said
+    _, said = card("a letter", given=False, options=[], hyperparameters=dict(ws_schedule=(2, 2, 3), of_a_later_version=1, ws_final="x"))
+    assert config()["ws_schedule"] == [2, 2, 3] and "no such: --of_a_later_version=1 --ws_final=x" in said
+
+UPSTREAM = """class Hyperparameters:
+    train_files: str = "data/fineweb_train_*.bin"
+    ws_schedule: tuple = {}
+    num_iterations: int = a + b
+    train_bs_extension: int = 9 * n
+"""
+
+@pytest.mark.parametrize("content, words", [
+    (dict(step="14"), "its step is '14' (str)"), (dict(step=-1), "its step is '-1' (int)"), (dict(step=torch.tensor(14)), "its step is "),
+    (dict(code=7), "its code is '7' (int)"), (dict(hyperparameters=[1]), "its hyperparameters is '[1]' (list)"),
+])
+def test_entries_of_another_type(card, content, words):
+    one_line(lambda _: card(LONG, **content), [], "toy/state_step000014.pt: ", words)
 
 RUN = dict(hyperparameters=t.hyperparameters(t.Hyperparameters(**FIELDS)), run_id="toy")
 
@@ -390,6 +441,7 @@ RUN = dict(hyperparameters=t.hyperparameters(t.Hyperparameters(**FIELDS)), run_i
     ({}, LONG.replace("model_dim=32", "model_dim=64"), "model_dim is 64 there, 32"),
     ({}, LONG.replace("vocab_size=301", "vocab_size=50257"), "vocab_size is 50257 there, 384"),
     (dict(code="x = 1\n"), "x = 2\n" + LONG, "another source"),
+    (dict(data=dict(train_files=[("a.bin", 9, 7)])), LONG.replace("step:0/28", DATA + "step:0/28"), "the shards of train_files are others"),
     ({}, LONG[:LONG.index("step:14/28")], "it ends at step 0, the checkpoint is from step 14"),
 ])
 @pytest.mark.parametrize("given", [False, True])
@@ -516,10 +568,25 @@ def test_push_refuses(checkpoint, tmp_path):
     one_line(hub.main, ["push", log, "someone/toy"], "other.txt: not a checkpoint")
 
 def test_pull_refuses(tmp_path, monkeypatch):
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, name: tmp_path / name)
-    one_line(hub.main, ["pull", "openai/gpt2"], "openai/gpt2 is a gpt2")
+    for text, words in (('{"model_type": "gpt2"}', "a/b is no modded-nanogpt by its config.json"), ("[]", "a/b is no modded-nanogpt"),
+                        ("{", "config.json: not JSON")):
+        config.write_text(text)
+        one_line(hub.main, ["pull", "a/b"], words)
+    ours = lambda **fields: config.write_text(json.dumps(dict(model_type="modded-nanogpt", step=14) | RUN["hyperparameters"] | fields))
+    ours()
+    weights.write_bytes(b"\x09" + bytes(7) + b"{")
+    one_line(hub.main, ["pull", "a/b"], "model.safetensors: safetensors that are cut short")
+    save_file(TOY_STATE, weights)
+    for fields, words in ((dict(step="14"), "a/b: its step is '14'"), (dict(block_size=0), "a/b: block_size is 0"),
+                          (dict(step=29), "from step 29")):
+        ours(**fields)
+        one_line(hub.main, ["pull", "a/b"], words)
+    ours()
     (tmp_path / "there.pt").touch()
-    (tmp_path / "config.json").write_text('{"model_type": "modded-nanogpt", "step": 1}')
-    monkeypatch.setattr("safetensors.torch.load_file", lambda path: {})
     one_line(hub.main, ["pull", "a/b", "-o", tmp_path / "there.pt"], "there.pt is there already", "-o")
+    monkeypatch.setattr(torch, "save", lambda state, path: path.write_text("x") and (_ for _ in ()).throw(OSError(28, "No space left")))
+    one_line(hub.main, ["pull", "a/b"], "No space left")
+    assert not list((tmp_path / "logs").rglob("*.pt*"))

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import command
 import fineweb
-from run_log import WATCHING, Log, first_difference, only, read_runs, why_not
+from run_log import WATCHING, Log, configuration, first_difference, only, read_runs, source_hyperparameters, why_not
 
 import train_gpt_xla as port
 from checkpoint import load_weights
@@ -67,22 +67,44 @@ def find_log(path: str, checkpoint: dict, given: Path | None = None, figures: bo
         if given:
             raise
         why = str(e)
-    print(f"left out: {why}", file=sys.stderr)
+    print(f"{'figures' if figures else 'hyperparameters'} left out: {why}", file=sys.stderr)
     return None
 
-def recorded_options(path: str, checkpoint: dict) -> list[str]:
-    """The run's hyperparameters as options, from the checkpoint or from the log beside it; none where neither has them."""
-    args = checkpoint.get("hyperparameters", {})
-    if not args and (log := find_log(path, checkpoint, figures=False)):
-        args = log.hyperparameters
-    return [f"--{name}={value}" for name, value in args.items() if name not in WATCHING]
+def recorded_options(path: str, checkpoint: dict, log: Path | None = None) -> list[str]:
+    """
+    The run's hyperparameters as options, from the checkpoint, its log (find_log) or, because upstream's script takes no options, its
+    source; none where nothing tells them. Says on stderr which of them this script does not take.
+    """
+    args, code = checkpoint.get("hyperparameters"), checkpoint.get("code", "")
+    if not args:
+        found = find_log(path, checkpoint, log, figures=False)
+        args = configuration(found) if found else {} if "torch_xla" in code else source_hyperparameters(code)
+    kinds, taken, others = {f.name: f.type for f in dataclasses.fields(port.Hyperparameters)}, [], []
+    for name, value in args.items():
+        kind = int if type(value) is int and kinds.get(name) is float else kinds.get(name)
+        if name not in WATCHING:
+            (taken if type(value) is kind else others).append(f"--{name}={value}")
+    if others := [option for option in others if not option.startswith("--num_iterations=")]:  # the sum of the other two, in upstream's
+        print(f"{path}: of its run's hyperparameters left out, because this script has no such: {' '.join(others)}", file=sys.stderr)
+    return taken
 
-def get_args(path: str, checkpoint: dict, options: list[str]) -> "port.Hyperparameters":
-    """The run's hyperparameters: as it wrote them down, else a preset's; options, training's, go before. Sizes are the checkpoint's."""
+def get_args(path: str, checkpoint: dict, options: list[str], log: Path | None = None) -> "port.Hyperparameters":
+    """
+    The run's hyperparameters: as it wrote them down, else a preset's, which is said on stderr; options, training's, go before. Sizes
+    are the checkpoint's. ValueError, OSError.
+    """
+    for name, kind in dict(step=int, code=str, hyperparameters=dict, run_id=str).items():
+        if type(value := checkpoint.get(name, kind())) is not kind or name == "step" and value < 0:
+            raise ValueError(f"{path}: its {name} is {str(value)[:80]!r} ({type(value).__name__}), as neither this script nor upstream's "
+                             "writes it")
     sizes = get_sizes(checkpoint["model"])
     if not any(option.startswith("--preset") for option in options):
-        fits = [name for name, make in port.presets.items() if all(getattr(make(), k) == v for k, v in sizes.items())]
-        options = (recorded_options(path, checkpoint) or ["--preset", (fits or ["record"])[0]]) + options
+        recorded = recorded_options(path, checkpoint, log)
+        if not recorded:
+            fits = [name for name, make in port.presets.items() if all(getattr(make(), k) == v for k, v in sizes.items())]
+            recorded = ["--preset", (fits or ["record"])[0]]
+            print(f"{path}: nothing tells its run's hyperparameters, so those of --preset {recorded[1]} are taken", file=sys.stderr)
+        options = recorded + options
     args = dataclasses.replace(port.parse_args(options)[0], **sizes)
     try:
         port.check_args(args)
