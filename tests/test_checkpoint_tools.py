@@ -33,6 +33,7 @@ FIELDS = dict(vocab_size=301, bos_id=BOS, num_heads=4, head_dim=8, model_dim=32,
 OPTIONS = [f"--{name}={value}" for name, value in FIELDS.items()]
 PARAMETERS = dict(num_layers=11, num_heads=4, head_dim=8, model_dim=32, block_size=16)
 
+VOCABULARY = OPTIONS[:2]
 GPT2S = ["--vocab_size=50257", "--bos_id=50256"]
 
 def save(folder, vocab_size):
@@ -166,9 +167,10 @@ def test_byte_tokens_come_back_as_text():
     assert decode(encode("naïve\n").tolist()[1:]) == "naïve\n" and encode("")[0] == 50256
 
 def test_presets_are_found_by_size():
-    model = t.GPT(128, 11, 4, 16, 64)
+    model = t.GPT(50257, 11, 4, 16, 64)
     for state, preset in ((dict(model.named_parameters()), "rehearsal"), (None, "record")):
-        state = state or {"x0_lambdas": torch.zeros(11), "attn_gate_bank": torch.zeros(10, 6, 12), "lm_head.weight": torch.zeros(128, 768)}
+        state = state or {"x0_lambdas": torch.zeros(11), "attn_gate_bank": torch.zeros(10, 6, 12),
+                          "lm_head.weight": torch.empty(50304, 768, device="meta")}
         args = sample.get_args("x.pt", dict(model=state), [])
         assert (args.num_iterations, args.block_size, args.model_dim) == ((96, 16, 64) if preset == "rehearsal" else (1775, 128, 768))
 
@@ -308,7 +310,7 @@ class ModelHandler(HubHandler):
 
 LOG = f"""{"=" * 100}
 Running on 8 CPU devices: [{{}}]
-{t.Hyperparameters(**FIELDS)}
+{t.Hyperparameters(**FIELDS, run_id="toy")}
 step:0/28 val_loss:10.8272 train_time:0ms step_avg:0.02ms
 step:28/28 train_time:5600ms step_avg:200.00ms
 step:28/28 val_loss:LOSS train_time:5600ms step_avg:200.00ms
@@ -408,14 +410,14 @@ def test_hyperparameters_on_the_hub_are_the_runs(card, tmp_path):
         _, said = card(log, given, options=[])
         assert config()["cooldown_frac"] == 0.25 and not said
     (tmp_path / "toy.txt").unlink()
-    card(log, given=True, options=[], hyperparameters=RUN["hyperparameters"] | dict(cooldown_frac=0.25))
+    card(log, given=True, options=VOCABULARY, hyperparameters=RUN["hyperparameters"] | dict(cooldown_frac=0.25))
     source = UPSTREAM.format("(2, 2, 3)")
-    _, said = card("a letter", given=False, options=[], code=source)
+    _, said = card("a letter", options=VOCABULARY, code=source)
     assert (config()["ws_schedule"], config()["cooldown_frac"]) == ([2, 2, 3], 0.5)
     assert "nothing tells" not in said and "--train_bs_extension=9 * n" in said and "num_iterations" not in said
-    _, said = card("a letter", given=False, options=[], code="import torch_xla\n" + source)
+    _, said = card("a letter", options=VOCABULARY, code="import torch_xla\n" + source)
     assert config()["ws_schedule"] == [3, 7, 11] and "nothing tells its run's hyperparameters, so those of --preset record" in said
-    _, said = card("a letter", given=False, options=[], hyperparameters=dict(ws_schedule=(2, 2, 3), of_a_later_version=1, ws_final="x"))
+    _, said = card("a letter", options=VOCABULARY, hyperparameters=dict(ws_schedule=(2, 2, 3), of_a_later_version=1, ws_final="x"))
     assert config()["ws_schedule"] == [2, 2, 3] and "no such: --of_a_later_version=1 --ws_final=x" in said
 
 UPSTREAM = """class Hyperparameters:
@@ -451,12 +453,20 @@ def test_figures_of_another_run_are_left_out(card, content, log, words, given):
 
 def test_a_log_that_does_not_say_whose_it_is(card):
     """Beside the checkpoint it may be anyone's; who gives it vouches for it. A source is enough, and so are hyperparameters."""
-    bare = LONG.replace(str(t.Hyperparameters(**FIELDS)), "").replace(re.search(r"Hyperparameters\(.*\)", LONG)[0], "")
+    bare = LONG.replace(re.search(r"Hyperparameters\(.*\)", LONG)[0], "")
     page, said = card(bare)
     assert "6.0000" not in page and "neither hyperparameters nor a source" in said
     assert "6.0000" in card(bare, given=True)[0]
     assert "6.0000" in card("x = 1\n" + bare, code="x = 1\n")[0]
-    assert "6.0000" in card("x = 1\n" + LONG, code="x = 1\n", **RUN | dict(run_id=re.search(r"run_id='(.*?)'", LONG)[1]))[0]
+    assert "6.0000" in card("x = 1\n" + LONG, code="x = 1\n", **RUN)[0]
+
+def test_a_log_of_another_name_is_not_taken_for_the_checkpoints(card):
+    """Copied beside it, or renamed with it: who knows gives it with --log. A model is that of its hyperparameters whatever the name."""
+    other = LONG.replace("run_id='toy'", "run_id='other'").replace("cooldown_frac=0.5", "cooldown_frac=0.25")
+    page, said = card(other, options=[])
+    assert "6.0000" not in page and "is of a run called other" in said and "toy.txt if it is the log of" in said
+    assert "nothing tells" not in said
+    assert "6.0000" in card(other, given=True)[0] and "6.0000" in card(LONG)[0]
 
 def test_a_log_of_two_runs(card):
     two = LONG + LONG.replace("5.4321", "5.4322").replace("seed=0", "seed=1")
@@ -474,7 +484,7 @@ def test_hyperparameters_come_from_the_checkpoints_own_log(tmp_path, capsys):
     end = "step:28/28 val_loss:5.0 train_time:9ms step_avg:9ms\n"
     def block_size(log, **content):
         (tmp_path / "toy.txt").write_text(log)
-        return sample.get_args(str(path), dict(model=TOY_STATE, step=28) | content, []).block_size
+        return sample.get_args(str(path), dict(model=TOY_STATE, step=28) | content, VOCABULARY).block_size
     run, other = start(block_size=32) + end, start(block_size=64)
     for log in (run, other + run, run + other, run + other + "step:1/28 train_time:9ms step_avg:9ms\n", start(block_size=32)):
         assert block_size(log) == 32, log
@@ -566,6 +576,9 @@ def test_push_refuses(checkpoint, tmp_path):
     one_line(hub.main, ["push", checkpoint, "someone/toy", "--log", log, *OPTIONS], "other.txt", "empty")
     one_line(hub.main, ["push", tmp_path / "none.pt", "someone/toy"], "none.pt", "No such file")
     one_line(hub.main, ["push", log, "someone/toy"], "other.txt: not a checkpoint")
+    for repo in ("toy", "someone/", "https://huggingface.co/someone/toy", "someone/to y"):
+        for argv in (["push", checkpoint, repo, *OPTIONS], ["pull", repo]):
+            one_line(hub.main, argv, f"hub.py: '{repo}' is not USER/NAME")
 
 def test_pull_refuses(tmp_path, monkeypatch):
     config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"

@@ -75,7 +75,7 @@ def test_the_clock_of_older_scripts(write):
     assert log.val_loss == {0: 10.9} and len(log.train_loss) == 20
     assert log.time == {0: 0.0} | {s: 100 * (s - 10) for s in range(13, 21)}
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_encodings_and_line_ends(write, encoding, newline):
     text = (header(code="x = 'é'\ny = 2") + steps(0, 6)).replace("\n", newline)

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -179,6 +180,8 @@ def main(argv: list[str] | None = None):
     pulling.add_argument("-o", "--out", type=Path, metavar="FILE.pt")
     options, rest = parser.parse_known_args(argv)
     try:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", options.repo):
+            raise ValueError(f"{options.repo!r} is not USER/NAME, as in the address of a model on the Hub")
         if options.word == "pull":
             if rest:
                 parser.error(f"{rest[0]} is not an option of pull")

@@ -9,9 +9,9 @@ ms or s; step_avg is nan until the clock starts, which upstream's older scripts 
     step:250/1775 val_loss:4.6062 train_time:7001ms step_avg:28.00ms
 """
 import ast
-import codecs
 import contextlib
 import functools
+import json
 import math
 import operator
 import re
@@ -57,10 +57,9 @@ class Log:
 # Reading
 
 def read_text(path: str) -> str:
-    """Of a file in UTF-8 or, with a byte-order mark, UTF-16; replacement characters where it is neither."""
+    """Of a file in UTF-8, 16 or 32, with a byte-order mark or without; replacement characters where it is none of these."""
     content = Path(path).read_bytes()
-    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return content.decode("utf-16" if marked else "utf-8-sig", "replace").replace("\r\n", "\n").replace("\r", "\n")
+    return content.decode(json.detect_encoding(content), "replace").replace("\r\n", "\n").replace("\r", "\n")
 
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 

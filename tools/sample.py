@@ -52,12 +52,16 @@ def find_log(path: str, checkpoint: dict, given: Path | None = None, figures: bo
     if not given and not file.is_file():
         return None
     sizes = get_sizes(checkpoint["model"]) | dict(vocab_size=len(checkpoint["model"]["lm_head.weight"]))
+    named = given or not figures or "run_id" in checkpoint  # else only the names of folder and log say that they belong together
     try:
         runs = read_runs(str(file), started=figures)
         reasons = [why_not(run, checkpoint, sizes) for run in runs]
         fitting = [run for run, reason in zip(runs, reasons) if reason is None]
         if not fitting:
             why = f"{file} is not the log of {path}: {reasons[-1]}"
+        elif not named and fitting[-1].hyperparameters.get("run_id", file.stem) != file.stem:
+            why = (f"{file} is of a run called {fitting[-1].hyperparameters['run_id']}, so it is another's, or was renamed: --log {file} "
+                   f"if it is the log of {path}")
         elif not given and not fitting[-1].hyperparameters and not (fitting[-1].codes and checkpoint.get("code")):
             why = f"{file} has neither hyperparameters nor a source that would show it to be the log of {path}"
         else:
@@ -110,6 +114,10 @@ def get_args(path: str, checkpoint: dict, options: list[str], log: Path | None =
         port.check_args(args)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
+    rows = len(checkpoint["model"]["lm_head.weight"])  # the vocabulary and its padding
+    if port.next_multiple_of_n(args.vocab_size, n=128) != rows:
+        raise ValueError(f"{path}: its table has {rows:,} rows, which is none of a vocabulary of {args.vocab_size:,}: give the run's "
+                         "--vocab_size and --bos_id")
     if checkpoint.get("step", 0) > args.num_iterations:
         raise ValueError(f"{path} is from step {checkpoint['step']}, this schedule has {args.num_iterations}: give the run's --preset, "
                          "or its --num_scheduled_iterations, --num_extension_iterations, --block_size and windows")
@@ -294,11 +302,10 @@ def check_tokens(tokens, args: port.Hyperparameters):
     if (worst := np.max(tokens)) >= args.vocab_size or (worst := np.min(tokens)) < 0:
         raise ValueError(f"token {worst} is not in the run's vocabulary of {args.vocab_size:,} (bos_id {args.bos_id})")
 
-def tokenizer(single_bytes: bool, args: port.Hyperparameters | None = None, path: str = "the model", rows: int = 0) -> tuple:
+def tokenizer(single_bytes: bool, args: port.Hyperparameters | None = None, path: str = "the model") -> tuple:
     """
     encode(text) -> tokens, the run's bos_id first; decode(tokens) -> text, in which a token that the tokenizer lacks is a number.
-    OSError where GPT-2's vocabulary cannot be had; ValueError where the run with args, at path, was not trained on such tokens. rows: of
-    the model's table, which are the vocabulary and its padding.
+    OSError where GPT-2's vocabulary cannot be had; ValueError where the run with args, at path, was not trained on such tokens.
     """
     args = args or port.Hyperparameters(run_id="")
     encode_text = fineweb.encoder(single_bytes)
@@ -310,9 +317,6 @@ def tokenizer(single_bytes: bool, args: port.Hyperparameters | None = None, path
         import tiktoken
         count, kind, way_out = fineweb.BOS_ID, "GPT-2's tokens", "try --bytes"
         to_bytes = tiktoken.get_encoding("gpt2").decode_single_token_bytes
-    if rows and port.next_multiple_of_n(args.vocab_size, n=128) != rows:
-        raise ValueError(f"{path}: its table has {rows:,} rows, which is none of a vocabulary of {args.vocab_size:,}: give the run's "
-                         "--vocab_size and --bos_id")
     if not count <= args.bos_id < args.vocab_size:
         raise ValueError(f"{path}: the run has a vocabulary of {args.vocab_size:,} and bos_id {args.bos_id}, {kind} are 0 to "
                          f"{count - 1:,}: it was not trained on these; {way_out}, or use the tokenizer of its data")
@@ -348,7 +352,7 @@ def main(argv: list[str] | None = None):
         parser.error("--tokens must be 1 or more, --top_k and --temperature 0 or more")
     try:
         manager = load_model(options.checkpoint, rest)
-        encode, decode = tokenizer(options.bytes, manager.args, options.checkpoint, len(manager.model.lm_head.weight))
+        encode, decode = tokenizer(options.bytes, manager.args, options.checkpoint)
         prompts = [encode(text).tolist() for text in options.prompt]
         window = manager.graph.ws_long * manager.args.block_size
         if (longest := max(map(len, prompts))) > window:
