@@ -65,14 +65,25 @@ def toy_options(corpus: Path, **fields) -> list[str]:
     fields = TOY | dict(train_files=corpus / "train_*.bin", val_files=corpus / "val_*.bin") | fields
     return [x for name, value in fields.items() for x in (f"--{name}", str(value))]
 
-def run_train(folder: Path, corpus: Path, *options: str, devices: int = 8, patch: str = "", timeout: int = 600, **fields):
-    """train_gpt_xla.py in `folder` on the toy model; patch: code that runs before it. Returns the finished process."""
-    script = [ROOT / "train_gpt_xla.py"]
-    if patch:
-        script = ["-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train_gpt_xla as t\n{patch}\nt.main()"]
-    argv = [sys.executable, *script, *options, *toy_options(corpus, **fields)]
-    env = os.environ | dict(PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(devices), XLA_FLAGS="--xla_backend_optimization_level=0")
-    return subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
+IMPORTS = dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+
+def program(name: str, *args, cwd: Path | None = None, **environment) -> subprocess.CompletedProcess:
+    """One of tests/programs, finished without an error."""
+    command = [sys.executable, ROOT / "tests/programs" / name, *map(str, args)]
+    result = subprocess.run(command, cwd=cwd, env={**os.environ, **IMPORTS, **environment}, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-3000:]
+    return result
+
+def training(program: str, *options: str, devices: int) -> tuple[list, dict]:
+    """Command and environment of train_gpt_xla.py, or of one of tests/programs that calls it."""
+    env = dict(PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(devices), XLA_FLAGS="--xla_backend_optimization_level=0")
+    script = ROOT / "tests/programs" / program if program else ROOT / "train_gpt_xla.py"
+    return [sys.executable, script, *options], os.environ | IMPORTS | env
+
+def run_train(folder: Path, corpus: Path, *options: str, devices: int = 8, program: str = "", timeout: int = 600, **fields):
+    """train_gpt_xla.py, or a program that calls it, in `folder` on the toy model. Returns the finished process."""
+    command, env = training(program, *options, *toy_options(corpus, **fields), devices=devices)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
 
 def one_line(tool, *argv) -> str:
     """A tool refuses, with one line that names it."""

@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -17,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_train, toy_options, write_shard
+from conftest import ROOT, program, run_train, toy_options, training, write_shard
+from programs.stop_and_go_on import POINTS, RUN_ON
 
 import checkpoint
 import train_gpt_xla as t
@@ -47,60 +47,12 @@ def same_run(a: Path, b: Path):
         same(a[key], b[key], key)
 
 # -----------------------------------------------------------------------------
-# One process trains once, with a checkpoint after every odd step, then resumes from some of them: the graphs are compiled once.
-
-# the toy run's stages begin at steps 8 and 16, the embedding splits after step 17, a validation comes before step 14, the first
-# training shard ends before step 10, the extension begins at step 24
-POINTS = dict(before_a_stage=6, at_a_stage=8, after_a_stage=10, shard=10, validation=14, before_the_split=16, after_the_split=18,
-              extension=26)
-RUN_ON = 4  # steps after which the resumed runs are stopped, but for the first and the last: what is the same so far stays so
-DRIVER = f"""
-import os, signal
-os.environ["WANDB_MODE"] = "offline"
-for number in (signal.SIGINT, signal.SIGHUP):  # a test in the background may find them ignored
-    signal.signal(number, signal.SIG_DFL)
-get_numbers, tensors = t.TrainingManager.get_numbers, t.TrainingManager.tensors
-to_devices, distinct_graphs = t.GPT.to_devices, t.distinct_graphs
-def main(*options, stop=None, by=signal.SIGTERM, poison=None):
-    # stop: two signals while this step is in hand. poison: this step's numbers are not numbers. Both without a warm-up
-    def in_hand(self):
-        if self.step == stop and self.graph.train:
-            for _ in range(2):
-                os.kill(os.getpid(), by)
-        return tensors(self)
-    t.TrainingManager.tensors = in_hand
-    t.TrainingManager.get_numbers = lambda self: get_numbers(self) * (float("nan") if self.step == poison else 1)
-    t.distinct_graphs = distinct_graphs if stop is poison is None else lambda args, turns: {{}}
-    try:
-        t.main(sys.argv[1:] + list(options))
-    except SystemExit as e:
-        print("EXIT", options[1], e.code, flush=True)
-def keep_initial(model, dtype):
-    model = to_devices(model, dtype)
-    t.torch.save(dict(model={{"_orig_mod." + name: x for name, x in model.state_dict().items()}}), "initial.pt")
-    t.GPT.to_devices = to_devices
-    return model
-t.GPT.to_devices = keep_initial
-every = ("--save_every", "2", "--keep_checkpoints", "99")
-main("--run_id", "toy", *every)
-main("--run_id", "init", *every, "--seed", "9", "--init_from", "initial.pt", stop=2)
-for n in {sorted(set(POINTS.values()))}:
-    stop = None if n in (6, 26) else n + {RUN_ON - 1}
-    main("--run_id", f"from{{n}}", *every, "--resume", f"logs/toy/checkpoint_step{{n:06d}}.pt", stop=stop, by=signal.SIGHUP)
-main("--run_id", "again", "--save_every", "1000", "--wandb", stop=12, by=signal.SIGINT)
-main("--run_id", "again", "--save_every", "1000", "--wandb")
-end = open("logs/again.txt").read()
-main("--run_id", "again", "--save_every", "1000", "--resume")
-main("--run_id", "again", "--save_every", "1000", "--seed", "1")
-assert open("logs/again.txt").read() == end
-main("--run_id", "nan", "--save_every", "4", "--train_loss_every", "0", poison=9)
-sys.exit(0)
-"""
+# programs/stop_and_go_on.py: a run, resumed from some of its checkpoints
 
 @pytest.fixture(scope="module")
 def driven(tmp_path_factory, corpus):
     folder = tmp_path_factory.mktemp("driven")
-    process = run_train(folder, corpus, patch=DRIVER, devices=2, train_loss_every=1, save_checkpoint=True, timeout=1200)
+    process = run_train(folder, corpus, program="stop_and_go_on.py", devices=2, train_loss_every=1, save_checkpoint=True, timeout=1200)
     assert process.returncode == 0, process.stderr[-3000:]
     return folder, process.stdout
 
@@ -387,115 +339,9 @@ def test_other_files_are_named(tmp_path, case):
 def small(step: int, x=0.0) -> dict:
     return dict.fromkeys(checkpoint.KEYS, 0) | dict(version=checkpoint.VERSION, step=step, model=dict(x=torch.as_tensor(x)))
 
-KILLS = """
-import os, random, signal, sys, time
-from pathlib import Path
-import torch
-import checkpoint
-torch.set_num_threads(1)
-die = lambda: os.kill(os.getpid(), signal.SIGKILL)
-save = 6  # the one that is struck
-
-def train(folder, steps=12):
-    said = []
-    with checkpoint.Checkpoints(folder, 2, said.append) as checkpoints:
-        _, saved = checkpoints.find(None)
-        start, x = (saved["step"], saved["model"]["x"]) if saved else (0, torch.ones(500_000))
-        for step in range(start, steps):
-            x = torch.sin(1.7 * x + step)
-            state = dict.fromkeys(checkpoint.KEYS, 0) | dict(version=checkpoint.VERSION, step=step + 1, model=dict(x=x))
-            checkpoints.save(step + 1, state)
-    assert not any(s.startswith("skipped") for s in said), said
-    torch.save(x, Path(folder) / "result")
-
-def run(fn, *args, after=None):
-    pid = os.fork()
-    if not pid:
-        try:
-            fn(*args)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    if after is not None:
-        time.sleep(after)
-        os.kill(pid, signal.SIGKILL)
-    return os.waitpid(pid, 0)[1]
-
-def strike(place, name, n, before):
-    # dies at the n-th call of place.name
-    real, calls = getattr(place, name), []
-    def fake(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == n and before:
-            die()
-        result = real(*args, **kwargs)
-        if len(calls) == n:
-            die()
-        return result
-    setattr(place, name, fake)
-
-checkpoint.open = open
-def opening(*args):
-    if args[-1] == "wb" and "000006" in str(args[0]):
-        die()
-    return open(*args)
-def half(self, data):
-    if "000006" in self.file.name and len(data) > 1000:
-        self.file.write(bytes(data)[:len(data) // 2])
-        self.file.flush()
-        die()
-    return write(self, data)
-write = checkpoint.Hashing.write
-# what to do in the child, and the newest checkpoint that must be there afterwards
-points = dict(
-    before_the_temporary_file=(lambda: setattr(checkpoint, "open", opening), 5),
-    in_the_middle_of_it=(lambda: setattr(checkpoint.Hashing, "write", half), 5),
-    before_fsync=(lambda: strike(os, "fsync", 2 * save - 1, True), 5),
-    after_fsync=(lambda: strike(os, "fsync", 2 * save - 1, False), 5),
-    before_rename=(lambda: strike(os, "replace", save, True), 5),
-    after_rename=(lambda: strike(os, "replace", save, False), 6),
-    during_pruning=(lambda: strike(Path, "unlink", save - 2, False), 6),
-    before_exit=(lambda: strike(torch, "save", 13, True), 12),  # 12 checkpoints, then the result
-)
-def killed(folder, prepare):
-    prepare()
-    train(folder)
-
-def check(name, folder, status, newest=None):
-    assert os.WIFSIGNALED(status) or name.startswith("random"), (name, status)
-    steps = []
-    def look():
-        with checkpoint.Checkpoints(folder, 2) as checkpoints:
-            path, state = checkpoints.find("latest")
-            assert state["step"] == int(path.stem[-6:]) and newest in (None, state["step"]), (name, state["step"], newest)
-    assert run(look) == 0, name
-    assert run(train, folder) == 0, name
-    assert torch.equal(torch.load(folder / "result"), reference), name
-    print("OK", name, flush=True)
-
-t0 = time.perf_counter()
-assert run(train, "whole") == 0
-duration = time.perf_counter() - t0
-reference = torch.load("whole/result")
-for name, (prepare, newest) in points.items():
-    check(name, Path(name), run(killed, name, prepare), newest)
-random.seed(int(sys.argv[1]))
-for i in range(20):
-    folder = Path(f"random{i}")
-    assert run(train, folder, 1) == 0  # so that there is something to lose
-    (folder / "result").unlink()
-    check(folder.name, folder, run(train, folder, after=random.uniform(0, duration)))
-"""
-
-def python(folder: Path, code: str, *args: str) -> str:
-    process = subprocess.run([sys.executable, "-c", code, *args], cwd=folder, env=os.environ | dict(PYTHONPATH=str(ROOT)),
-                             capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr[-3000:]
-    return process.stdout
-
 def test_sigkill_loses_nothing(tmp_path):
     """28 of 28: a whole checkpoint is there, nothing half written is taken for one, and the resumed run ends in the same bits."""
-    assert len(re.findall("^OK ", python(tmp_path, KILLS, "0"), re.M)) == 28
+    assert len(re.findall("^OK ", program("killed_in_a_save.py", 0, cwd=tmp_path).stdout, re.M)) == 28
 
 def test_order_of_writing(tmp_path, monkeypatch):
     """What a power cut needs: data on the disk before the name, the name on the disk before an older file goes."""
@@ -530,24 +376,12 @@ def test_disk_full(tmp_path):
         checkpoints.wait(must=True)
         assert checkpoints.find("latest")[1]["step"] == 4
 
-READ_ONLY = """
-import os, checkpoint
-os.chmod("run", 0o555)
-if os.getuid() == 0:
-    os.setuid(65534)
-try:
-    with checkpoint.Checkpoints("run", 2) as checkpoints:
-        pass
-except OSError as e:
-    print(e)
-"""
-
 def test_read_only_folder(tmp_path):
     with checkpoint.Checkpoints(tmp_path / "run", 2) as checkpoints:
         checkpoints.save(1, small(1))
     tmp_path.chmod(0o755)
     try:
-        assert "Permission denied: 'run/" in python(tmp_path, READ_ONLY)
+        assert "Permission denied: 'run/" in program("read_only_folder.py", cwd=tmp_path).stdout
         assert checkpoint.read(checkpoints.files()[0][1])["step"] == 1
     finally:
         (tmp_path / "run").chmod(0o755)
@@ -632,13 +466,11 @@ ONE_STAGE = dict(train_bs_schedule="512", ws_schedule="3", ws_final=3, ws_valida
                  split_embed_frac=1.0, train_loss_every=1)
 SHORT = ONE_STAGE | dict(val_tokens=2048, save_checkpoint=True)
 
-def start(folder: Path, corpus: Path, *options: str, patch: str = "", **fields) -> subprocess.Popen:
-    """The script in a process of its own, on one device, its output in folder/output."""
-    patch = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train_gpt_xla as t\n{patch}\nt.main()"
-    env = os.environ | dict(PJRT_DEVICE="CPU", CPU_NUM_DEVICES="1", XLA_FLAGS="--xla_backend_optimization_level=0")
+def start(folder: Path, corpus: Path, *options: str, program: str = "", **fields) -> subprocess.Popen:
+    """The script, or a program that calls it, in a process of its own, on one device, its output in folder/output."""
+    command, env = training(program, *options, *toy_options(corpus, **SHORT | fields), devices=1)
     with open(folder / "output", "a") as out:
-        return subprocess.Popen([sys.executable, "-c", patch, *options, *toy_options(corpus, **SHORT | fields)], cwd=folder, env=env,
-                                stdout=out, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, cwd=folder, env=env, stdout=out, stderr=subprocess.STDOUT)
 
 def curve(log: Path) -> dict[str, str]:
     """Losses by step and kind; steps that were run twice must have had the same."""
@@ -706,43 +538,16 @@ def test_sigkill_of_real_runs(tmp_path, long_corpus):
     assert start(folder, long_corpus, save_every=3, **fields).wait() == 0
     same_end(reference, folder, 66)
 
-# dies when it comes to one of these steps for the first time
-SOAK = """
-import os, signal
-from pathlib import Path
-tensors = t.TrainingManager.tensors
-def die(self):
-    if self.step % 200 == 187 and self.graph.train and not (mark := Path(f"died{self.step}")).exists():
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return tensors(self)
-t.TrainingManager.tensors = die
-"""
-
 @pytest.mark.slow
 def test_soak(tmp_path, long_corpus):
     """2,000 steps with a save every 50 and a kill every 200: the undisturbed run's losses and its last state."""
     fields = dict(num_scheduled_iterations=2000, val_loss_every=500)
     reference, folder = whole_and_empty(tmp_path, long_corpus, **fields)
     codes = []
-    while (code := start(folder, long_corpus, patch=SOAK, save_every=50, **fields).wait()) == -signal.SIGKILL:
+    while (code := start(folder, long_corpus, program="die_every_200_steps.py", save_every=50, **fields).wait()) == -signal.SIGKILL:
         codes.append(code)
     assert code == 0 and len(codes) == 10, ((folder / "output").read_text()[-3000:], codes)
     same_end(reference, folder, 2000)
-
-# preempted two steps after it has gone on
-STOP_AFTER_A_SAVE = """
-tensors = t.TrainingManager.tensors
-start = []
-def stop(self):
-    import glob, os, signal
-    last = max(int(f[-9:-3]) for f in glob.glob("logs/moved/checkpoint_*.pt"))
-    start.append(last)
-    if self.graph.train and self.step == start[0] + 2 and "resumed" in open("logs/moved.txt").read().rsplit("=" * 100, 1)[-1]:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return tensors(self)
-t.TrainingManager.tensors = stop
-"""
 
 @pytest.mark.slow
 def test_another_number_of_devices(tmp_path, corpus):
@@ -752,8 +557,8 @@ def test_another_number_of_devices(tmp_path, corpus):
     (tmp_path / "logs/moved").mkdir()
     shutil.copy(tmp_path / TEMPLATE.format("whole", 4), tmp_path / "logs/moved")
     for devices in (4, 2, 1, 8):
-        patch = "" if devices == 8 else STOP_AFTER_A_SAVE
-        process = run_train(tmp_path, corpus, "--resume", devices=devices, patch=patch, run_id="moved", **fields)
+        stopped = "" if devices == 8 else "stop_after_two_steps.py"
+        process = run_train(tmp_path, corpus, "--resume", devices=devices, program=stopped, run_id="moved", **fields)
         assert process.returncode == (0 if devices == 8 else checkpoint.PREEMPTED), process.stderr[-3000:]
         assert f"'devices': {dict(zip((4, 2, 1, 8), (8, 4, 2, 1)))[devices]}" in process.stdout
     for step in range(8, 18, 4):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BOS, ROOT
+from safetensors.torch import save_file
 from test_data_scripts import Hub, HubHandler
 
 import train_gpt_xla as t
@@ -32,6 +33,7 @@ FIELDS = dict(vocab_size=301, bos_id=BOS, num_heads=4, head_dim=8, model_dim=32,
 OPTIONS = [f"--{name}={value}" for name, value in FIELDS.items()]
 PARAMETERS = dict(num_layers=11, num_heads=4, head_dim=8, model_dim=32, block_size=16)
 
+VOCABULARY = OPTIONS[:2]
 GPT2S = ["--vocab_size=50257", "--bos_id=50256"]
 
 def save(folder, vocab_size):
@@ -165,9 +167,10 @@ def test_byte_tokens_come_back_as_text():
     assert decode(encode("naïve\n").tolist()[1:]) == "naïve\n" and encode("")[0] == 50256
 
 def test_presets_are_found_by_size():
-    model = t.GPT(128, 11, 4, 16, 64)
+    model = t.GPT(50257, 11, 4, 16, 64)
     for state, preset in ((dict(model.named_parameters()), "rehearsal"), (None, "record")):
-        state = state or {"x0_lambdas": torch.zeros(11), "attn_gate_bank": torch.zeros(10, 6, 12), "lm_head.weight": torch.zeros(128, 768)}
+        state = state or {"x0_lambdas": torch.zeros(11), "attn_gate_bank": torch.zeros(10, 6, 12),
+                          "lm_head.weight": torch.empty(50304, 768, device="meta")}
         args = sample.get_args("x.pt", dict(model=state), [])
         assert (args.num_iterations, args.block_size, args.model_dim) == ((96, 16, 64) if preset == "rehearsal" else (1775, 128, 768))
 
@@ -307,7 +310,7 @@ class ModelHandler(HubHandler):
 
 LOG = f"""{"=" * 100}
 Running on 8 CPU devices: [{{}}]
-{t.Hyperparameters(**FIELDS)}
+{t.Hyperparameters(**FIELDS, run_id="toy")}
 step:0/28 val_loss:10.8272 train_time:0ms step_avg:0.02ms
 step:28/28 train_time:5600ms step_avg:200.00ms
 step:28/28 val_loss:LOSS train_time:5600ms step_avg:200.00ms
@@ -359,13 +362,16 @@ def card(tmp_path, capsys):
     """hub.py push of a checkpoint from step 14 with this in it, beside or with this log: the card, and what is said on stderr."""
     path = tmp_path / "toy" / "state_step000014.pt"
     path.parent.mkdir()
-    def push(log: str, given=False, **content):
-        torch.save(dict(step=14, code="", model=TOY_STATE, optimizers=[]) | content, path)
+    def push(log: str, given=False, options=OPTIONS, **content):
+        content = dict(step=14, code="", model=TOY_STATE, optimizers=[]) | content
+        torch.save({name: x for name, x in content.items() if x is not None}, path)
         file = tmp_path / ("other.txt" if given else "toy.txt")
         file.write_text(log)
-        hub.main(["push", str(path), "a/b", "--dry_run", *["--log", str(file)] * given, *OPTIONS])
+        hub.main(["push", str(path), "a/b", "--dry_run", *["--log", str(file)] * given, *options])
         return (path.parent / "hub" / "README.md").read_text(), capsys.readouterr().err
     return push
+
+DATA = "data: {'train_files': [('fineweb_train_000001.bin', 100000000, 8)], 'val_files': [('v.bin', 50, 9)]}\n"
 
 LONG = LOG.replace("step:28/28 train", """step:14/28 train_time:2900ms step_avg:207.14ms
 step:14/28 val_loss:6.0000 train_time:2800ms step_avg:200.00ms
@@ -380,6 +386,53 @@ def test_figures_are_those_of_the_checkpoints_step(card, given):
     assert "| at step | 14 of 28 |" in page and "validation loss" not in page and "none of step 14" in said
     page, said = card(LONG.replace("step:0/28", "starting with the weights of /x/y.pt\nstep:0/28"), given)
     assert "| starting with the weights of | y.pt |" in page
+    assert "validation loss" not in card(LONG.replace("6.0000", "nan"), given)[0]
+
+def test_the_card_names_fineweb_only_where_it_was_read(card):
+    """A folder's name is no evidence: one's own shards are in one of that name, too."""
+    for data, named in ((DATA, True), (DATA.replace("100000000", "99999999"), False), (DATA.replace("fineweb_train", "mine"), False),
+                        ("", False)):
+        log = LONG.replace("step:0/28", data + "step:0/28").replace("data/demo/demo_train", "data/fineweb10B/fineweb_train")
+        assert ("datasets: [kjj0/fineweb10B-gpt2]" in card(log)[0]) == named, data
+    assert "datasets" in card(LONG, data=dict(train_files=[("fineweb_train_000001.bin", 10**8, 8)]))[0]
+
+def test_a_checkpoint_that_does_not_say_its_step(card, tmp_path):
+    """It may be published, but without figures, and no step is made up for it."""
+    page, said = card(LONG, given=True, step=None)
+    assert "at step" not in page and "logs/b/state.pt" in page and "does not say of which step" in said and "--log FILE" not in said
+    assert "step" not in json.loads((tmp_path / "toy" / "hub" / "config.json").read_text())
+
+def test_hyperparameters_on_the_hub_are_the_runs(card, tmp_path):
+    """Those of the checkpoint, of its log, wherever that is, or of upstream's source; else a preset's, which is said."""
+    config = lambda: json.loads((tmp_path / "toy" / "hub" / "config.json").read_text())
+    log = LONG.replace("cooldown_frac=0.5", "cooldown_frac=0.25")
+    for given in (False, True):
+        _, said = card(log, given, options=[])
+        assert config()["cooldown_frac"] == 0.25 and not said
+    (tmp_path / "toy.txt").unlink()
+    card(log, given=True, options=VOCABULARY, hyperparameters=RUN["hyperparameters"] | dict(cooldown_frac=0.25))
+    source = UPSTREAM.format("(2, 2, 3)")
+    _, said = card("a letter", options=VOCABULARY, code=source)
+    assert (config()["ws_schedule"], config()["cooldown_frac"]) == ([2, 2, 3], 0.5)
+    assert "nothing tells" not in said and "--train_bs_extension=9 * n" in said and "num_iterations" not in said
+    _, said = card("a letter", options=VOCABULARY, code="import torch_xla\n" + source)
+    assert config()["ws_schedule"] == [3, 7, 11] and "nothing tells its run's hyperparameters, so those of --preset record" in said
+    _, said = card("a letter", options=VOCABULARY, hyperparameters=dict(ws_schedule=(2, 2, 3), of_a_later_version=1, ws_final="x"))
+    assert config()["ws_schedule"] == [2, 2, 3] and "no such: --of_a_later_version=1 --ws_final=x" in said
+
+UPSTREAM = """class Hyperparameters:
+    train_files: str = "data/fineweb_train_*.bin"
+    ws_schedule: tuple = {}
+    num_iterations: int = a + b
+    train_bs_extension: int = 9 * n
+"""
+
+@pytest.mark.parametrize("content, words", [
+    (dict(step="14"), "its step is '14' (str)"), (dict(step=-1), "its step is '-1' (int)"), (dict(step=torch.tensor(14)), "its step is "),
+    (dict(code=7), "its code is '7' (int)"), (dict(hyperparameters=[1]), "its hyperparameters is '[1]' (list)"),
+])
+def test_entries_of_another_type(card, content, words):
+    one_line(lambda _: card(LONG, **content), [], "toy/state_step000014.pt: ", words)
 
 RUN = dict(hyperparameters=t.hyperparameters(t.Hyperparameters(**FIELDS)), run_id="toy")
 
@@ -390,6 +443,7 @@ RUN = dict(hyperparameters=t.hyperparameters(t.Hyperparameters(**FIELDS)), run_i
     ({}, LONG.replace("model_dim=32", "model_dim=64"), "model_dim is 64 there, 32"),
     ({}, LONG.replace("vocab_size=301", "vocab_size=50257"), "vocab_size is 50257 there, 384"),
     (dict(code="x = 1\n"), "x = 2\n" + LONG, "another source"),
+    (dict(data=dict(train_files=[("a.bin", 9, 7)])), LONG.replace("step:0/28", DATA + "step:0/28"), "the shards of train_files are others"),
     ({}, LONG[:LONG.index("step:14/28")], "it ends at step 0, the checkpoint is from step 14"),
 ])
 @pytest.mark.parametrize("given", [False, True])
@@ -399,12 +453,20 @@ def test_figures_of_another_run_are_left_out(card, content, log, words, given):
 
 def test_a_log_that_does_not_say_whose_it_is(card):
     """Beside the checkpoint it may be anyone's; who gives it vouches for it. A source is enough, and so are hyperparameters."""
-    bare = LONG.replace(str(t.Hyperparameters(**FIELDS)), "").replace(re.search(r"Hyperparameters\(.*\)", LONG)[0], "")
+    bare = LONG.replace(re.search(r"Hyperparameters\(.*\)", LONG)[0], "")
     page, said = card(bare)
     assert "6.0000" not in page and "neither hyperparameters nor a source" in said
     assert "6.0000" in card(bare, given=True)[0]
     assert "6.0000" in card("x = 1\n" + bare, code="x = 1\n")[0]
-    assert "6.0000" in card("x = 1\n" + LONG, code="x = 1\n", **RUN | dict(run_id=re.search(r"run_id='(.*?)'", LONG)[1]))[0]
+    assert "6.0000" in card("x = 1\n" + LONG, code="x = 1\n", **RUN)[0]
+
+def test_a_log_of_another_name_is_not_taken_for_the_checkpoints(card):
+    """Copied beside it, or renamed with it: who knows gives it with --log. A model is that of its hyperparameters whatever the name."""
+    other = LONG.replace("run_id='toy'", "run_id='other'").replace("cooldown_frac=0.5", "cooldown_frac=0.25")
+    page, said = card(other, options=[])
+    assert "6.0000" not in page and "is of a run called other" in said and "toy.txt if it is the log of" in said
+    assert "nothing tells" not in said
+    assert "6.0000" in card(other, given=True)[0] and "6.0000" in card(LONG)[0]
 
 def test_a_log_of_two_runs(card):
     two = LONG + LONG.replace("5.4321", "5.4322").replace("seed=0", "seed=1")
@@ -422,7 +484,7 @@ def test_hyperparameters_come_from_the_checkpoints_own_log(tmp_path, capsys):
     end = "step:28/28 val_loss:5.0 train_time:9ms step_avg:9ms\n"
     def block_size(log, **content):
         (tmp_path / "toy.txt").write_text(log)
-        return sample.get_args(str(path), dict(model=TOY_STATE, step=28) | content, []).block_size
+        return sample.get_args(str(path), dict(model=TOY_STATE, step=28) | content, VOCABULARY).block_size
     run, other = start(block_size=32) + end, start(block_size=64)
     for log in (run, other + run, run + other, run + other + "step:1/28 train_time:9ms step_avg:9ms\n", start(block_size=32)):
         assert block_size(log) == 32, log
@@ -514,12 +576,30 @@ def test_push_refuses(checkpoint, tmp_path):
     one_line(hub.main, ["push", checkpoint, "someone/toy", "--log", log, *OPTIONS], "other.txt", "empty")
     one_line(hub.main, ["push", tmp_path / "none.pt", "someone/toy"], "none.pt", "No such file")
     one_line(hub.main, ["push", log, "someone/toy"], "other.txt: not a checkpoint")
+    for repo in ("toy", "someone/", "https://huggingface.co/someone/toy", "someone/to y"):
+        for argv in (["push", checkpoint, repo, *OPTIONS], ["pull", repo]):
+            one_line(hub.main, argv, f"hub.py: '{repo}' is not USER/NAME")
 
 def test_pull_refuses(tmp_path, monkeypatch):
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, name: tmp_path / name)
-    one_line(hub.main, ["pull", "openai/gpt2"], "openai/gpt2 is a gpt2")
+    for text, words in (('{"model_type": "gpt2"}', "a/b is no modded-nanogpt by its config.json"), ("[]", "a/b is no modded-nanogpt"),
+                        ("{", "config.json: not JSON")):
+        config.write_text(text)
+        one_line(hub.main, ["pull", "a/b"], words)
+    ours = lambda **fields: config.write_text(json.dumps(dict(model_type="modded-nanogpt", step=14) | RUN["hyperparameters"] | fields))
+    ours()
+    weights.write_bytes(b"\x09" + bytes(7) + b"{")
+    one_line(hub.main, ["pull", "a/b"], "model.safetensors: safetensors that are cut short")
+    save_file(TOY_STATE, weights)
+    for fields, words in ((dict(step="14"), "a/b: its step is '14'"), (dict(block_size=0), "a/b: block_size is 0"),
+                          (dict(step=29), "from step 29")):
+        ours(**fields)
+        one_line(hub.main, ["pull", "a/b"], words)
+    ours()
     (tmp_path / "there.pt").touch()
-    (tmp_path / "config.json").write_text('{"model_type": "modded-nanogpt", "step": 1}')
-    monkeypatch.setattr("safetensors.torch.load_file", lambda path: {})
     one_line(hub.main, ["pull", "a/b", "-o", tmp_path / "there.pt"], "there.pt is there already", "-o")
+    monkeypatch.setattr(torch, "save", lambda state, path: path.write_text("x") and (_ for _ in ()).throw(OSError(28, "No space left")))
+    one_line(hub.main, ["pull", "a/b"], "No space left")
+    assert not list((tmp_path / "logs").rglob("*.pt*"))

@@ -160,7 +160,7 @@ def test_chips_without_device_files(tmp_path):
 
 
 @pytest.mark.parametrize("nodes", ["vfio/{}", "accel{}"])
-def test_a_busy_tpu_names_who_holds_it(tmp_path, nodes):
+def test_a_busy_tpu_names_who_holds_it(tmp_path, monkeypatch, nodes):
     root = computer(tmp_path, *["0x006f"] * 8, nodes=nodes)
     process(root, 77, "/dev/vfio/vfio")  # the control file: holds no chip
     process(root, 78, None)
@@ -173,6 +173,8 @@ def test_a_busy_tpu_names_who_holds_it(tmp_path, nodes):
     if os.geteuid() == 0:
         os.chown(tmp_path / "proc/4242", 54321, 54321)
         assert "process 4242 (python train me.py) of 54321, process 999999999 (python other.py) holds it" in refusal(root)
+        monkeypatch.setattr(os, "geteuid", lambda: 1)
+        assert "stop it: sudo kill 4242 999999999" in refusal(root)
 
 
 @pytest.mark.parametrize("command, above, words", [
@@ -210,11 +212,20 @@ def test_a_device_that_this_user_cannot_open(tmp_path, monkeypatch, error, acces
             raise OSError(error, os.strerror(error), path)
         return real(path, *args, **kwargs)
     monkeypatch.setattr(os, "open", fails)
-    monkeypatch.setattr(os, "access", lambda *_: access)
+    monkeypatch.setattr(os, "access", lambda path, _: access or not str(path).endswith("/3"))
     said = refusal(root)
     assert words in said
     if "may not" in words:
         assert ", mode 0660, and you are " in said and "`sudo chmod a+rw /dev/vfio/*`" in said and "PJRT_DEVICE=CPU" in said
+
+
+def test_a_folder_of_devices_that_this_user_cannot_enter(tmp_path, monkeypatch):
+    """Otherwise it would look empty, and a container would be blamed."""
+    root, access = computer(tmp_path, *["0x006f"] * 8), os.access
+    (tmp_path / "dev/vfio").chmod(0o700)
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != root + "/dev/vfio" and access(path, mode))
+    said = refusal(root)
+    assert "may not be opened: /dev/vfio belongs to " in said and "mode 0700" in said and "`sudo chmod a+rx /dev/vfio`" in said
 
 
 def test_users_without_names(tmp_path, monkeypatch):
@@ -229,7 +240,7 @@ def test_users_without_names(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("code, words", [
-    ("import sys; print('W fine'); sys.exit('RuntimeError: resource busy')", "does not open: RuntimeError: resource busy"),
+    ("import sys; print('W fine'); sys.exit('RuntimeError: resource busy.')", "does not open: RuntimeError: resource busy. Restart"),
     ("import os; print('F1121 08:13 tpu.cc:1] Check failed', flush=True); os.abort()", "does not open: F1121 08:13 tpu.cc:1] Check failed"),
     ("raise ValueError('no\\n\\nchips')", "does not open: ValueError: no"), ("import os; os.abort()", "does not open: status -6"),
     ("import time; time.sleep(60)", "did not answer within 0 s"), ("print('devices 4 TPU')", "torch_xla finds 4 TPU devices on a v6e-8"),

@@ -5,15 +5,13 @@ Replay on a small program: the numbers of the traced one, state in place, and no
 import gc
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as met
-from conftest import ROOT
+from conftest import program
 
 from replay import Replay
 from spmd import shard, to_device, to_host
@@ -114,22 +112,9 @@ def test_a_tensor_from_elsewhere_is_refused_and_nothing_is_lost():
         step("step", *inputs(0))
     assert torch.equal(before, toy.w.detach().cpu())
 
-DONATES = """
-import sys
-sys.path[:0] = [{tests!r}, {root!r}]
-from test_replay import Toy, inputs
-import train_gpt_xla as t
-from replay import Replay
-t.setup_devices()
-toy = Toy()
-Replay(toy.step, toy.state)("step", *inputs(0))
-"""
-
 def test_state_is_donated():
     """A state tensor that is read and updated shares its memory with its successor: w whole and m's eighth, by XLA's own account."""
-    env = os.environ | dict(PT_XLA_DEBUG_LEVEL="2")
-    process = subprocess.run([sys.executable, "-c", DONATES.format(tests=str(ROOT / "tests"), root=str(ROOT))],
-                             env=env, capture_output=True, text=True, timeout=120)
+    process = program("donates.py", PT_XLA_DEBUG_LEVEL="2")
     aliased = [float(x) for x in re.findall(r"Aliased Input size: (\S+) GB", process.stderr)]
     assert aliased, process.stderr[-2000:]
     assert max(aliased) * 2**30 == pytest.approx(4 * (WIDE * 8 + WIDE * 8 / 8), rel=0.01)

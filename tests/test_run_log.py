@@ -4,6 +4,7 @@ The reader of logs and record_stats.py: forms of lines, logs of several starts, 
 """
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 
@@ -74,7 +75,7 @@ def test_the_clock_of_older_scripts(write):
     assert log.val_loss == {0: 10.9} and len(log.train_loss) == 20
     assert log.time == {0: 0.0} | {s: 100 * (s - 10) for s in range(13, 21)}
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_encodings_and_line_ends(write, encoding, newline):
     text = (header(code="x = 'é'\ny = 2") + steps(0, 6)).replace("\n", newline)
@@ -88,7 +89,16 @@ def test_damaged_logs(write):
     assert "a.txt:7: cannot be read" in refused(write(header("data: {'val_files': [x]}") + steps(0, 6)))
     assert "llm.c" in refused(write("s:0 tel:10.9688\ns:0 trl:10.9656\n"))
     assert "diverged" in refused(write(steps(0, 6, float("inf"))))
-    assert "before its clock started" in refused(write(steps(0, 6).replace("10.00ms", "nanms")))
+    for time in ("step_avg:10.00", "train_time:60"):
+        assert "before its clock started" in refused(write(steps(0, 6).replace(time, time.split(":")[0] + ":nan")))
+
+@pytest.mark.parametrize("line", ["[rank0]: step:6/6 val_loss:3.27 train_time:60ms step_avg:10ms", "step:6/6 val_loss:3.27 train_time:60ms",
+                                  "step: 6/6 val_loss:3.27 train_time:60ms step_avg:10ms"])
+def test_steps_in_a_form_that_is_not_known(write, line):
+    """Told as that, and not as a run that has no steps."""
+    assert f"a.txt:7: a step's line that does not read, from its beginning, step:N/M ... train_time:Tms step_avg:Tms: '{line}'" in refused(
+        write(header().replace("logs/a.txt", "step:1/2 of a source") + line + "\n"))
+    assert "stopped before its first step" in refused(write(header() + "step:0/6 val"))
 
 # -----------------------------------------------------------------------------
 # Several starts in one log
@@ -168,7 +178,9 @@ def test_runs_of_one_configuration(write, capsys):
                          code=f"x = 1  # {i}") + steps(0, 6, 3.27 + i / 1000), f"{i}.txt") for i in range(3)]
     record_stats.main(logs)
     out = capsys.readouterr().out
-    assert "3 runs of 6 steps" in out and "Note" not in out
+    assert "3 runs of 6 steps" in out
+    assert re.findall("Note: (.*)", out) == [f"{logs[i]}: train_files is /disk{i}/data/fineweb10B/fineweb_train_*.bin, in {logs[0]} "
+        "/disk0/data/fineweb10B/fineweb_train_*.bin: taken for the same, as not both logs list what is in them" for i in (1, 2)]
     sources = [UPSTREAM, UPSTREAM.replace("SEED = 1", "SEED = 2").replace("_every: int = 250", "_every: int = 5"),
                UPSTREAM.replace("the learning rate", "of step").replace(" # to eval on", "")]
     record_stats.main([write(f"{code}\n{BAR}\n{steps(0, 6, 3.27 + i / 1000)}", f"{i}.txt") for i, code in enumerate(sources)])
@@ -216,7 +228,8 @@ def test_data_are_told_apart_by_what_is_in_them(write, capsys):
     a = write(header(DATA) + steps(0, 6), "a.txt")
     elsewhere = header(DATA.replace("a_1", "b_1").replace(", ('a_2.bin', 100, 8)", ""), train_files="x/b_*.bin", val_files="y/v.bin")
     record_stats.main([a, write(elsewhere + steps(0, 6, 3.28), "b.txt")])  # names and shards that were added do not matter
-    assert "2 runs of 6 steps" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "2 runs of 6 steps" in out and "Note" not in out
     assert "b.txt: val_files is" in refused(a, write(header(DATA.replace("9)", "8)")) + steps(0, 6, 3.28), "b.txt"))
     assert "b.txt: train_files is" in refused(a, write(header(DATA.replace("8)", "9)")) + steps(0, 6, 3.28), "b.txt"))
 

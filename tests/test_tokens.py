@@ -57,8 +57,6 @@ def test_a_text_begins_with_the_runs_own_bos():
     (True, 257, 65, 384, ["bos_id 65", "0 to 255"]),
     (True, 301, 301, 384, ["vocabulary of 301", "bos_id 301"]),
     (True, 301, -1, 384, ["bos_id -1"]),
-    (True, 50257, 50256, 384, ["384 rows", "50,257", "--vocab_size", "--bos_id"]),  # no log beside the checkpoint
-    (True, 100, 50, 384, ["384 rows", "vocabulary of 100"]),
     (False, 32000, 1, 32000, ["vocabulary of 32,000", "bos_id 1,", "0 to 50,255", "--bytes", "tokenizer"]),
     (False, 50257, 0, 50304, ["bos_id 0,", "GPT-2's tokens"]),
     (False, 50256, 50255, 50304, ["vocabulary of 50,256"]),
@@ -71,12 +69,21 @@ def test_tokens_that_the_model_does_not_have(gpt2, monkeypatch, single_bytes, vo
         monkeypatch.setattr(tool, "load_model", lambda *_: Model(run_of(vocab_size, bos_id), rows))
         one_line(tool.main, ["run/state.pt", *argv, *["--bytes"] * single_bytes], "run/state.pt: ", *words)
 
+@pytest.mark.parametrize("vocab_size", [50257, 100, 385])
+def test_a_vocabulary_that_is_not_the_tables(vocab_size):
+    """As where nothing tells the run's: no tool takes one that the table has no rows for, or too many."""
+    state = {"lm_head.weight": torch.zeros(384, 32), "attn_gate_bank": torch.zeros(10, 4, 12), "x0_lambdas": torch.zeros(11)}
+    options = lambda n: [f"--vocab_size={n}", "--bos_id=7"]
+    with pytest.raises(ValueError, match=f"run/state.pt: its table has 384 rows.*vocabulary of {vocab_size:,}: give.*--vocab_size"):
+        sample.get_args("run/state.pt", dict(model=state), options(vocab_size))
+    assert sample.get_args("run/state.pt", dict(model=state), options(384)).vocab_size == 384
+
 def test_gpt2s_tokens_in_a_larger_vocabulary(gpt2, capsys):
     """Of 50,304 with a document start of its own; what GPT-2 does not have comes back as a number."""
-    encode, decode = sample.tokenizer(False, run_of(50304, 50300), "run/state.pt", 50304)
+    encode, decode = sample.tokenizer(False, run_of(50304, 50300), "run/state.pt")
     assert encode("5 6").tolist() == [50300, 5, 6] and decode([5, 50290, 6]) == " 5<|50290|> 6"
     assert not capsys.readouterr().err
-    sample.tokenizer(False, run_of(65000, 64999), "run/state.pt", 65024)
+    sample.tokenizer(False, run_of(65000, 64999), "run/state.pt")
     assert "run/state.pt: taken for a model of GPT-2's tokens, though its vocabulary has 65,000" in capsys.readouterr().err
     _, decode = sample.tokenizer(True, run_of(301, 300))
     assert decode([64, 270, 65]) == "a<|270|>b"

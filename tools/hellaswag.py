@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None):
             fetch(path)
         questions = read_questions(path, options.limit)
         manager = load_model(options.checkpoint, rest)
-        encode, _ = tokenizer(options.bytes, manager.args, options.checkpoint, len(manager.model.lm_head.weight))
+        encode, _ = tokenizer(options.bytes, manager.args, options.checkpoint)
         endings = get_endings(questions, encode)
         losses = ending_losses(manager, endings, options.tokens or (16384 if port.xr.device_type() == "TPU" else 1024))
     except (ValueError, OSError, FloatingPointError) as e:

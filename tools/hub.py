@@ -6,7 +6,8 @@ A checkpoint to and from the Hugging Face Hub, as safetensors with config.json a
 
 push makes the files in the folder hub/ beside the checkpoint and sends them; without a token (hf auth login, or HF_TOKEN) or with
 --dry_run it stops there. The card's figures are those of the checkpoint's step in its run's log (logs/RUN_ID.txt, or --log); what the log
-lacks is left out, and so is a log that is another run's.
+lacks is left out, and so is a log that is another run's. The hyperparameters are the run's as far as the checkpoint or that log tells
+them, then a preset's; --preset and --FIELD as for tools/sample.py.
 pull writes a file that --init_from, tools/sample.py and tools/hellaswag.py take, by default logs/NAME/state_step*.pt.
 """
 import argparse
@@ -14,6 +15,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -24,7 +26,8 @@ import command
 from run_log import WATCHING, Log
 from sample import find_log, get_args
 
-from checkpoint import load_weights
+from checkpoint import load_config, load_weights
+from shards import FINEWEBS_TOKENS, is_fineweb
 
 CARD = """---
 license: mit
@@ -35,14 +38,19 @@ tags: [modded-nanogpt, nanogpt-speedrun]
 # {name}
 
 A GPT as record #60 of the [NanoGPT speedrun](https://github.com/KellerJordan/modded-nanogpt) has it, with {model_dim} dims, {num_heads}
-heads and {num_layers} layers, trained with PyTorch/XLA by modded-nanogpt-xla. `model.safetensors` holds the parameters under upstream's
-names, `config.json` the hyperparameters.
+heads and {num_layers} layers, for modded-nanogpt-xla. `model.safetensors` holds the parameters under upstream's names, `config.json` the
+hyperparameters.
 
 {figures}To use it, in a checkout of modded-nanogpt-xla:
 
     python tools/hub.py pull {repo}
-    python tools/sample.py logs/{name}/state_step{step:06d}.pt --prompt "The capital of France is"
+    python tools/sample.py logs/{name}/{file} --prompt "The capital of France is"
 """
+
+MODEL_TYPE = "modded-nanogpt"
+
+def weights_name(step: int | None) -> str:
+    return "state.pt" if step is None else f"state_step{step:06d}.pt"
 
 def get_figures(log: Log, step: int) -> list[tuple[str, str]]:
     """What a run's log says of this step and of the run, name and value; nothing that it lacks or that is not finite."""
@@ -63,24 +71,29 @@ def make_files(path: str, repo: str, log_path: Path | None, options: list[str]) 
     from safetensors.torch import save_file
 
     checkpoint = load_weights(path)
-    args = dataclasses.asdict(get_args(path, checkpoint, options))
-    step = checkpoint.get("step", args["num_scheduled_iterations"] + args["num_extension_iterations"])
-    log = find_log(path, checkpoint, log_path) if "step" in checkpoint else None
-    if not log:
+    args = dataclasses.asdict(get_args(path, checkpoint, options, log_path))
+    step = checkpoint.get("step")
+    log = find_log(path, checkpoint, log_path) if step is not None else None
+    if step is None:
+        print(f"the card has no figures: {path} does not say of which step it is", file=sys.stderr)
+    elif not log:
         print("the card has no figures: --log FILE gives the log of the checkpoint's run", file=sys.stderr)
-    elif step not in log.val_loss:
+    elif not math.isfinite(log.val_loss.get(step, math.nan)):
         print(f"the card has no validation loss: {log.path} has none of step {step}", file=sys.stderr)
     figures = get_figures(log, step) if log else []
     folder, name = Path(path).parent / "hub", repo.split("/")[-1]
     folder.mkdir(exist_ok=True)
     # each tensor a copy of its own: safetensors refuses tensors that share memory
     save_file({k: v.contiguous().clone() for k, v in checkpoint["model"].items()}, folder / "model.safetensors", {"format": "pt"})
-    config = dict(model_type="modded-nanogpt", step=step) | {k: v for k, v in args.items() if k not in WATCHING}
+    config = dict(model_type=MODEL_TYPE, step=step) | {k: v for k, v in args.items() if k not in WATCHING}
+    if step is None:
+        del config["step"]
     (folder / "config.json").write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
     rows = "".join(f"| {name} | {value} |\n" for name, value in figures)
-    fineweb = log and "fineweb10B" in log.hyperparameters.get("train_files", "")
+    shards = (checkpoint.get("data") or (log.data if log else {})).get("train_files", [])
+    fineweb = shards and all(is_fineweb(name) and tokens == FINEWEBS_TOKENS for name, tokens, _ in shards)
     (folder / "README.md").write_text(CARD.format(
-        **{k: args[k] for k in ("model_dim", "num_heads", "num_layers")}, name=name, repo=repo, step=step,
+        **{k: args[k] for k in ("model_dim", "num_heads", "num_layers")}, name=name, repo=repo, file=weights_name(step),
         datasets="datasets: [kjj0/fineweb10B-gpt2]\n" if fineweb else "",
         figures=f"From the log of its run:\n\n| | |\n| --- | --- |\n{rows}\n" if figures else ""))
     return folder
@@ -101,24 +114,23 @@ def push(path: str, repo: str, log_path: Path | None, private: bool, dry_run: bo
 
 def pull(repo: str, out: Path | None):
     from huggingface_hub import hf_hub_download
-    from safetensors.torch import load_file
 
-    config = json.loads(Path(hf_hub_download(repo, "config.json")).read_text())
-    kind = config.get("model_type")
-    if kind != "modded-nanogpt" or not isinstance(config.get("step"), int):
-        raise ValueError(f"{repo} is a {kind} by its config.json: only what 'tools/hub.py push' sent can be pulled")
-    state = load_file(hf_hub_download(repo, "model.safetensors"))
-    step = config["step"]
-    out = out or Path("logs", repo.split("/")[-1], f"state_step{step:06d}.pt")
+    known = load_config(Path(hf_hub_download(repo, "config.json")))
+    if not known:
+        raise ValueError(f"{repo} is no {MODEL_TYPE} by its config.json: only what 'tools/hub.py push' sent can be pulled")
+    # a run_id that no log here has: one that lies beside it is another run's
+    state = load_weights(Path(hf_hub_download(repo, "model.safetensors"))) | known | dict(code="", optimizers=[], run_id=repo)
+    get_args(repo, state, [])
+    out = out or Path("logs", repo.split("/")[-1], weights_name(state.get("step")))
     if out.exists():
         raise ValueError(f"{out} is there already: move it, or give another name with -o")
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
-    args = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k not in ("model_type", "step")}
-    # a run_id that no log here has: one that lies beside it is another run's
-    torch.save(dict(step=step, code="", model=state, optimizers=[], hyperparameters=args, run_id=repo), part)
-    load_weights(part)
-    os.replace(part, out)
+    try:
+        torch.save(state, part)
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
     print(out)
 
 def explain(error: BaseException, repo: str) -> str:
@@ -168,6 +180,8 @@ def main(argv: list[str] | None = None):
     pulling.add_argument("-o", "--out", type=Path, metavar="FILE.pt")
     options, rest = parser.parse_known_args(argv)
     try:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", options.repo):
+            raise ValueError(f"{options.repo!r} is not USER/NAME, as in the address of a model on the Hub")
         if options.word == "pull":
             if rest:
                 parser.error(f"{rest[0]} is not an option of pull")

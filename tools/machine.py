@@ -77,7 +77,10 @@ def endpoints(environ: dict) -> list[str]:
 
 def check_nodes(root: str, tpu: Tpu):
     """Refused unless each chip's device file is there, nobody holds it and this user may open it."""
-    nodes = sorted([*Path(root, "dev/vfio").glob("[0-9]*"), *Path(root, "dev").glob("accel[0-9]*")])
+    nodes, folder = sorted([*Path(root, "dev/vfio").glob("[0-9]*"), *Path(root, "dev").glob("accel[0-9]*")]), Path(root, "dev/vfio")
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+        raise Refused(f"the TPU may not be opened: /dev/vfio {permissions(folder)}. An administrator can let you, until the machine's next "
+                      f"start, with `sudo chmod a+rx /dev/vfio`; {ON_CPU}")
     if not nodes:
         raise Refused(f"{tpu.chips} {tpu.chip.name} chips on the PCI bus, but no /dev/vfio/N or /dev/accelN: a container needs "
                       f"--privileged; {ON_CPU}")
@@ -141,13 +144,17 @@ def processes(root: str) -> tuple[list[int], list[int]]:
     return sorted(holders), sorted(hidden)
 
 
+def owner(root: str, pid: int) -> int:
+    try:
+        return Path(root, f"proc/{pid}").stat().st_uid
+    except OSError:  # it has ended
+        return os.geteuid()
+
+
 def told(root: str, pid: int) -> str:
     """'process 77 (python train.py) of ada'"""
-    try:
-        owner = Path(root, f"proc/{pid}").stat().st_uid
-    except OSError:
-        owner = os.geteuid()
-    return (f"process {pid} ({read(Path(root, f'proc/{pid}/cmdline'))[:100]})" + (f" of {user(owner)}" if owner != os.geteuid() else ""))
+    of = f" of {user(owner(root, pid))}" if owner(root, pid) != os.geteuid() else ""
+    return f"process {pid} ({read(Path(root, f'proc/{pid}/cmdline'))[:100]}){of}"
 
 
 def check_free(root: str, holders: list[int]):
@@ -165,7 +172,8 @@ def check_free(root: str, holders: list[int]):
         own = "this notebook's own kernel" if above & set(holders) else "a notebook's kernel"
         raise Refused(f"the TPU is busy: {own}, {who}, holds it since it imported torch_xla or used jax. Restart that kernel (in Kaggle "
                       "Run, in Colab Runtime > Restart session), and import neither before training")
-    raise Refused(f"the TPU is busy: {who} holds it. Wait for that, or stop it: kill {' '.join(map(str, holders))}")
+    sudo = "sudo " * (os.geteuid() != 0 and any(owner(root, pid) != os.geteuid() for pid in holders))
+    raise Refused(f"the TPU is busy: {who} holds it. Wait for that, or stop it: {sudo}kill {' '.join(map(str, holders))}")
 
 
 def check_room(*wanted: tuple[float, Path, str]):
@@ -208,7 +216,8 @@ def open_tpu(tpu: Tpu, timeout: float = 300):
     if not found:
         lines = [line.strip() for line in done.stdout.splitlines() if line.strip()] or [f"status {done.returncode}"]
         telling = [line for line in lines if re.match(r"\w*(Error|Exception)\b|F\d{4} ", line)]
-        raise Refused(f"the TPU does not open: {(telling or lines)[-1][:400]}. Restart the machine, or make a new one; {ON_CPU}")
+        why = (telling or lines)[-1][:400].rstrip(".")
+        raise Refused(f"the TPU does not open: {why}. Restart the machine, or make a new one; {ON_CPU}")
     if found.groups() != (str(tpu.devices), "TPU"):
         knobs = sorted(name for name in os.environ if re.match(r"TPU_(VISIBLE|CHIPS|PROCESS|HOST)", name))
         raise Refused(f"torch_xla finds {found.group(1)} {found.group(2)} devices on a {tpu.name}, which has {tpu.devices}"

@@ -16,7 +16,7 @@ from pathlib import Path
 os.environ["MPLBACKEND"] = "Agg"  # draws into files; a notebook's own backend, which its commands inherit, is not installed here
 import command
 import matplotlib.pyplot as plt
-from run_log import MAY_DIFFER, Log, configuration, difference, read_logs, same, validation_difference
+from run_log import MAY_DIFFER, Log, configuration, difference, read_logs, same, taken_for_same, validation_difference
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("PJRT_DEVICE", "CPU")  # reading a log must not take a TPU
@@ -50,7 +50,7 @@ def check(logs: list[Log], compare: bool):
                 raise ValueError(f"{found}: losses on other validation data do not compare")
             if (found := difference(other, log)) and not compare:
                 raise ValueError(f"{found}: give logs of one configuration, or --compare")
-        if i and (found := difference(logs[0], log)):
+        if i and (found := difference(logs[0], log) or taken_for_same(logs[0], log)):
             print(found)
 
 def labels(logs: list[Log]) -> list[str]:

@@ -12,7 +12,7 @@ import statistics
 import sys
 
 import command
-from run_log import Log, configuration, difference, read_logs
+from run_log import Log, configuration, difference, read_logs, taken_for_same
 from run_log import read_log as read_log  # a name of this module, too
 from scipy.stats import ttest_1samp
 
@@ -28,7 +28,7 @@ def final(log: Log) -> tuple[float, float]:
     if not math.isfinite(loss):
         raise ValueError(f"{log.path}: the final loss is {loss}: this run diverged, and a record must count it as a failure")
     if log.num_steps not in log.time:
-        raise ValueError(f"{log.path}: the run ended before its clock started (step_avg is nan), so it has no time")
+        raise ValueError(f"{log.path}: its last line has no time (train_time or step_avg is nan): the run ended before its clock started")
     return loss, log.time[log.num_steps] / 1000
 
 def same_run(a: Log, b: Log) -> bool:
@@ -58,6 +58,8 @@ def report(logs: list[Log], target: float) -> str:
             seed = log.hyperparameters.get("seed")
             if seed is not None and seed == other.hyperparameters.get("seed") and other.val_loss == log.val_loss:
                 notes += [f"{log.path} has the seed and the losses of {other.path}, so it is no further sample"]
+        if i and (remark := taken_for_same(logs[0], log)):
+            notes += [remark]
         if len(logs) > 1 and not configuration(log) and not log.codes:
             notes += [f"{log.path} has neither hyperparameters nor a source, so whether it is of the same configuration is not known"]
     losses, times = zip(*(final(log) for log in logs))

@@ -9,9 +9,9 @@ ms or s; step_avg is nan until the clock starts, which upstream's older scripts 
     step:250/1775 val_loss:4.6062 train_time:7001ms step_avg:28.00ms
 """
 import ast
-import codecs
 import contextlib
 import functools
+import json
 import math
 import operator
 import re
@@ -57,10 +57,9 @@ class Log:
 # Reading
 
 def read_text(path: str) -> str:
-    """Of a file in UTF-8 or, with a byte-order mark, UTF-16; replacement characters where it is neither."""
+    """Of a file in UTF-8, 16 or 32, with a byte-order mark or without; replacement characters where it is none of these."""
     content = Path(path).read_bytes()
-    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return content.decode("utf-16" if marked else "utf-8-sig", "replace").replace("\r\n", "\n").replace("\r", "\n")
+    return content.decode(json.detect_encoding(content), "replace").replace("\r\n", "\n").replace("\r", "\n")
 
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
@@ -87,7 +86,8 @@ def at(path: str, i: int):
     try:
         yield
     except (ValueError, SyntaxError) as e:
-        raise ValueError(f"{path}:{i}: cannot be read ({getattr(e, 'msg', e)}), so the file is damaged: cut that line out") from None
+        raise ValueError(f"{path}:{i}: cannot be read ({getattr(e, 'msg', e)}): damaged, or of a form that is not known; cut that line "
+                         "out") from None
 
 def read_header(path: str, lines: list[str], i: int) -> Log:
     """What stands above the steps of a start, from line i of the file on."""
@@ -138,7 +138,7 @@ def read_starts(path: str, text: str) -> list[Log]:
             for name in ("val_loss", "train_loss") & values.keys():
                 getattr(log, name)[step] = number(values[name])
             time, step_avg = number(values["train_time"]), number(values["step_avg"])
-        if not math.isnan(step_avg):
+        if math.isfinite(time + step_avg):
             log.time[step], log.step_avg[step] = time, step_avg
         elif step == 0:
             log.time[0] = 0.0
@@ -178,6 +178,12 @@ def read_runs(path: str, started: bool = True) -> list[Log]:
         print(f"{path}: left out a later start, which ends at step {runs[-1].last} of {runs[-1].num_steps}", file=sys.stderr)
     if runs or starts and not started:
         return finished or (runs or starts)[-1:]
+    for i, line in reversed([*enumerate(text.split("\n")[:-1], 1)]):
+        if line == BAR:
+            break
+        if re.search(r"step:\s*\d+/\d+\s", line):
+            raise ValueError(f"{path}:{i}: a step's line that does not read, from its beginning, step:N/M ... train_time:Tms step_avg:Tms: "
+                             f"{line.strip()[:100]!r}")
     if starts:
         raise ValueError(f"{path} is the log of a run that stopped before its first step: no line begins with step:N/M")
     llm_c = " (s:N tel:LOSS is llm.c's, which has no times and not the number of steps)" if re.search(r"^s:\d+ tel:", text, re.M) else ""
@@ -247,6 +253,10 @@ def configuration(log: Log) -> dict:
     """The hyperparameters that a log prints or, in upstream's, those in class Hyperparameters of the source that it begins with."""
     return log.hyperparameters or (source_hyperparameters(log.codes[-1]) if log.codes else {})
 
+def same_shards(ours: list, theirs: list) -> bool:
+    """Whether they have the same content, as far as both have so many; their names do not matter."""
+    return all(x[1:] == y[1:] for x, y in zip(ours, theirs))
+
 def same(name: str, a: Log, b: Log) -> bool:
     """
     Whether a hyperparameter is the same in both. Of data files the contents count, as far as both have so many shards; if a log does not
@@ -256,7 +266,7 @@ def same(name: str, a: Log, b: Log) -> bool:
     if name not in ("train_files", "val_files"):
         return ours == theirs
     if a.data.get(name) and b.data.get(name):
-        return all(x[1:] == y[1:] for x, y in zip(a.data[name], b.data[name]))
+        return same_shards(a.data[name], b.data[name])
     return Path(str(ours)).parts[-2:] == Path(str(theirs)).parts[-2:]
 
 def first_difference(a: Log, b: Log, ignored: set[str]) -> str | None:
@@ -265,6 +275,14 @@ def first_difference(a: Log, b: Log, ignored: set[str]) -> str | None:
     for name in (*ours, *theirs) if ours and theirs else ():
         if name not in ignored and not same(name, a, b):
             return f"{b.path}: {name} is {theirs.get(name, 'unknown')}, in {a.path} it is {ours.get(name, 'unknown')}"
+    return None
+
+def taken_for_same(a: Log, b: Log) -> str | None:
+    """Of data files in other folders, which only their names show to be the same, a remark."""
+    for name in ("train_files", "val_files"):
+        ours, theirs = configuration(a).get(name), configuration(b).get(name)
+        if ours != theirs and not (a.data.get(name) and b.data.get(name)):
+            return f"{b.path}: {name} is {theirs}, in {a.path} {ours}: taken for the same, as not both logs list what is in them"
     return None
 
 def difference(a: Log, b: Log) -> str | None:
@@ -302,6 +320,9 @@ def why_not(log: Log, checkpoint: dict, sizes: dict[str, int]) -> str | None:
         padded = -(-value // 128) * 128 if name == "vocab_size" and isinstance(value, int) else value
         if name in theirs.keys() - (WATCHING - {"run_id"}) and theirs[name] not in (value, padded):
             return f"{name} is {value} there, {theirs[name]} in the checkpoint"
+    for name, shards in log.data.items():
+        if not same_shards(shards, checkpoint.get("data", {}).get(name, shards)):
+            return f"the shards of {name} are others there than the checkpoint's"
     code = (checkpoint.get("code") or "").strip()
     if code and log.codes and code not in log.codes:
         return "it begins with another source than the checkpoint's"

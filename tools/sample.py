@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import command
 import fineweb
-from run_log import WATCHING, Log, first_difference, only, read_runs, why_not
+from run_log import WATCHING, Log, configuration, first_difference, only, read_runs, source_hyperparameters, why_not
 
 import train_gpt_xla as port
 from checkpoint import load_weights
@@ -52,12 +52,16 @@ def find_log(path: str, checkpoint: dict, given: Path | None = None, figures: bo
     if not given and not file.is_file():
         return None
     sizes = get_sizes(checkpoint["model"]) | dict(vocab_size=len(checkpoint["model"]["lm_head.weight"]))
+    named = given or not figures or "run_id" in checkpoint  # else only the names of folder and log say that they belong together
     try:
         runs = read_runs(str(file), started=figures)
         reasons = [why_not(run, checkpoint, sizes) for run in runs]
         fitting = [run for run, reason in zip(runs, reasons) if reason is None]
         if not fitting:
             why = f"{file} is not the log of {path}: {reasons[-1]}"
+        elif not named and fitting[-1].hyperparameters.get("run_id", file.stem) != file.stem:
+            why = (f"{file} is of a run called {fitting[-1].hyperparameters['run_id']}, so it is another's, or was renamed: --log {file} "
+                   f"if it is the log of {path}")
         elif not given and not fitting[-1].hyperparameters and not (fitting[-1].codes and checkpoint.get("code")):
             why = f"{file} has neither hyperparameters nor a source that would show it to be the log of {path}"
         else:
@@ -67,27 +71,53 @@ def find_log(path: str, checkpoint: dict, given: Path | None = None, figures: bo
         if given:
             raise
         why = str(e)
-    print(f"left out: {why}", file=sys.stderr)
+    print(f"{'figures' if figures else 'hyperparameters'} left out: {why}", file=sys.stderr)
     return None
 
-def recorded_options(path: str, checkpoint: dict) -> list[str]:
-    """The run's hyperparameters as options, from the checkpoint or from the log beside it; none where neither has them."""
-    args = checkpoint.get("hyperparameters", {})
-    if not args and (log := find_log(path, checkpoint, figures=False)):
-        args = log.hyperparameters
-    return [f"--{name}={value}" for name, value in args.items() if name not in WATCHING]
+def recorded_options(path: str, checkpoint: dict, log: Path | None = None) -> list[str]:
+    """
+    The run's hyperparameters as options, from the checkpoint, its log (find_log) or, because upstream's script takes no options, its
+    source; none where nothing tells them. Says on stderr which of them this script does not take.
+    """
+    args, code = checkpoint.get("hyperparameters"), checkpoint.get("code", "")
+    if not args:
+        found = find_log(path, checkpoint, log, figures=False)
+        args = configuration(found) if found else {} if "torch_xla" in code else source_hyperparameters(code)
+    kinds, taken, others = {f.name: f.type for f in dataclasses.fields(port.Hyperparameters)}, [], []
+    for name, value in args.items():
+        kind = int if type(value) is int and kinds.get(name) is float else kinds.get(name)
+        if name not in WATCHING:
+            (taken if type(value) is kind else others).append(f"--{name}={value}")
+    if others := [option for option in others if not option.startswith("--num_iterations=")]:  # the sum of the other two, in upstream's
+        print(f"{path}: of its run's hyperparameters left out, because this script has no such: {' '.join(others)}", file=sys.stderr)
+    return taken
 
-def get_args(path: str, checkpoint: dict, options: list[str]) -> "port.Hyperparameters":
-    """The run's hyperparameters: as it wrote them down, else a preset's; options, training's, go before. Sizes are the checkpoint's."""
+def get_args(path: str, checkpoint: dict, options: list[str], log: Path | None = None) -> "port.Hyperparameters":
+    """
+    The run's hyperparameters: as it wrote them down, else a preset's, which is said on stderr; options, training's, go before. Sizes
+    are the checkpoint's. ValueError, OSError.
+    """
+    for name, kind in dict(step=int, code=str, hyperparameters=dict, run_id=str).items():
+        if type(value := checkpoint.get(name, kind())) is not kind or name == "step" and value < 0:
+            raise ValueError(f"{path}: its {name} is {str(value)[:80]!r} ({type(value).__name__}), as neither this script nor upstream's "
+                             "writes it")
     sizes = get_sizes(checkpoint["model"])
     if not any(option.startswith("--preset") for option in options):
-        fits = [name for name, make in port.presets.items() if all(getattr(make(), k) == v for k, v in sizes.items())]
-        options = (recorded_options(path, checkpoint) or ["--preset", (fits or ["record"])[0]]) + options
+        recorded = recorded_options(path, checkpoint, log)
+        if not recorded:
+            fits = [name for name, make in port.presets.items() if all(getattr(make(), k) == v for k, v in sizes.items())]
+            recorded = ["--preset", (fits or ["record"])[0]]
+            print(f"{path}: nothing tells its run's hyperparameters, so those of --preset {recorded[1]} are taken", file=sys.stderr)
+        options = recorded + options
     args = dataclasses.replace(port.parse_args(options)[0], **sizes)
     try:
         port.check_args(args)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
+    rows = len(checkpoint["model"]["lm_head.weight"])  # the vocabulary and its padding
+    if port.next_multiple_of_n(args.vocab_size, n=128) != rows:
+        raise ValueError(f"{path}: its table has {rows:,} rows, which is none of a vocabulary of {args.vocab_size:,}: give the run's "
+                         "--vocab_size and --bos_id")
     if checkpoint.get("step", 0) > args.num_iterations:
         raise ValueError(f"{path} is from step {checkpoint['step']}, this schedule has {args.num_iterations}: give the run's --preset, "
                          "or its --num_scheduled_iterations, --num_extension_iterations, --block_size and windows")
@@ -272,11 +302,10 @@ def check_tokens(tokens, args: port.Hyperparameters):
     if (worst := np.max(tokens)) >= args.vocab_size or (worst := np.min(tokens)) < 0:
         raise ValueError(f"token {worst} is not in the run's vocabulary of {args.vocab_size:,} (bos_id {args.bos_id})")
 
-def tokenizer(single_bytes: bool, args: port.Hyperparameters | None = None, path: str = "the model", rows: int = 0) -> tuple:
+def tokenizer(single_bytes: bool, args: port.Hyperparameters | None = None, path: str = "the model") -> tuple:
     """
     encode(text) -> tokens, the run's bos_id first; decode(tokens) -> text, in which a token that the tokenizer lacks is a number.
-    OSError where GPT-2's vocabulary cannot be had; ValueError where the run with args, at path, was not trained on such tokens. rows: of
-    the model's table, which are the vocabulary and its padding.
+    OSError where GPT-2's vocabulary cannot be had; ValueError where the run with args, at path, was not trained on such tokens.
     """
     args = args or port.Hyperparameters(run_id="")
     encode_text = fineweb.encoder(single_bytes)
@@ -288,9 +317,6 @@ def tokenizer(single_bytes: bool, args: port.Hyperparameters | None = None, path
         import tiktoken
         count, kind, way_out = fineweb.BOS_ID, "GPT-2's tokens", "try --bytes"
         to_bytes = tiktoken.get_encoding("gpt2").decode_single_token_bytes
-    if rows and port.next_multiple_of_n(args.vocab_size, n=128) != rows:
-        raise ValueError(f"{path}: its table has {rows:,} rows, which is none of a vocabulary of {args.vocab_size:,}: give the run's "
-                         "--vocab_size and --bos_id")
     if not count <= args.bos_id < args.vocab_size:
         raise ValueError(f"{path}: the run has a vocabulary of {args.vocab_size:,} and bos_id {args.bos_id}, {kind} are 0 to "
                          f"{count - 1:,}: it was not trained on these; {way_out}, or use the tokenizer of its data")
@@ -326,7 +352,7 @@ def main(argv: list[str] | None = None):
         parser.error("--tokens must be 1 or more, --top_k and --temperature 0 or more")
     try:
         manager = load_model(options.checkpoint, rest)
-        encode, decode = tokenizer(options.bytes, manager.args, options.checkpoint, len(manager.model.lm_head.weight))
+        encode, decode = tokenizer(options.bytes, manager.args, options.checkpoint)
         prompts = [encode(text).tolist() for text in options.prompt]
         window = manager.graph.ws_long * manager.args.block_size
         if (longest := max(map(len, prompts))) > window:

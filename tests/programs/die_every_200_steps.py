@@ -1,0 +1,17 @@
+"""train_gpt_xla.py, which dies when it comes to one of these steps for the first time."""
+import os
+import signal
+from pathlib import Path
+
+import train_gpt_xla as t
+
+tensors = t.TrainingManager.tensors
+
+def die(self):
+    if self.step % 200 == 187 and self.graph.train and not (mark := Path(f"died{self.step}")).exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return tensors(self)
+
+t.TrainingManager.tensors = die
+t.main()
