@@ -1698,6 +1698,7 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
     versions = dict(python=sys.version.split()[0], torch=str(torch.__version__), torch_xla=torch_xla.__version__,
                     device=xr.device_type(), devices=xr.global_runtime_device_count())
     print0(f"{args}")
+    print0(f"data: {data}")
     print0("="*100)
     print0(f"unigram entropy: {entropy:.4f} nats", console=True)
     if wandb:
@@ -1800,7 +1801,8 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
 
         if last_step:
             if args.save_checkpoint:
-                state = dict(step=step, code=code, model=model.state_dict(), optimizers=training_manager.get_state())
+                state = dict(step=step, code=code, model=model.state_dict(), optimizers=training_manager.get_state(),
+                             run_id=run_id, hyperparameters=hyperparameters(args), data=data)  # these tell tools whose it is
                 os.makedirs(f"logs/{run_id}", exist_ok=True)
                 torch.save(state, f"logs/{run_id}/state_step{step:06d}.pt")
             # the last step only has the validation loop, so break to avoid training

@@ -89,9 +89,13 @@ def test_profile_of_no_steps(capsys, steps):
         t.parse_args(["--profile", steps])
     assert f"--profile: invalid STEP:STEPS value: '{steps}'" in capsys.readouterr().err
 
-def test_checkpoint_has_upstreams_form(toy_run):
+def test_checkpoint_has_upstreams_form(toy_run, corpus):
     _, log, checkpoint = toy_run
     assert checkpoint["step"] == 28 and checkpoint["code"] in log
+    assert list(checkpoint)[:4] == ["step", "code", "model", "optimizers"], "upstream's"
+    args, _ = t.parse_args(toy_options(corpus))
+    assert checkpoint["run_id"] == "toy" and checkpoint["hyperparameters"] == t.hyperparameters(args)
+    assert checkpoint["data"] == t.read_data(args) and f"\ndata: {checkpoint['data']}\n" in log, "what the tools know data by"
     upstream = np.load(ROOT / "tests" / "data" / "parity" / "A_f32" / "init.npz")
     assert set(checkpoint["model"]) == set(upstream), "parameters under other names than upstream's"
     assert checkpoint["model"]["blocks.3.attn.qkvo_w"].shape == (128, 32) and checkpoint["model"]["scalars"].dtype == torch.float32
