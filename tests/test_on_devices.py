@@ -40,12 +40,10 @@ def test_compiles_for_v6e(n, tmp_path):
               and any(f" {op}(" in line for op in ("copy", "pad", "transpose", "concatenate"))]
     assert not copies, copies
 
-def test_import_is_light():
-    command = [sys.executable, "-c", "import sys, kernels, gradients; assert not {'jax', 'torch_xla'} & set(sys.modules)"]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-
-def test_training_imports_no_jax():
-    command = [sys.executable, "-c", "import sys, train_gpt_xla; assert 'jax' not in sys.modules"]
+def test_imports_are_light():
+    """The kernels' package brings neither JAX nor torch_xla, training no JAX."""
+    command = [sys.executable, "-c", "import sys, kernels, gradients; assert not {'jax', 'torch_xla'} & set(sys.modules); "
+               "import train_gpt_xla; assert 'jax' not in sys.modules"]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 def test_cpu_tensors_take_the_plain_path(monkeypatch, recwarn):

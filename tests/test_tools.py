@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, one_line
 
 sys.path.insert(0, str(ROOT / "tools"))
+import aot
 import plot_log
 import record_stats
 import run_log
@@ -122,12 +123,14 @@ def test_readme_commands_run(tmp_path, monkeypatch):
         sys.modules[tool].main(options.replace("logs/*.txt", "a.txt b.txt").split())
     assert {tool for tool, _ in ran} == {"record_stats", "plot_log"} and (tmp_path / "runs.png").exists()
 
-def test_readme_names_what_exists():
+def test_readme_names_what_exists(capsys):
     """Scripts, and words and options of run_tpu.sh and train_gpt_xla.py; other tools' commands are run by tests."""
     commands = re.findall(r"^    (?:\$ )?(?:python|bash) (\S+\.(?:py|sh)) ?([^#\n]*)", (ROOT / "README.md").read_text(), re.M)
-    usage = lambda *command: subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=120, check=True).stdout
-    words = usage("bash", ROOT / "run_tpu.sh")
-    options = "".join(usage(sys.executable, ROOT / path) for path in ("train_gpt_xla.py", "tools/aot.py")) + words
+    words = subprocess.run(["bash", ROOT / "run_tpu.sh", "--help"], capture_output=True, text=True, timeout=120, check=True).stdout
+    for help_of in (t.parse_args, aot.main):
+        with pytest.raises(SystemExit):
+            help_of(["--help"])
+    options = capsys.readouterr().out + words
     assert len(commands) > 20
     for script, given in commands:
         assert (ROOT / script).is_file(), f"README.md: no {script}"
