@@ -1,4 +1,7 @@
-"""The notebook, cell for cell in a kernel, in a clone without a TPU: the rehearsal, cut to a step."""
+"""
+The notebook, cell for cell in a kernel, in a clone without a TPU: the rehearsal, cut to a step.
+    python -m pytest tests/test_notebook.py -m slow
+"""
 import os
 import shutil
 import subprocess
@@ -36,6 +39,7 @@ def run(folder, monkeypatch, options: str, sampling: str) -> nbformat.NotebookNo
 def printed(notebook) -> str:
     return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
 
+@pytest.mark.slow
 def test_from_nothing_to_a_sample(clone, monkeypatch):
     notebook = run(clone, monkeypatch, CUT, "--bytes --tokens 8")
     text = printed(notebook)
@@ -45,6 +49,7 @@ def test_from_nothing_to_a_sample(clone, monkeypatch):
     assert len(pictures) == 1 and (clone / "notebook.png").stat().st_size > 10_000
     assert {file.name for file in (clone / "logs/notebook").iterdir()} >= {"state_step000001.pt"}
 
+@pytest.mark.slow
 def test_a_command_that_fails_ends_it(clone, monkeypatch):
     with pytest.raises(nbclient.exceptions.CellExecutionError, match="the line above says why"):
         run(clone, monkeypatch, "--model_dim 65", "")
