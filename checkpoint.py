@@ -175,6 +175,8 @@ def load_safetensors(path: Path) -> dict:
     except SafetensorError as e:
         raise ValueError(f"{path}: safetensors that are cut short or damaged ({e})") from None
 
+MODEL_TYPE = "modded-nanogpt"  # in the config.json of tools/hub.py
+
 def load_config(path: Path) -> dict:
     """"step" and "hyperparameters" from the config.json of tools/hub.py; {} where there is none, or another program's."""
     if not path.is_file():
@@ -183,7 +185,7 @@ def load_config(path: Path) -> dict:
         config = json.loads(path.read_text())
     except ValueError as e:
         raise ValueError(f"{path}: not JSON ({e})") from None
-    if not isinstance(config, dict) or config.pop("model_type", None) != "modded-nanogpt":
+    if not isinstance(config, dict) or config.pop("model_type", None) != MODEL_TYPE:
         return {}
     step = dict(step=config.pop("step")) if "step" in config else {}
     return step | dict(hyperparameters={k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})

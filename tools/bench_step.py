@@ -92,14 +92,11 @@ def set_cores(mine: list[int], others: list[int]):
     for thread in map(int, os.listdir("/proc/self/task")):
         os.sched_setaffinity(thread, mine if thread == threading.get_native_id() else others)
 
-def estimates(tpu: str) -> dict[int, float]:
-    """Estimated ms a step on this TPU by tokens a row, from the newest report of tools/aot.py in records/ that has them."""
-    for path in sorted(ROOT.glob("records/*/report.json"), reverse=True):
-        report = json.loads(path.read_text())
-        for part in report.get("tpus", [report]):
-            if part.get("tpu", "v6e-8") == tpu and part.get("step_est_ms"):
-                return {int(tokens): ms for tokens, ms in part["step_est_ms"].items()}
-    return {}
+def estimates(devices: int) -> dict[int, float]:
+    """Estimated ms a step on a v6e with so many chips, by tokens a row; none where no report in records/ has them."""
+    from machine import TPUS, newest_report
+    report = newest_report(TPUS[name]) if (name := f"v6e-{devices}") in TPUS else None
+    return {int(tokens): ms for tokens, ms in report["step_est_ms"].items()} if report else {}
 
 def run(n: int, devices: int) -> dict:
     import train_gpt_xla as port
@@ -108,7 +105,7 @@ def run(n: int, devices: int) -> dict:
     record = port.Hyperparameters()
     toy = port.Hyperparameters(vocab_size=256, num_heads=2, head_dim=8, model_dim=16, block_size=1, train_bs_extension=8 * 48,
                                train_bs_schedule=(8 * 16, 8 * 32, 8 * 48), val_batch_size=8 * 16)
-    stages, ms = {}, estimates(f"v6e-{devices}")
+    stages, ms = {}, estimates(devices)
     for graph, steps in port.distinct_graphs(record).items():
         if graph.train and not graph.copy_embed:  # one step of each, even and odd ones; the toy's schedule is the record's
             stages.setdefault((graph.tokens, graph.ws_short, graph.ws_long), []).append(steps[0])

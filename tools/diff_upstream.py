@@ -35,6 +35,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from run_log import read_text
+
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("train_gpt_xla.py", "muon_xla.py", "gradients.py", "spmd.py", "kernels", "replay.py")  # a folder stands for its .py files
 
@@ -189,10 +191,9 @@ def read_upstream(paths: list[str]) -> str:
 def read_source(path: str) -> str:
     """What a file or a log has above its first double rule, in any encoding of Unicode: older PowerShells' `>` writes UTF-16."""
     try:
-        raw = Path(path).read_bytes()
+        text = read_text(path)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file. It is upstream's: {GET}") from None
-    text = re.sub(r"\r\n?", "\n", raw.decode(json.detect_encoding(raw), errors="replace"))
     text = re.split(r"^={100}$", re.sub(r"\A={100}\n", "", text), maxsplit=1, flags=re.M)[0].rstrip()
     return re.sub(r"^-{40}$", RULE, text, flags=re.M)  # around the name of each further file in a log
 

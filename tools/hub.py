@@ -26,7 +26,7 @@ import command
 from run_log import WATCHING, Log
 from sample import find_log, get_args
 
-from checkpoint import load_config, load_weights
+from checkpoint import MODEL_TYPE, load_config, load_weights
 from shards import FINEWEBS_TOKENS, is_fineweb
 
 CARD = """---
@@ -46,8 +46,6 @@ hyperparameters.
     python tools/hub.py pull {repo}
     python tools/sample.py logs/{name}/{file} --prompt "The capital of France is"
 """
-
-MODEL_TYPE = "modded-nanogpt"
 
 def weights_name(step: int | None) -> str:
     return "state.pt" if step is None else f"state_step{step:06d}.pt"

@@ -226,15 +226,21 @@ def open_tpu(tpu: Tpu, timeout: float = 300):
 # -----------------------------------------------------------------------------
 # What to expect
 
-def estimate(tpu: Tpu, records: Path = ROOT / "records") -> tuple[float, int] | None:
-    """(seconds of training, graphs) of the record on this TPU, from the newest report of `aot` that has it."""
+def newest_report(tpu: Tpu, records: Path = ROOT / "records") -> dict | None:
+    """What the newest report of `aot` that has a total for the record on this TPU says of it."""
     for path in sorted(records.glob("*/report.json"), reverse=True):
         report = json.loads(path.read_text())
         for part in report.get("tpus", [report]):
             same = part.get("tpu", tpu.name if part.get("topology") == tpu.topology else None) == tpu.name
             if same and part.get("total_est_s") and part.get("preset", "record") == "record":
-                return part["total_est_s"], part.get("of") or len(part["graphs"])
+                return part
     return None
+
+
+def estimate(tpu: Tpu, records: Path = ROOT / "records") -> tuple[float, int] | None:
+    """(seconds of training, graphs) of the record on this TPU, where a report has them."""
+    report = newest_report(tpu, records)
+    return report and (report["total_est_s"], report.get("of") or len(report["graphs"]))
 
 
 def expectation(tpu: Tpu, price: float | None = None, runs: int = 1) -> str:

@@ -87,7 +87,7 @@ def kernel_call(kernel: Callable, shapes, grid: tuple[int, ...], operands: Opera
     order = [*operands.prefetch, *inputs]
     names, absent = (*order, *outputs, *scratch), dict.fromkeys((*operands.inputs, *operands.outputs, *operands.scratch))
     assert len(set(names)) == len(names), "two operands with one name"
-    # twice what is counted, because the compiler needs some, too; what a kernel may not take, XLA can fill while it runs
+    # Twice what is counted, because the compiler needs room of its own. No more, because XLA keeps other arrays in the rest.
     limit = min(dispatch.vmem_limit(), max(32 * MiB, 2 * operands.vmem_bytes))
     call = pl.pallas_call(
         lambda *refs: kernel(SimpleNamespace(**absent | dict(zip(names, refs, strict=True))), shapes), name=kernel.__name__,
