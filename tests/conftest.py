@@ -43,8 +43,9 @@ def make_tokens(n: int, seed: int) -> np.ndarray:
 def devices():
     """Before any test: autograd counts the devices at its first backward pass, and would miss those that come later."""
     import train_gpt_xla
+    from spmd import COMPILE_FAST
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # for this process, whose compilations take longer than they run
+        patch.setenv("XLA_FLAGS", COMPILE_FAST)  # for this process, whose compilations take longer than they run
         train_gpt_xla.setup_devices()
         train_gpt_xla.to_device(train_gpt_xla.torch.ones(8)).add(1).cpu()  # XLA reads its flags when it compiles
 
@@ -52,13 +53,13 @@ def devices():
 def corpus(tmp_path_factory) -> Path:
     """Two training shards, the first of which ends within a run, and a validation shard."""
     folder = tmp_path_factory.mktemp("corpus")
-    write_shard(folder / "train_000.bin", make_tokens(9_000, 1))
+    write_shard(folder / "train_000.bin", make_tokens(7_500, 1))
     write_shard(folder / "train_001.bin", make_tokens(120_000, 2))
     write_shard(folder / "val_000.bin", make_tokens(6_000, 3))
     return folder
 
-TOY = dict(vocab_size=301, bos_id=BOS, num_heads=4, head_dim=8, model_dim=32, block_size=16, train_bs_schedule="512,1024,1536",
-           train_bs_extension=1536, train_max_seq_len=64, val_batch_size=2048, val_tokens=4096, num_scheduled_iterations=24,
+TOY = dict(vocab_size=301, bos_id=BOS, num_heads=4, head_dim=8, model_dim=32, block_size=8, train_bs_schedule="256,512,768",
+           train_bs_extension=768, train_max_seq_len=32, val_batch_size=1024, val_tokens=2048, num_scheduled_iterations=24,
            num_extension_iterations=4, val_loss_every=14, train_loss_every=5, run_id="toy")
 
 def toy_options(corpus: Path, **fields) -> list[str]:
@@ -76,7 +77,8 @@ def program(name: str, *args, cwd: Path | None = None, **environment) -> subproc
 
 def training(program: str, *options: str, devices: int) -> tuple[list, dict]:
     """Command and environment of train_gpt_xla.py, or of one of tests/programs that calls it."""
-    env = dict(PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(devices), XLA_FLAGS="--xla_backend_optimization_level=0")
+    from spmd import COMPILE_FAST
+    env = dict(PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(devices), XLA_FLAGS=COMPILE_FAST)
     script = ROOT / "tests/programs" / program if program else ROOT / "train_gpt_xla.py"
     return [sys.executable, script, *options], os.environ | IMPORTS | env
 

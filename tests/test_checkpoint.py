@@ -1,5 +1,5 @@
 """
-Stopping and going on: bit-exact resume, SIGTERM, kills inside a save, broken files, refusals.
+State that comes back, files of weights, kills inside a save, disks, signals. (Resumed runs: test_run.py)
     python -m pytest tests/test_checkpoint.py               (-m slow: real processes, killed at random; a soak; other device counts)
 """
 import json
@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, program, run_train, toy_options, training, write_shard
-from programs.stop_and_go_on import POINTS, RUN_ON
+from conftest import program, run_train, toy_options, training, write_shard
 
 import checkpoint
 import train_gpt_xla as t
@@ -40,101 +39,13 @@ def same(a, b, name="") -> None:
     else:
         assert a == b, (name, a, b)
 
-def same_run(a: Path, b: Path):
-    """Two checkpoints, but for the clock and the run's name."""
-    a, b = (checkpoint.read(path) for path in (a, b))
-    for key in a.keys() - {"time", "training_time_ms", "run_id"}:
-        same(a[key], b[key], key)
+def cut(path: Path):
+    os.truncate(path, path.stat().st_size // 2)
 
-def same_last_state(folder: Path, *runs: str):
-    """What --save_checkpoint leaves of two runs, but for their names."""
-    states = [torch.load(folder / f"logs/{run}/state_step000028.pt") for run in runs]
-    assert [state.pop("run_id") for state in states] == [*runs]
-    same(*states)
-
-# -----------------------------------------------------------------------------
-# programs/stop_and_go_on.py: a run, resumed from some of its checkpoints
-
-@pytest.fixture(scope="module")
-def driven(tmp_path_factory, corpus):
-    folder = tmp_path_factory.mktemp("driven")
-    process = run_train(folder, corpus, program="stop_and_go_on.py", devices=2, train_loss_every=1, save_checkpoint=True, timeout=1200)
-    assert process.returncode == 0, process.stderr[-3000:]
-    return folder, process.stdout
-
-def losses(log: Path) -> dict[int, list[str]]:
-    return {s: re.findall(rf"^step:{s}/28 .*?((?:val|train)_loss:\S+)", log.read_text(), re.M) for s in range(29)}
-
-@pytest.mark.parametrize("point", POINTS)
-def test_resume_is_bit_exact(driven, point):
-    folder, _ = driven
-    n = POINTS[point]
-    loaders = [checkpoint.read(folder / TEMPLATE.format("toy", i))["loader"] for i in (8, 10)]
-    assert [shard for shard, _ in loaders] == [0, 1], "the first shard is to end here"
-    last = min(28, n + RUN_ON)
-    for step in range(n + 2, min(last + 1, 28), 2):
-        same_run(folder / TEMPLATE.format("toy", step), folder / TEMPLATE.format(f"from{n}", step))
-    if last == 28:
-        same_last_state(folder, "toy", f"from{n}")
-    whole, resumed = losses(folder / "logs/toy.txt"), losses(folder / f"logs/from{n}.txt")
-    assert {s: x for s, x in whole.items() if n < s <= last} == {s: x for s, x in resumed.items() if x}
-
-def test_signals_save_and_the_same_command_goes_on(driven):
-    folder, stdout = driven
-    assert re.findall(r"^EXIT again (\d+)$", stdout, re.M) == [str(checkpoint.PREEMPTED)]
-    assert re.findall(r"^(SIG\w+): stopped at step", stdout, re.M) == ["SIGTERM", *["SIGHUP"] * (len(set(POINTS.values())) - 1), "SIGINT"]
-    log = (folder / "logs/again.txt").read_text()
-    assert "SIGINT: stopped at step 14" in log and "resumed from logs/again/checkpoint_step000014.pt at step 14" in log
-    assert log.count((ROOT / "train_gpt_xla.py").read_text()) == 1, "the source is printed once"
-    assert losses(folder / "logs/again.txt") == losses(folder / "logs/toy.txt")
-    same_last_state(folder, "toy", "again")
-    times = [int(x) for x in re.findall(r"train_time:(\d+)ms", log)]
-    assert times == sorted(times), "the clock goes on"
-
-def test_a_finished_run_is_finished(driven):
-    """The same command says so, and leaves the log as it is; of other hyperparameters it is another run, which is refused."""
-    folder, stdout = driven
-    loss, time = re.search(r"^step:28/28 (val_loss:\S+) (train_time:\S+)", (folder / "logs/again.txt").read_text(), re.M).groups()
-    assert re.findall(r"^logs/again: this run is finished: (.*?)\. Another", stdout, re.M) == [f"step 28, {loss} {time}"]
-    assert "EXIT again train_gpt_xla.py: logs/again: seed was 0, now it is 1" in stdout
-
-def test_a_resumed_run_goes_on_in_wandb(driven):
-    from test_wandb import read
-    folder, _ = driven
-    first, second = read(folder)
-    assert first[0] == second[0] and first[0].startswith("again-") and (first[3], second[3]) == (checkpoint.PREEMPTED, 0)
-    assert first[1]["model_dim"] == 32 and first[1]["seed"] == 0 and first[1]["run_id"] == "again"
-    log = losses(folder / "logs/again.txt")
-    assert sorted(first[2]) == [0, *range(2, 15)] and sorted(second[2]) == list(range(15, 29))
-    for step, numbers in (first[2] | second[2]).items():
-        assert log[step] == [f"{k}:{numbers[k]:.4f}" for k in ("train_loss", "val_loss") if k in numbers], step
-    assert {"ms", "tok/s", "eta"} < second[2][20].keys()
-
-def test_a_loss_that_is_not_finite_is_not_saved(driven):
-    """Step 10 goes wrong; a save at step 12 is the first to look, finds the step, and keeps what is there."""
-    folder, stdout = driven
-    stop, = re.findall("^EXIT nan train_gpt_xla.py: (.*)", stdout, re.M)
-    assert "the loss of step 10 is nan" in stop and stop.endswith("the last good checkpoint is logs/nan/checkpoint_step000008.pt")
-    assert [path.name for path in sorted((folder / "logs/nan").glob("*.pt"))] == [f"checkpoint_step{n:06d}.pt" for n in (4, 8)]
-
-def test_a_loss_that_is_not_finite_without_checkpoints(driven):
-    """It stops where it is next read, which is at step 2."""
-    folder, stdout = driven
-    stop, = re.findall("^EXIT bare train_gpt_xla.py: (.*)", stdout, re.M)
-    assert "the loss of step 1 is nan: see logs/bare.txt" in stop and "checkpoint" not in stop
-    assert not re.search(r"^step:[3-9]/28 ", (folder / "logs/bare.txt").read_text(), re.M)
-
-def test_graphs_are_compiled_once(driven):
-    """The resumed runs of the process execute the programs of the first: same shapes, same shardings."""
-    _, stdout = driven
-    assert set(re.findall(r"graphs compiled after warm-up: (\d+)", stdout)) == {"0"}
-
-def test_init_from_takes_upstreams_names(driven):
-    """From toy's initial weights, under another seed."""
-    folder, _ = driven
-    a, b = (checkpoint.read(folder / TEMPLATE.format(run, 4)) for run in ("toy", "init"))
-    for key in ("model", "optimizers", "losses", "loader"):
-        same(a[key], b[key], key)
+def flip(path: Path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 4
+    path.write_bytes(data)
 
 def test_state_comes_back_with_its_sharding():
     """On 8 devices: what is set is what is read, and compiled programs still fit."""
@@ -170,108 +81,6 @@ def test_numbers_made_ahead():
     manager.adam_opt.param_groups[0]["weight_decay"] *= 2
     with pytest.raises(ValueError, match="call precompute"):
         manager.constants()
-
-# -----------------------------------------------------------------------------
-# Broken files and refusals: one line each, and the folder stays as it was
-
-@pytest.fixture
-def refused(driven, tmp_path, corpus, monkeypatch, capsys):
-    """main() in this process on a folder with the toy run's checkpoints of steps 12 and 14; spoil(path of 14) comes first."""
-    def run(spoil, *words: str, options=("--resume",), **fields):
-        folder = tmp_path / "logs/toy"
-        folder.mkdir(parents=True)
-        for step in (12, 14):
-            shutil.copy(driven[0] / TEMPLATE.format("toy", step), folder)
-        spoil(folder / "checkpoint_step000014.pt")
-        before = {path.name: path.read_bytes() for path in folder.iterdir()}
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(t, "prefetch", lambda *args: pytest.fail("not refused before the warm-up"))
-        with pytest.raises(SystemExit) as e:
-            t.main([*toy_options(corpus, **dict(train_loss_every=1, save_checkpoint=True) | fields), *options])
-        assert e.value.code.startswith("train_gpt_xla.py: ") and "\n" not in e.value.code, e.value.code
-        for word in words:
-            assert word in e.value.code, (word, e.value.code)
-        assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "lock"} == before
-    return run
-
-def edited(change):
-    """Spoils a checkpoint with a valid checksum."""
-    def spoil(path: Path):
-        state = checkpoint.read(path)
-        change(state)
-        checkpoint.write(path, state)
-    return spoil
-
-def cut(path: Path):
-    os.truncate(path, path.stat().st_size // 2)
-
-def flip(path: Path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 3] ^= 4
-    path.write_bytes(data)
-
-BROKEN = {
-    "truncated": (cut, ["step000014.pt", "cut short"]),
-    "flipped bit": (flip, ["step000014.pt", "checksum", "--resume PATH"]),
-    "missing optimizer": (edited(lambda s: s["optimizers"].pop()), ["step000014.pt", "optimizers: 1 instead of 2"]),
-    "missing moment": (edited(lambda s: s["optimizers"][0]["scalars"].pop("exp_avg")), ["DistAdam: scalars: exp_avg is missing"]),
-    "missing loader position": (edited(lambda s: s.pop("loader")), ["step000014.pt", "loader is missing", "--run_id"]),
-    "wrong shape": (edited(lambda s: s["optimizers"][1]["mlp"].update(master=torch.zeros(24, 128, 16))), ["mlp: master", "(24, 128, 16)"]),
-    "wrong weight": (edited(lambda s: s["model"].update({"embed.weight": torch.zeros(384, 16)})), ["embed.weight", "(384, 16)"]),
-    "extra key": (edited(lambda s: s.update(surprise=1)), ["surprise is unknown"]),
-    "extra parameter": (edited(lambda s: s["model"].update(surprise=torch.ones(1))), ["surprise is not a parameter"]),
-    "another format": (lambda path: np.savez(path.open("wb"), a=np.ones(3)), ["step000014.pt", "not a checkpoint", "--init_from"]),
-    "upstream's": (lambda path: torch.save(dict(step=1, code="", model={}, optimizers=[]), path), ["not a checkpoint", "--init_from"]),
-    "other version": (edited(lambda s: s.update(version=1)), ["version 1", f"reads {checkpoint.VERSION}"]),
-    "safetensors": (lambda path: save_safetensors(path), ["step000014.pt: not a checkpoint (safetensors)", "--init_from takes"]),
-    "a web page": (lambda path: path.write_text("<html>"), ["step000014.pt: not a checkpoint (a web page)"]),
-    "not finite": (edited(lambda s: s["model"]["scalars"].fill_(float("nan"))), ["model.scalars holds a number that is not finite"]),
-}
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_broken_checkpoint(refused, case):
-    spoil, words = BROKEN[case]
-    refused(spoil, *words, options=("--resume", "logs/toy/checkpoint_step000014.pt"))
-
-def test_empty_folder(refused):
-    refused(lambda path: [file.unlink() for file in path.parent.iterdir()], "logs/toy", "no checkpoint", "--resume")
-
-def test_a_folder_is_no_checkpoint(refused):
-    refused(lambda path: None, "logs: a folder: --resume takes latest or a checkpoint_step*.pt", options=("--resume", "logs"))
-
-def test_nothing_whole_is_not_a_fresh_start(refused):
-    refused(lambda path: [cut(file) for file in path.parent.iterdir()], "none of its 2 checkpoints is whole", options=(), save_every=5)
-
-@pytest.mark.parametrize("fields, words", [
-    (dict(vocab_size=302), ["vocab_size was 301, now it is 302", "--run_id"]),
-    (dict(head_dim=16, model_dim=64), ["head_dim was 8, now it is 16"]),
-    (dict(seed=3), ["seed was 0, now it is 3"]),
-    (dict(train_bs_schedule="512,1024,2048"), ["train_bs_schedule was (512, 1024, 1536), now it is (512, 1024, 2048)"]),
-])
-def test_other_hyperparameters(refused, fields, words):
-    refused(lambda path: None, *words, **fields)
-
-@pytest.mark.parametrize("name, field, i", [("train_000.bin", "train_files", 1), ("train_001.bin", "train_files", 2),
-                                            ("val_000.bin", "val_files", 1)])
-def test_data_rewritten_in_the_middle(refused, corpus, tmp_path, name, field, i):
-    """A few tokens trade places, far from either end: also in a shard that the run has left behind, and in one that it has not read."""
-    shutil.copytree(corpus, tmp_path / "data")
-    tokens = np.fromfile(corpus / name, dtype=np.uint16)[512:]
-    middle = len(tokens) // 2
-    tokens[middle:middle + 20] = tokens[middle:middle + 20][::-1].copy()
-    write_shard(tmp_path / "data" / name, tokens)
-    fields = dict(train_files=tmp_path / "data/train_*.bin", val_files=tmp_path / "data/val_*.bin")
-    refused(lambda path: None, f"shard {i} of {field} was {name} with (tokens, checksum) ({len(tokens)}, ", "--run_id", **fields)
-
-def test_another_runs_checkpoints_are_not_overwritten(refused, driven):
-    other = driven[0] / TEMPLATE.format("toy", 6)
-    refused(lambda path: None, "logs/toy has checkpoints of its own", options=("--resume", str(other)))
-
-def test_a_run_that_saves_needs_a_name(capsys):
-    for options in (["--save_every", "5"], ["--resume"]):
-        with pytest.raises(SystemExit) as e:
-            t.main(options)
-        assert e.value.code == 2 and "need --run_id NAME" in capsys.readouterr().err
 
 # -----------------------------------------------------------------------------
 # Weights to start with: which files are taken, and what the others are called

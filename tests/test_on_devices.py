@@ -16,13 +16,14 @@ from conftest import ROOT, program
 
 from chips import CHIPS
 from kernels import dispatch, takes_block
+from spmd import COMPILE_FAST
 
 TPU = dict(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v6e-8", TPU_WORKER_HOSTNAMES="localhost",
            ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 
 @pytest.mark.parametrize("n", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
 def test_run(n):
-    program("two_blocks.py", "run", PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(n), XLA_FLAGS="--xla_backend_optimization_level=0")
+    program("two_blocks.py", "run", PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(n), XLA_FLAGS=COMPILE_FAST)
 
 @pytest.mark.parametrize("n", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 2, 1))])
 def test_compiles_for_v6e(n, tmp_path):

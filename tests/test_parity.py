@@ -32,7 +32,7 @@ def test_a_case_and_a_wrong_number_in_it(tmp_path):
     expected = dict(np.load(tmp_path / "expected.npz"))
     expected["train_loss_rows"][1, 3] *= 1 + 1e-5
     np.savez(tmp_path / "expected.npz", **expected)
-    report = parity(tmp_path, "--devices", "4")
+    report = parity(tmp_path, "--devices", "8")
     assert failures(report).keys() == {"losses to the split"}
     worst = report["quantities"]["losses to the split"]
     assert worst["where"] == "step 1 row 3" and worst["error"] == pytest.approx(1e-5, abs=worst["tolerance"])

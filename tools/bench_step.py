@@ -100,7 +100,9 @@ def estimates(devices: int) -> dict[int, float]:
 
 def run(n: int, devices: int) -> dict:
     import train_gpt_xla as port
+    from spmd import COMPILE_FAST
 
+    os.environ.setdefault("XLA_FLAGS", COMPILE_FAST)
     port.setup_devices()
     record = port.Hyperparameters()
     toy = port.Hyperparameters(vocab_size=256, num_heads=2, head_dim=8, model_dim=16, block_size=1, train_bs_extension=8 * 48,
@@ -130,7 +132,6 @@ def main():
     if options.steps < 4:
         parser.error(f"--steps {options.steps}: a median with quartiles needs 4 at least")
     os.environ["PJRT_DEVICE"], os.environ["CPU_NUM_DEVICES"] = "CPU", str(options.devices)
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
     sys.path.insert(0, str(ROOT))
     result = run(options.steps, options.devices)
     if options.json:

@@ -47,6 +47,7 @@ def run_case(case: Path, replay: bool) -> tuple[Report, list]:
     args = port.Hyperparameters(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known} | dict(
         dtype="float32" if f32 else "bfloat16", train_files=str(case / config["train_files"]), val_files=str(case / config["val_files"])))
     port.check_args(args)
+    os.environ.setdefault("XLA_FLAGS", spmd.COMPILE_FAST)
     port.setup_devices()
     report = Report()
     # The tolerances that a correct port meets, as measured against a second run of the record's maths
@@ -199,8 +200,6 @@ def main():
         sys.exit(f"parity.py: {options.case} has no {missing[0]}: it is not a reference case (see tests/data/parity)")
     os.environ.setdefault("PJRT_DEVICE", "CPU")
     os.environ["CPU_NUM_DEVICES"] = str(options.devices)
-    # these programs run once or twice: compile them fast rather than well
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
     sys.path.insert(0, str(ROOT))
     try:
         report, losses = run_case(options.case.resolve(), not options.no_replay)

@@ -1,6 +1,6 @@
 """
 One process trains once, with a checkpoint after every odd step, then resumes from some of them, so that the graphs are compiled once;
-test_checkpoint.py looks at what that leaves in the folder it runs in. Takes the options of train_gpt_xla.py.
+test_run.py looks at what that leaves in the folder it runs in. Takes the options of train_gpt_xla.py.
 """
 import os
 import signal
@@ -49,7 +49,7 @@ if __name__ == "__main__":
         signal.signal(number, signal.SIG_DFL)
     t.GPT.to_devices = keep_initial
     every = ("--save_every", "2", "--keep_checkpoints", "99")
-    main("--run_id", "toy", *every)
+    main("--run_id", "toy", *every, "--price", "3600", "--profile", "5:3")
     main("--run_id", "init", *every, "--seed", "9", "--init_from", "initial.pt", stop=2)
     for n in sorted(set(POINTS.values())):
         end = n + RUN_ON - 1 if n + RUN_ON < 28 else None

@@ -1,0 +1,307 @@
+"""
+One run on 2 devices, stopped and gone on (programs/stop_and_go_on.py): what it logs, learns and leaves, bit-exact resume, and what a
+run refuses to go on from.
+    python -m pytest tests/test_run.py                      (-m slow: replayed against traced steps, over the whole schedule)
+"""
+import gzip
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_train, toy_options, write_shard
+from programs.stop_and_go_on import POINTS, RUN_ON
+from test_checkpoint import TEMPLATE, cut, flip, same, save_safetensors
+
+import checkpoint
+import train_gpt_xla as t
+
+DEVICES = 2
+EVERY_STEP = dict(train_loss_every=1, save_checkpoint=True)
+
+def same_run(a: Path, b: Path):
+    """Two checkpoints, but for the clock and the run's name."""
+    a, b = (checkpoint.read(path) for path in (a, b))
+    for key in a.keys() - {"time", "training_time_ms", "run_id"}:
+        same(a[key], b[key], key)
+
+def same_last_state(folder: Path, *runs: str):
+    """What --save_checkpoint leaves of two runs, but for their names."""
+    states = [torch.load(folder / f"logs/{run}/state_step000028.pt") for run in runs]
+    assert [state.pop("run_id") for state in states] == [*runs]
+    same(*states)
+
+@pytest.fixture(scope="module")
+def driven(tmp_path_factory, corpus):
+    folder = tmp_path_factory.mktemp("driven")
+    process = run_train(folder, corpus, program="stop_and_go_on.py", devices=DEVICES, timeout=1200, **EVERY_STEP)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return folder, process.stdout
+
+def losses(log: Path) -> dict[int, list[str]]:
+    return {s: re.findall(rf"^step:{s}/28 .*?((?:val|train)_loss:\S+)", log.read_text(), re.M) for s in range(29)}
+
+@pytest.fixture(scope="module")
+def toy_run(driven):
+    """What the first run wrote to its log, and its last state."""
+    folder, _ = driven
+    return (folder / "logs/toy.txt").read_text(), torch.load(folder / "logs/toy/state_step000028.pt")
+
+# -----------------------------------------------------------------------------
+# Log and last state
+
+def test_log_has_upstreams_form(toy_run):
+    log, _ = toy_run
+    source = (ROOT / "train_gpt_xla.py").read_text()
+    assert log.startswith("logs/toy.txt\n" + source), "the log must open with the source that made it"
+    rest = log[len(source):]
+    assert re.search(r"^Running PyTorch 2\.9\.0\S* with torch_xla 2\.9\.0", rest, re.M)
+    assert f"Running on {DEVICES} CPU devices" in rest
+    steps = re.findall(r"^step:(\d+)/28 train_time:\d+ms step_avg:\d+\.\d\dms", rest, re.M)
+    assert [int(s) for s in steps] == list(range(1, 29))
+    val = re.findall(r"^step:(\d+)/28 val_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms$", rest, re.M)
+    assert [int(s) for s in val] == [0, 14, 28]
+
+def test_log_tells_speed_and_cost(toy_run):
+    log, _ = toy_run
+    lines = re.findall(r"^step:(\d+)/28 train_time:(\d+)ms .* train_loss:\d+\.\d{4} ms:(\S+) tok/s:(\d+) eta:(\d+)s$", log, re.M)
+    assert [int(line[0]) for line in lines] == list(range(2, 29)), "on a CPU there is no peak and no MFU"
+    tokens, flops = t.work_until(t.parse_args(toy_options(Path()))[0])
+    whole = 0
+    for first, line in enumerate(lines):
+        stop = int(line[0]) - 1  # the steps that have finished when this one's line is written
+        seconds = (stop - first) * float(line[2]) / 1000
+        whole += seconds
+        assert float(line[3]) == pytest.approx((tokens[stop] - tokens[first]) / seconds, rel=0.01)
+        assert float(line[4]) == pytest.approx(seconds * (flops[-1] - flops[stop]) / (flops[stop] - flops[first]), abs=0.6)
+        assert 1000 * whole == pytest.approx(float(line[1]), rel=0.01), "no time counts twice or not at all"
+    total = float(re.search(r"^step:28/28 val_loss:\S+ train_time:(\d+)ms", log, re.M).group(1)) / 1000
+    cost = re.search(r"^cost at \$3600 an hour: \$(\S+) for the training time, \$(\S+) with", log, re.M)
+    assert float(cost.group(1)) == pytest.approx(total, abs=0.01) and float(cost.group(2)) > total
+    assert float(re.search(r"^whole run: ms:(\S+)", log, re.M).group(1)) == pytest.approx(1000 * total / 28, abs=0.05)
+
+def test_loss_falls_below_unigram_entropy(toy_run):
+    log, _ = toy_run
+    entropy = float(re.search(r"unigram entropy: (\S+) nats", log).group(1))
+    val = [float(x) for x in re.findall(r"^step:\d+/28 val_loss:(\S+)", log, re.M)]
+    assert val[0] > entropy > val[-1], (val, entropy)
+
+def test_nothing_compiled_after_warmup_and_nothing_on_the_host(toy_run):
+    log, _ = toy_run
+    assert "graphs compiled after warm-up: 0\n" in log
+    assert "operations run on the host: none\n" in log
+    graphs, turns = int(re.search(r"Compiling (\d+) graphs", log).group(1)), t.ROWS // DEVICES
+    assert graphs == len(re.findall(r"^warmup ", log, re.M)) == len(t.distinct_graphs(t.parse_args(toy_options(Path()))[0], turns)) > 11
+
+def test_profile_holds_the_steps_asked_for(driven):
+    trace, = driven[0].glob("logs/toy/profile/plugins/profile/*/*.trace.json.gz")
+    assert list(trace.parent.glob("*.xplane.pb")), "what xprof reads"
+    names = [event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]]
+    assert names.count("ExecuteComputationWithBarrier") == 3 * (t.ROWS // DEVICES + 1), "of a step the rows in turn, then the update"
+
+@pytest.mark.parametrize("steps", ["5", "0:3", "5:0", "a:b"])
+def test_profile_of_no_steps(capsys, steps):
+    with pytest.raises(SystemExit):
+        t.parse_args(["--profile", steps])
+    assert f"--profile: invalid STEP:STEPS value: '{steps}'" in capsys.readouterr().err
+
+def test_checkpoint_has_upstreams_form(toy_run, corpus):
+    log, checkpoint = toy_run
+    assert checkpoint["step"] == 28 and checkpoint["code"] in log
+    assert list(checkpoint)[:4] == ["step", "code", "model", "optimizers"], "upstream's"
+    args, _ = t.parse_args(toy_options(corpus))
+    assert checkpoint["run_id"] == "toy" and checkpoint["hyperparameters"] == t.hyperparameters(args)
+    assert checkpoint["data"] == t.read_data(args) and f"\ndata: {checkpoint['data']}\n" in log, "what the tools know data by"
+    upstream = np.load(ROOT / "tests" / "data" / "parity" / "A_f32" / "init.npz")
+    assert set(checkpoint["model"]) == set(upstream), "parameters under other names than upstream's"
+    assert checkpoint["model"]["blocks.3.attn.qkvo_w"].shape == (128, 32) and checkpoint["model"]["scalars"].dtype == torch.float32
+    adam, muon = checkpoint["optimizers"]
+    assert {n for n, s in adam.items() if s["step"] == 14} == set(adam), "14 odd steps in 28, and embed takes over lm_head's count"
+    assert muon["attn"]["master"].shape == (40, 32, 32) and muon["mlp"]["master"].shape == (24, 128, 32)
+    qkvo = torch.stack([muon["attn"]["master"][i:i + 4].reshape(128, 32) for i in range(0, 40, 4)])
+    model = [checkpoint["model"][f"blocks.{i}.attn.qkvo_w"] for i in range(11) if i != 6]
+    # O's rows are not reordered: each weight is its float32 master with the lower half cut off
+    for master, weight in zip(qkvo[:, 96:], model, strict=True):
+        assert torch.equal((master.contiguous().view(torch.int32) & -65536).view(torch.float32), weight[96:].float())
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [8, 2])
+def test_replayed_and_traced_runs_are_identical(tmp_path, corpus, devices):
+    logs = []
+    for option in ((), ("--no_replay",)):
+        process = run_train(tmp_path, corpus, *option, devices=devices, **EVERY_STEP)
+        assert process.returncode == 0, process.stderr[-3000:]
+        assert "graphs compiled after warm-up: 0\n" in process.stdout, "a traced step must be the warmed-up step"
+        logs.append(losses(tmp_path / "logs/toy.txt"))
+    assert logs[0] == logs[1] and all(logs[0].values())
+
+# -----------------------------------------------------------------------------
+# Stopped and gone on
+
+@pytest.mark.parametrize("point", POINTS)
+def test_resume_is_bit_exact(driven, point):
+    folder, _ = driven
+    n = POINTS[point]
+    loaders = [checkpoint.read(folder / TEMPLATE.format("toy", i))["loader"] for i in (8, 10)]
+    assert [shard for shard, _ in loaders] == [0, 1], "the first shard is to end here"
+    last = min(28, n + RUN_ON)
+    for step in range(n + 2, min(last + 1, 28), 2):
+        same_run(folder / TEMPLATE.format("toy", step), folder / TEMPLATE.format(f"from{n}", step))
+    if last == 28:
+        same_last_state(folder, "toy", f"from{n}")
+    whole, resumed = losses(folder / "logs/toy.txt"), losses(folder / f"logs/from{n}.txt")
+    assert {s: x for s, x in whole.items() if n < s <= last} == {s: x for s, x in resumed.items() if x}
+
+def test_signals_save_and_the_same_command_goes_on(driven):
+    folder, stdout = driven
+    assert re.findall(r"^EXIT again (\d+)$", stdout, re.M) == [str(checkpoint.PREEMPTED)]
+    assert re.findall(r"^(SIG\w+): stopped at step", stdout, re.M) == ["SIGTERM", *["SIGHUP"] * (len(set(POINTS.values())) - 1), "SIGINT"]
+    log = (folder / "logs/again.txt").read_text()
+    assert "SIGINT: stopped at step 14" in log and "resumed from logs/again/checkpoint_step000014.pt at step 14" in log
+    assert log.count((ROOT / "train_gpt_xla.py").read_text()) == 1, "the source is printed once"
+    assert losses(folder / "logs/again.txt") == losses(folder / "logs/toy.txt")
+    same_last_state(folder, "toy", "again")
+    times = [int(x) for x in re.findall(r"train_time:(\d+)ms", log)]
+    assert times == sorted(times), "the clock goes on"
+
+def test_a_finished_run_is_finished(driven):
+    """The same command says so, and leaves the log as it is; of other hyperparameters it is another run, which is refused."""
+    folder, stdout = driven
+    loss, time = re.search(r"^step:28/28 (val_loss:\S+) (train_time:\S+)", (folder / "logs/again.txt").read_text(), re.M).groups()
+    assert re.findall(r"^logs/again: this run is finished: (.*?)\. Another", stdout, re.M) == [f"step 28, {loss} {time}"]
+    assert "EXIT again train_gpt_xla.py: logs/again: seed was 0, now it is 1" in stdout
+
+def test_a_resumed_run_goes_on_in_wandb(driven):
+    from test_wandb import read
+    folder, _ = driven
+    first, second = read(folder)
+    assert first[0] == second[0] and first[0].startswith("again-") and (first[3], second[3]) == (checkpoint.PREEMPTED, 0)
+    assert first[1]["model_dim"] == 32 and first[1]["seed"] == 0 and first[1]["run_id"] == "again"
+    log = losses(folder / "logs/again.txt")
+    assert sorted(first[2]) == [0, *range(2, 15)] and sorted(second[2]) == list(range(15, 29))
+    for step, numbers in (first[2] | second[2]).items():
+        assert log[step] == [f"{k}:{numbers[k]:.4f}" for k in ("train_loss", "val_loss") if k in numbers], step
+    assert {"ms", "tok/s", "eta"} < second[2][20].keys()
+
+def test_a_loss_that_is_not_finite_is_not_saved(driven):
+    """Step 10 goes wrong; a save at step 12 is the first to look, finds the step, and keeps what is there."""
+    folder, stdout = driven
+    stop, = re.findall("^EXIT nan train_gpt_xla.py: (.*)", stdout, re.M)
+    assert "the loss of step 10 is nan" in stop and stop.endswith("the last good checkpoint is logs/nan/checkpoint_step000008.pt")
+    assert [path.name for path in sorted((folder / "logs/nan").glob("*.pt"))] == [f"checkpoint_step{n:06d}.pt" for n in (4, 8)]
+
+def test_a_loss_that_is_not_finite_without_checkpoints(driven):
+    """It stops where it is next read, which is at step 2."""
+    folder, stdout = driven
+    stop, = re.findall("^EXIT bare train_gpt_xla.py: (.*)", stdout, re.M)
+    assert "the loss of step 1 is nan: see logs/bare.txt" in stop and "checkpoint" not in stop
+    assert not re.search(r"^step:[3-9]/28 ", (folder / "logs/bare.txt").read_text(), re.M)
+
+def test_graphs_are_compiled_once(driven):
+    """The resumed runs of the process execute the programs of the first: same shapes, same shardings."""
+    _, stdout = driven
+    assert set(re.findall(r"graphs compiled after warm-up: (\d+)", stdout)) == {"0"}
+
+def test_init_from_takes_upstreams_names(driven):
+    """From toy's initial weights, under another seed."""
+    folder, _ = driven
+    a, b = (checkpoint.read(folder / TEMPLATE.format(run, 4)) for run in ("toy", "init"))
+    for key in ("model", "optimizers", "losses", "loader"):
+        same(a[key], b[key], key)
+
+# -----------------------------------------------------------------------------
+# Broken files and refusals: one line each, and the folder stays as it was
+
+@pytest.fixture
+def refused(driven, tmp_path, corpus, monkeypatch, capsys):
+    """main() in this process on a folder with the toy run's checkpoints of steps 12 and 14; spoil(path of 14) comes first."""
+    def run(spoil, *words: str, options=("--resume",), **fields):
+        folder = tmp_path / "logs/toy"
+        folder.mkdir(parents=True)
+        for step in (12, 14):
+            shutil.copy(driven[0] / TEMPLATE.format("toy", step), folder)
+        spoil(folder / "checkpoint_step000014.pt")
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(t, "prefetch", lambda *args: pytest.fail("not refused before the warm-up"))
+        with pytest.raises(SystemExit) as e:
+            t.main([*toy_options(corpus, **EVERY_STEP | fields), *options])
+        assert e.value.code.startswith("train_gpt_xla.py: ") and "\n" not in e.value.code, e.value.code
+        for word in words:
+            assert word in e.value.code, (word, e.value.code)
+        assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "lock"} == before
+    return run
+
+def edited(change):
+    """Spoils a checkpoint with a valid checksum."""
+    def spoil(path: Path):
+        state = checkpoint.read(path)
+        change(state)
+        checkpoint.write(path, state)
+    return spoil
+
+BROKEN = {
+    "truncated": (cut, ["step000014.pt", "cut short"]),
+    "flipped bit": (flip, ["step000014.pt", "checksum", "--resume PATH"]),
+    "missing optimizer": (edited(lambda s: s["optimizers"].pop()), ["step000014.pt", "optimizers: 1 instead of 2"]),
+    "missing moment": (edited(lambda s: s["optimizers"][0]["scalars"].pop("exp_avg")), ["DistAdam: scalars: exp_avg is missing"]),
+    "missing loader position": (edited(lambda s: s.pop("loader")), ["step000014.pt", "loader is missing", "--run_id"]),
+    "wrong shape": (edited(lambda s: s["optimizers"][1]["mlp"].update(master=torch.zeros(24, 128, 16))), ["mlp: master", "(24, 128, 16)"]),
+    "wrong weight": (edited(lambda s: s["model"].update({"embed.weight": torch.zeros(384, 16)})), ["embed.weight", "(384, 16)"]),
+    "extra key": (edited(lambda s: s.update(surprise=1)), ["surprise is unknown"]),
+    "extra parameter": (edited(lambda s: s["model"].update(surprise=torch.ones(1))), ["surprise is not a parameter"]),
+    "another format": (lambda path: np.savez(path.open("wb"), a=np.ones(3)), ["step000014.pt", "not a checkpoint", "--init_from"]),
+    "upstream's": (lambda path: torch.save(dict(step=1, code="", model={}, optimizers=[]), path), ["not a checkpoint", "--init_from"]),
+    "other version": (edited(lambda s: s.update(version=1)), ["version 1", f"reads {checkpoint.VERSION}"]),
+    "safetensors": (lambda path: save_safetensors(path), ["step000014.pt: not a checkpoint (safetensors)", "--init_from takes"]),
+    "a web page": (lambda path: path.write_text("<html>"), ["step000014.pt: not a checkpoint (a web page)"]),
+    "not finite": (edited(lambda s: s["model"]["scalars"].fill_(float("nan"))), ["model.scalars holds a number that is not finite"]),
+}
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_checkpoint(refused, case):
+    spoil, words = BROKEN[case]
+    refused(spoil, *words, options=("--resume", "logs/toy/checkpoint_step000014.pt"))
+
+def test_empty_folder(refused):
+    refused(lambda path: [file.unlink() for file in path.parent.iterdir()], "logs/toy", "no checkpoint", "--resume")
+
+def test_a_folder_is_no_checkpoint(refused):
+    refused(lambda path: None, "logs: a folder: --resume takes latest or a checkpoint_step*.pt", options=("--resume", "logs"))
+
+def test_nothing_whole_is_not_a_fresh_start(refused):
+    refused(lambda path: [cut(file) for file in path.parent.iterdir()], "none of its 2 checkpoints is whole", options=(), save_every=5)
+
+@pytest.mark.parametrize("fields, words", [
+    (dict(vocab_size=302), ["vocab_size was 301, now it is 302", "--run_id"]),
+    (dict(head_dim=16, model_dim=64), ["head_dim was 8, now it is 16"]),
+    (dict(seed=3), ["seed was 0, now it is 3"]),
+    (dict(train_bs_schedule="256,512,1024"), ["train_bs_schedule was (256, 512, 768), now it is (256, 512, 1024)"]),
+])
+def test_other_hyperparameters(refused, fields, words):
+    refused(lambda path: None, *words, **fields)
+
+@pytest.mark.parametrize("name, field, i", [("train_000.bin", "train_files", 1), ("train_001.bin", "train_files", 2),
+                                            ("val_000.bin", "val_files", 1)])
+def test_data_rewritten_in_the_middle(refused, corpus, tmp_path, name, field, i):
+    """A few tokens trade places, far from either end: also in a shard that the run has left behind, and in one that it has not read."""
+    shutil.copytree(corpus, tmp_path / "data")
+    tokens = np.fromfile(corpus / name, dtype=np.uint16)[512:]
+    middle = len(tokens) // 2
+    tokens[middle:middle + 20] = tokens[middle:middle + 20][::-1].copy()
+    write_shard(tmp_path / "data" / name, tokens)
+    fields = dict(train_files=tmp_path / "data/train_*.bin", val_files=tmp_path / "data/val_*.bin")
+    refused(lambda path: None, f"shard {i} of {field} was {name} with (tokens, checksum) ({len(tokens)}, ", "--run_id", **fields)
+
+def test_another_runs_checkpoints_are_not_overwritten(refused, driven):
+    other = driven[0] / TEMPLATE.format("toy", 6)
+    refused(lambda path: None, "logs/toy has checkpoints of its own", options=("--resume", str(other)))
+
+def test_a_run_that_saves_needs_a_name(capsys):
+    for options in (["--save_every", "5"], ["--resume"]):
+        with pytest.raises(SystemExit) as e:
+            t.main(options)
+        assert e.value.code == 2 and "need --run_id NAME" in capsys.readouterr().err
