@@ -42,9 +42,8 @@ def test_compiles_for_v6e(n, tmp_path):
     assert not copies, copies
 
 def test_imports_are_light():
-    """The kernels' package brings neither JAX nor torch_xla, training no JAX."""
-    command = [sys.executable, "-c", "import sys, kernels, gradients; assert not {'jax', 'torch_xla'} & set(sys.modules); "
-               "import train_gpt_xla; assert 'jax' not in sys.modules"]
+    """The kernels' package brings neither JAX nor torch_xla. (Training brings no JAX: programs/stop_and_go_on.py)"""
+    command = [sys.executable, "-c", "import sys, kernels, gradients; assert not {'jax', 'torch_xla'} & set(sys.modules)"]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 def test_cpu_tensors_take_the_plain_path(monkeypatch, recwarn):

@@ -85,7 +85,7 @@ def test_log_tells_speed_and_cost(toy_run):
 
 def test_loss_falls_below_unigram_entropy(toy_run):
     log, _ = toy_run
-    entropy = float(re.search(r"unigram entropy: (\S+) nats", log).group(1))
+    entropy = float(re.search(r"^unigram entropy: (\S+) nats", log, re.M).group(1))
     val = [float(x) for x in re.findall(r"^step:\d+/28 val_loss:(\S+)", log, re.M)]
     assert val[0] > entropy > val[-1], (val, entropy)
 

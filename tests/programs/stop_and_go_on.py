@@ -44,6 +44,7 @@ def keep_initial(model, dtype):
 
 
 if __name__ == "__main__":
+    assert "jax" not in sys.modules, "importing train_gpt_xla imports no JAX"
     os.environ["WANDB_MODE"] = "offline"
     for number in (signal.SIGINT, signal.SIGHUP):  # a test in the background may find them ignored
         signal.signal(number, signal.SIG_DFL)
