@@ -131,12 +131,13 @@ def test_checkpoint_has_upstreams_form(toy_run, corpus):
 @pytest.mark.parametrize("devices", [8, 2])
 def test_replayed_and_traced_runs_are_identical(tmp_path, corpus, devices):
     logs = []
-    for option in ((), ("--no_replay",)):
-        process = run_train(tmp_path, corpus, *option, devices=devices, **EVERY_STEP)
+    for run_id, *option in (("replayed",), ("traced", "--no_replay")):
+        process = run_train(tmp_path, corpus, *option, devices=devices, run_id=run_id, **EVERY_STEP)
         assert process.returncode == 0, process.stderr[-3000:]
         assert "graphs compiled after warm-up: 0\n" in process.stdout, "a traced step must be the warmed-up step"
-        logs.append(losses(tmp_path / "logs/toy.txt"))
-    assert logs[0] == logs[1] and all(logs[0].values())
+        logs.append(losses(tmp_path / f"logs/{run_id}.txt"))
+    assert logs[0] == logs[1] and [s for s, found in logs[0].items() if found] == [0, *range(2, 29)]
+    same_last_state(tmp_path, "replayed", "traced")
 
 # -----------------------------------------------------------------------------
 # Stopped and gone on
