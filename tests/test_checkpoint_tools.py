@@ -214,12 +214,13 @@ def test_mistyped_option(checkpoint, capsys):
         sample.main([str(checkpoint), "--bytes", "--blocksize", "16"])
     assert "--blocksize is not an option: did you mean --block_size" in capsys.readouterr().err
 
-@pytest.mark.parametrize("tool, argv", [(sample, ["--bytes"]), (hellaswag, ["--bytes", "--data", ROOT / "tests/data/hellaswag.jsonl"]), (hub, [])])
+@pytest.mark.parametrize("tool", [sample, hellaswag, hub])
 @pytest.mark.parametrize("vocab_size", [256, 385, 50257])
-def test_a_vocabulary_that_is_not_the_tables(checkpoint, tool, argv, vocab_size):
+def test_a_vocabulary_that_is_not_the_tables(checkpoint, tool, vocab_size):
     """Smaller, its ids would miss rows that were learned; larger, they would run past the table."""
     words = "its table has 384 rows", f"vocabulary of {vocab_size:,}", "--vocab_size and --bos_id"
-    argv = ["push", checkpoint, "someone/toy"] if tool is hub else [checkpoint, *argv]
+    argv = {sample: [checkpoint, "--bytes"], hub: ["push", checkpoint, "someone/toy"],
+            hellaswag: [checkpoint, "--bytes", "--data", ROOT / "tests/data/hellaswag.jsonl"]}[tool]
     one_line(tool.main, [*argv, *OPTIONS, f"--vocab_size={vocab_size}", f"--bos_id={vocab_size - 1}"], f"{tool.__name__}.py: ", *words)
 
 def test_no_vocabulary(checkpoint, monkeypatch):
