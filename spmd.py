@@ -16,8 +16,8 @@ from torch import Tensor
 
 ROWS = 8  # the record's 8 ranks; also the most devices, so stacks are padded to a multiple of it
 
-# XLA_FLAGS on a CPU for programs that run once or twice: LLVM's level 0 takes two thirds of level 1's time, and the older emitters of
-# fusions a quarter less processor time again
+# XLA_FLAGS for programs that run once or twice on a CPU, where compiling takes longer than running. At LLVM's level 0 XLA's older emitters
+# of fusions compile faster than its newer ones; at level 1, which the rehearsal uses, they do not.
 COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 def setup_devices():

@@ -12,6 +12,8 @@ import nbformat
 import pytest
 from conftest import ROOT
 
+from spmd import COMPILE_FAST
+
 NOTEBOOK = "notebooks/speedrun.ipynb"
 # On one device, and no batch, window or embedding but the first: what takes time here is compiling.
 CUT = ("--num_scheduled_iterations 1 --num_extension_iterations 0 --val_loss_every 1 --val_tokens 1024 --val_batch_size 1024 "
@@ -28,7 +30,7 @@ def clone(tmp_path):
 
 def run(folder, monkeypatch, options: str, sampling: str) -> nbformat.NotebookNode:
     """The notebook after all of its cells, in folder/notebooks, as Jupyter opens it there. The first that fails ends it with its output."""
-    for name, value in dict(PJRT_DEVICE="CPU", CPU_NUM_DEVICES="1", XLA_FLAGS="--xla_backend_optimization_level=0").items():
+    for name, value in dict(PJRT_DEVICE="CPU", CPU_NUM_DEVICES="1", XLA_FLAGS=COMPILE_FAST).items():
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(folder / NOTEBOOK, as_version=4)
     (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
