@@ -41,6 +41,7 @@ die() { say "$@" >&2; exit 1; }
 cd -P -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")"
 py=$VENV/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore HF_HUB_DISABLE_TELEMETRY=1
+unset PYTHONDONTWRITEBYTECODE  # images of containers set it, and then each process parses torch and jax anew: 20 s, not 9
 
 # ---- setup -------------------------------------------------------------------------------------------------------------------
 

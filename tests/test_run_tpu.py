@@ -401,6 +401,12 @@ def test_second_setup_at_the_same_time_waits(repo):
     assert sum(line.endswith("-r requirements.txt") for line in repo.asked()) == 1
 
 
+def test_bytecode_is_kept_whatever_the_image_says(repo):
+    repo.python("python3")
+    assert repo.run("setup", PYTHONDONTWRITEBYTECODE="1")[0] == 0
+    assert list(repo.dir.glob("__pycache__/torch.*.pyc"))
+
+
 def test_a_folder_that_is_no_environment_is_left_alone(repo):
     repo.python("python3")
     repo.venv.mkdir()
