@@ -32,7 +32,7 @@ def test_a_case_and_a_wrong_number_in_it(tmp_path):
     expected = dict(np.load(tmp_path / "expected.npz"))
     expected["train_loss_rows"][1, 3] *= 1 + 1e-5
     np.savez(tmp_path / "expected.npz", **expected)
-    report = parity(tmp_path, "--devices", "8")
+    report = parity(tmp_path, "--devices", "4")  # two rows on each
     assert failures(report).keys() == {"losses to the split"}
     worst = report["quantities"]["losses to the split"]
     assert worst["where"] == "step 1 row 3" and worst["error"] == pytest.approx(1e-5, abs=worst["tolerance"])
@@ -42,7 +42,7 @@ def test_a_case_and_a_wrong_number_in_it(tmp_path):
     assert abs(losses[:int(expected["split_step"]) + 1]).max() <= worst["tolerance"]
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case, devices", [("A_bf16", 8), ("A_f32", 8), ("A_f32", 2), ("C_f32", 1), ("A_bf16", 1), ("A_bf16", 4)])
+@pytest.mark.parametrize("case, devices", [("A_bf16", 8), ("A_f32", 8), ("A_f32", 2), ("A_bf16", 1), ("A_bf16", 4)])
 def test_case(case, devices):
     report = parity(CASES / case, "--devices", str(devices))
     assert not failures(report)
@@ -54,8 +54,10 @@ def check_counts(report: dict):
 
 @pytest.mark.slow
 def test_devices_agree():
-    """1, 2, 4 and 8 devices compute the same losses, to 1e-6."""
-    rows = {n: parity(CASES / "C_f32", "--devices", str(n))["train_loss_rows"] for n in (1, 2, 4, 8)}
+    """1, 2, 4 and 8 devices compute the record's numbers, and the same losses to 1e-6."""
+    reports = {n: parity(CASES / "C_f32", "--devices", str(n)) for n in (1, 2, 4, 8)}
+    assert not any(failures(report) for report in reports.values())
+    rows = {n: report["train_loss_rows"] for n, report in reports.items()}
     for n, other in rows.items():
         worst = max(abs(a / b - 1) for x, y in zip(other, rows[8], strict=True) for a, b in zip(x, y, strict=True))
         assert worst <= 1e-6, f"{n} devices differ from 8 by {worst}"
