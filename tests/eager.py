@@ -19,7 +19,7 @@ import kernels
 import muon_xla
 import spmd
 import train_gpt_xla as train
-from chips import CHIPS
+from chips import CHIPS, Chip
 from kernels import attention, dispatch, embedding, lm_head, mlp
 
 PRODUCT = gradients, kernels, attention, dispatch, embedding, lm_head, mlp, muon_xla, spmd, train
@@ -32,9 +32,10 @@ def replace(patch: pytest.MonkeyPatch, name: str, value):
         patch.setattr(module, name, value)
 
 @contextlib.contextmanager
-def eager(kernels: bool, turns: int = 1):
+def eager(kernels: bool, turns: int = 1, chip: str = "v6e"):
     """
-    kernels: run those of the TPU, interpreted. Otherwise the plain path. turns: the device takes the 8 rows in so many of them.
+    kernels: run those of the TPU, interpreted, as they are for that chip. Otherwise the plain path. turns: the device takes the 8 rows
+    in so many of them.
     """
     with pytest.MonkeyPatch.context() as patch:
         same = lambda x, *spec: x
@@ -45,7 +46,7 @@ def eager(kernels: bool, turns: int = 1):
         patch.setattr(xm, "optimization_barrier_", lambda tensors: None)
         patch.setattr(xm, "mark_step", lambda: None)
         if kernels:
-            patch.setattr(dispatch, "target", CHIPS["v6e"])
+            patch.setattr(dispatch, "target", CHIPS[chip])
             replace(patch, "for_tpu", lambda x: True)
             for name in ("attention_refuses", "mlp_refuses", "lm_head_refuses", "embedding_refuses"):
                 replace(patch, name, lambda *args: None)
@@ -68,11 +69,11 @@ def call_kernel(call, shapes, **tensors: torch.Tensor | None) -> types.SimpleNam
     dtype = next(x.dtype for x in tensors.values() if x.ndim > 1 and x.is_floating_point())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "interpret", True)
-        results = compiled(call, shapes, dtype)(**{name: to_numpy(x) for name, x in tensors.items()})
+        results = compiled(call, shapes, dtype, dispatch.chip())(**{name: to_numpy(x) for name, x in tensors.items()})
     return types.SimpleNamespace(**{name: None if x is None else to_torch(x) for name, x in results.items()})
 
 @functools.cache
-def compiled(call, shapes, dtype: torch.dtype):
+def compiled(call, shapes, dtype: torch.dtype, chip: Chip):
     import jax
     dtype = {torch.float32: jax.numpy.float32, torch.bfloat16: jax.numpy.bfloat16}[dtype]
     return jax.jit(call(shapes, dtype, interpret=True), keep_unused=True, compiler_options=dict(xla_backend_optimization_level=0))

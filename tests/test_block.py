@@ -1,14 +1,20 @@
 """
 A whole Block on the plain path and by its kernels: the result and the gradient of every input and weight.
 
-    python -m pytest -q tests/test_block.py
+    python -m pytest -q tests/test_block.py -m "not slow"
+    python -m pytest -q tests/test_block.py               at the record's size, too, with each chip's blocks
 """
 import eager
 import pytest
 import torch
 
 import train_gpt_xla as train
+from chips import TPUS
 from gradients import Gradients, Slot, Stack
+from kernels import dispatch
+from kernels.attention import attention_refuses
+from kernels.lm_head import lm_head_refuses
+from kernels.mlp import mlp_refuses
 
 B, T, C = 2, 384, 128  # rows of three blocks of tokens
 SHORT, LONG = 100, 250
@@ -41,8 +47,8 @@ def gradients_of(block: train.Block, weights: dict[str, torch.Tensor], x, attn_a
         out.backward(dout)
     return out.detach(), {name: gradients[p] for name, p in params.items()}
 
-def run(kernels: bool, dtype: torch.dtype, layer: int, paired=False, values=False, mix=True, window=SHORT,
-        heads=2, own_loop=False) -> dict[str, torch.Tensor]:
+def run(kernels: bool, dtype: torch.dtype, layer: int, paired=False, values=False, mix=True, window=SHORT, heads=2, T=T, C=C,
+        own_loop=False, chip="v6e") -> dict[str, torch.Tensor]:
     """Every result by name. own_loop: as someone finds it who calls backward() and no TrainingManager."""
     H, D = heads, C // heads
     generator = torch.Generator().manual_seed(layer)
@@ -70,7 +76,7 @@ def run(kernels: bool, dtype: torch.dtype, layer: int, paired=False, values=Fals
         sa_lambdas=(take("lambda_qkv"), take("lambda_o")), documents=documents, bm_size=window if layer != 6 else None,
         factors=yarn.factors(T, torch.tensor(freq), dtype), attn_scale=torch.tensor(scale), key_offset=window == LONG,
         attn_gate_w=take("attn_gate_w"), ve_gate_w=take("ve_gate_w"))
-    with eager.eager(kernels):
+    with eager.eager(kernels, chip=chip):
         out, gradients = gradients_of(block, weights, take("x"), attn_args, dout, own_loop)
         assert bool(eager.calls) == kernels
     gradients |= {name: leaf.grad for name, leaf in leaves.items()}
@@ -86,3 +92,21 @@ def test_backward_in_ones_own_loop(layer):
     """Nobody has made addresses, so that each weight has its gradient in .grad."""
     want, got = (run(kernels, torch.float32, own_loop=True, **LAYERS[layer]) for kernels in (False, True))
     eager.check(got, want, TOLERANCE, layer)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v6e", "v5e", "v5p"])
+@pytest.mark.parametrize("layer", ["paired", "no attention", "long window, key offset, values"])
+def test_block_at_record_size(chip, layer):
+    """The record's dimensions, and blocks of tokens as that chip's VMEM allows."""
+    size = LAYERS[layer] | dict(heads=6, T=1024, C=768)
+    want, got = (run(kernels, torch.float32, **size, chip=chip) for kernels in (False, True))
+    eager.check(got, want, TOLERANCE, layer)
+
+def test_kernels_take_the_record_on_each_tpu(monkeypatch):
+    empty = lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    for tpu in TPUS.values():
+        monkeypatch.setattr(dispatch, "target", tpu.chip)
+        for tokens in (16384, 32768, 49152, 262144):
+            x, W, head = empty(1, tokens, 768), empty(3072, 768), empty(50304, 768)
+            why = [attention_refuses(x, 6, 20 * 128, True), mlp_refuses(x, W, W), lm_head_refuses(x, head)]
+            assert not any(why) if tpu.compiles else all("fit in VMEM" in w for w in why), (tpu.name, tokens, why)

@@ -54,6 +54,12 @@ def check_lm_head(B, T, d, V, n, kept, forward_block, backward_block, dtype):
     want[2][0] += before.float().numpy()
     check([d.dw.float()], want[2:], tolerance, ["dw on top"])
 
+def test_lm_head_compares_in_int32(monkeypatch):
+    """As chips do whose vector unit has no 16-bit comparisons, v5e's and v5p's."""
+    assert not CHIPS["v5e"].compares_int16 and CHIPS["v6e"].compares_int16
+    monkeypatch.setattr(dispatch, "target", CHIPS["v5e"])
+    check_lm_head(2, 256, 128, 512, 2, 256, (128, 256), (128, 256), torch.bfloat16)
+
 @pytest.mark.parametrize("B, T, d, V, n, kept, forward_block, backward_block, dtype", [
     (2, 512, 128, 640, 3, 256, (128, 256), (128, 384), torch.float32),  # some of P kept; V ends within a block; rows
     (1, 256, 256, 384, 3, 256, (256, 512), (256, 4608), torch.bfloat16),  # one block of each; a block longer than V
@@ -71,10 +77,14 @@ def test_lm_head_grid(dtype, kept, n):
     check_lm_head(2, 768, 128, 896, n, kept, (256, 512), (128, 512), dtype)
 
 @pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v6e", "v5e", "v5p"])
 @pytest.mark.parametrize("kept", [0, 2048, 4096])
-def test_lm_head_at_record_size(kept):
-    """The record's dimension and blocks, a vocabulary of two blocks and a bit."""
-    check_lm_head(1, 4096, 768, 2 * 4608 + 128, 3, kept, (2048, 512), (512, 4608), torch.bfloat16)
+def test_lm_head_at_record_size(monkeypatch, kept, chip):
+    """The record's dimension, a chip's blocks, a vocabulary of two of them and a bit."""
+    monkeypatch.setattr(dispatch, "target", CHIPS[chip])
+    x, weight = torch.zeros(1, 4096, 768, dtype=torch.bfloat16), torch.zeros(2 * 4608 + 128, 768, dtype=torch.bfloat16)
+    s = get_lm_head(x, weight, 3, kept)
+    check_lm_head(1, 4096, 768, weight.size(0), 3, kept, s.forward_block, s.backward_block, torch.bfloat16)
 
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
 def test_lm_head_refuses(monkeypatch, chip):
