@@ -4,12 +4,14 @@ A whole Block on the plain path and by its kernels: the result and the gradient 
     python -m pytest -q tests/test_block.py -m "not slow"
     python -m pytest -q tests/test_block.py               at the record's size, too, with each chip's blocks
 """
+import itertools
+
 import eager
 import pytest
 import torch
 
 import train_gpt_xla as train
-from chips import TPUS
+from chips import CHIPS, TPUS, GiB
 from gradients import Gradients, Slot, Stack
 from kernels import dispatch
 from kernels.attention import attention_refuses
@@ -110,3 +112,13 @@ def test_kernels_take_the_record_on_each_tpu(monkeypatch):
             x, W, head = empty(1, tokens, 768), empty(3072, 768), empty(50304, 768)
             why = [attention_refuses(x, 6, 20 * 128, True), mlp_refuses(x, W, W), lm_head_refuses(x, head)]
             assert not any(why) if tpu.compiles else all("fit in VMEM" in w for w in why), (tpu.name, tokens, why)
+
+def test_what_is_kept_is_what_fits(monkeypatch):
+    """P of lm_head first, then hidden activations of as many layers as there is room for; more memory never keeps less."""
+    keep = lambda tokens, chip, gib: dispatch.what_to_keep(tokens, 11, 768, 50304, int(gib * GiB))
+    for chip, state, tokens, want in (("v6e", 1.1, 49152, (49152, 11)), ("v5e", 1.1, 32768, (32768, 11)), ("v5e", 1.1, 49152, (49152, 7))):
+        monkeypatch.setattr(dispatch, "target", CHIPS[chip])
+        assert keep(tokens, chip, state) == dispatch.Kept(*want)
+    for more, less in itertools.pairwise(keep(49152, "v5e", gib / 10) for gib in range(0, 120, 2)):
+        assert more.p_tokens >= less.p_tokens and more.mlp >= less.mlp and (less.mlp == 0 or less.p_tokens == 49152)
+    assert less == dispatch.Kept(0, 0)
