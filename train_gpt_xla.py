@@ -574,7 +574,7 @@ class GPT(nn.Module):
                 key_offset=key_offset[i],
                 attn_gate_w=attn_gates[i],
                 ve_gate_w=ve_gates[i],
-                keep_mlp=schedule_cfg.keep is None or i >= self.num_layers - schedule_cfg.keep.mlp,
+                keep_mlp=schedule_cfg.keep is None or schedule_cfg.keep.mlp,
                 attention=schedule_cfg.attention
             )
             if i in skip_out:

@@ -45,7 +45,7 @@ def vmem_limit() -> int:
 class Kept:
     """What kernels keep for the backward pass, which otherwise computes it again."""
     p_tokens: int  # tokens of a device whose P, [tokens, V], lm_head keeps
-    mlp: int  # of how many layers, the last ones, the MLP's hidden activations are kept, [4d, tokens] each
+    mlp: bool  # hidden activations, [4d, tokens] of each layer
 
 
 def what_to_keep(tokens: int, layers: int, d: int, V: int, state_bytes: int) -> Kept:
@@ -54,12 +54,12 @@ def what_to_keep(tokens: int, layers: int, d: int, V: int, state_bytes: int) -> 
     tokens: of a device, in one program.
     """
     if target is None and _device_type() != "TPU":
-        return Kept(tokens, layers)
+        return Kept(tokens, True)
     activations = 9 * layers * tokens * d * 2  # as compiled, 8.7 arrays of [tokens, d] a layer
     code = 3 * GiB // 2  # of all graphs of a run, as compiled for v5e; on a v6e it is half of that
     room = chip().hbm_bytes - GiB // 2 - code - state_bytes - activations
     p_tokens = max(0, min(tokens, room // (2 * V) // 2048 * 2048))
-    return Kept(p_tokens, max(0, min(layers, (room - 2 * V * p_tokens) // (8 * d * tokens))))
+    return Kept(p_tokens, room - 2 * V * p_tokens >= layers * 8 * d * tokens)
 
 
 def largest_fitting(choices: list, vmem_bytes: Callable):
