@@ -116,9 +116,9 @@ def test_kernels_take_the_record_on_each_tpu(monkeypatch):
 def test_what_is_kept_is_what_fits(monkeypatch):
     """P of lm_head first, then all hidden activations; more memory never keeps less."""
     keep = lambda tokens, gib: dispatch.what_to_keep(tokens, 11, 768, 50304, int(gib * GiB))
-    for chip, state, tokens, want in (("v6e", 1.1, 49152, (49152, True)), ("v5e", 1.1, 32768, (32768, True)), ("v5e", 1.1, 49152, (49152, False))):
+    for chip, tokens, mlp in (("v6e", 49152, True), ("v5e", 32768, True), ("v5e", 49152, False)):
         monkeypatch.setattr(dispatch, "target", CHIPS[chip])
-        assert keep(tokens, state) == dispatch.Kept(*want)
+        assert keep(tokens, 1.1) == dispatch.Kept(tokens, mlp)
     for more, less in itertools.pairwise(keep(49152, gib / 10) for gib in range(0, 120, 2)):
         assert more.p_tokens >= less.p_tokens and more.mlp >= less.mlp and (not less.mlp or less.p_tokens == 49152)
     assert less == dispatch.Kept(0, False)
