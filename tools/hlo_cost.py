@@ -260,13 +260,14 @@ def region_shares(text: str) -> list[tuple[int, int, float]]:
     index |= {name: slots[slot] for name, slot in re.findall(r"%(\w+) = sld \[smem:\[#(\w+_spill)\]\]", text) if slot in slots}
     tests = {p: (getattr(operator, relation), index[i], int(n)) for p, relation, i, n in
              re.findall(r"%(\w+) = scmp\.(ne|eq|lt|le|gt|ge)\.s32\.totalorder (?:\([^)]*\), )?%(\w+), (\d+)\b", text) if i in index}
+    back = set(re.findall(r"%(\w+) = scmp\.ge\.s32\.totalorder [^;{}]*/\* loop exit test", text))
     branches, ends = [], []  # (bundle, negated, predicate, target), bundle
     for line in text.splitlines():
         if m := re.match(r"\s*(?:0x)?([0-9a-f]+)\s+(PF)?(?:L[BHE]|PB|CT)?\s*:\s*>*\s*\{", line):
             at = int(m.group(1), 16)
             ends += [at] if m.group(2) else []
         for negated, predicate, target in re.findall(r"sbr\.rel \((!?)%(\w+)\) target bundleno = (\d+)", line):
-            if int(target) > at:
+            if int(target) > at and predicate not in back:
                 branches.append((at, negated, predicate, int(target)))
     targets = sorted({b[3] for b in branches})
     shares = []
