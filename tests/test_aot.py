@@ -278,6 +278,19 @@ def test_bundles():
     """Inner loop: 4 bundles and 4 in the branch's shadow, to 8 by 2. Outer: 4 more, 10 times. Then one of unknown length."""
     assert hlo_cost.bundle_cycles(BUNDLES) == (1 + 10 * (4 + 4 * 8) + 1 + 3, 1)
 
+def test_products_take_their_time():
+    """Four matrix units get three products in four bundles, 10 times, and are done with them after 10 x 3 x 4 cycles."""
+    text = textwrap.dedent("""\
+           0   :  { %s1 = smov 0 }
+         0x1 LB: > { %1 = vmatmul.bf16.gmra.mxu0 %v1  ;;  %2 = vmatmul.bf16.gmra.mxu1 %v1 }
+         0x2   : > { %s2 = sadd.s32 1, %s1  ;;  %3 = vmatmul.bf16.vlgmr.msrb.gmra.mxu2 %v1 }
+         0x3   : > { %p3 = scmp.ge.s32.totalorder %s2, 10 /* loop exit test */ }
+         0x4   : > { %9 = sbr.rel (!%p3) target bundleno = 1 (0x1), region = 4 }
+        """)
+    assert hlo_cost.bundle_cycles(text) == (120, 0)
+    assert hlo_cost.bundle_cycles(text.replace("vmatmul", "vadd")) == (41, 0)
+
+
 @pytest.mark.parametrize("loop", [1, 77])
 def test_bundles_of_regions(loop):
     """

@@ -279,11 +279,15 @@ def region_shares(text: str) -> list[tuple[int, int, float]]:
     return shares
 
 
+PRODUCT_CYCLES = 4  # a vmatmul of 16 rows at the peak, all units at work: four of 128 x 128 (v5e, a core of v5p), two of 256 x 256 (v6e)
+
+
 def bundle_cycles(text: str, turns: int = 1) -> tuple[int, int]:
     """
-    (bundles issued, loops of unknown length) of one program: a line a bundle, `>` once for each loop that it is in. A loop runs
-    as often as its exit test says; one without a constant test counts `turns` times. Predicated regions count as if they were taken, unless
-    an index of the kernel's grid decides alone (region_shares).
+    (cycles, loops of unknown length) of one program, a cycle a bundle: a line is one, `>` stands once for each loop that it is in. A loop
+    runs as often as its exit test says; one without a constant test counts `turns` times. Predicated regions count as if they were taken,
+    unless an index of the kernel's grid decides alone (region_shares). Where the matrix units need longer for what is given to them, that
+    counts: on v5e a program can issue products faster than they are computed.
     """
     steps = {}
 
@@ -295,13 +299,15 @@ def bundle_cycles(text: str, turns: int = 1) -> tuple[int, int]:
             steps.update(re.findall(r"%(\w+) = sadd\.s32 (?:\([^)]*\), )?(\d+), %", text))
         return math.ceil(int(m.group(2)) / int(steps.get(m.group(1), 1)))
 
-    shares, stack, unknown, slots = region_shares(text), [[0, 1]], 0, 0  # [bundles, trips] of each open loop; delay slots still to come
+    shares, unknown, slots = region_shares(text), 0, 0  # slots: delay slots still to come
+    stack = [[0, 1, 0]]  # [bundles, trips, products] of each open loop
 
     def leave():
         nonlocal unknown
-        bundles, n = stack.pop()
+        bundles, n, products = stack.pop()
         unknown += n is None
         stack[-1][0] += bundles * (n or turns)
+        stack[-1][2] += products * (n or turns)
 
     for line in text.splitlines():
         m = re.match(r"\s*(?:0x)?([0-9a-f]+)\s+(L[BHE]|P[BF]|CT)?\s*:\s*(>*)\s*\{", line)
@@ -314,13 +320,16 @@ def bundle_cycles(text: str, turns: int = 1) -> tuple[int, int]:
         while len(stack) - 1 > depth or (m.group(2) == "LB" and len(stack) - 1 == depth > 0):
             leave()
         while len(stack) - 1 < depth:
-            stack.append([0, None])
-        stack[-1][0] += math.prod(share for first, last, share in shares if first <= at <= last)
+            stack.append([0, None, 0])
+        share = math.prod(share for first, last, share in shares if first <= at <= last)
+        stack[-1][0] += share
+        stack[-1][2] += share * line.count(" = vmatmul.")
         if depth and "loop exit test" in line:
             stack[-1][1] = trips(line)
     while len(stack) > 1:
         leave()
-    return round(stack[0][0]), unknown
+    bundles, _, products = stack[0]
+    return round(max(bundles, PRODUCT_CYCLES * products)), unknown
 
 # -----------------------------------------------------------------------------
 # The estimate
