@@ -85,7 +85,7 @@ class Tpu:
 TPUS = {tpu.name: tpu for tpu in (
     Tpu("v6e-8", CHIPS["v6e"], 8, "v6e:2x4", (2, 4, 1), trains=True),
     Tpu("v6e-4", CHIPS["v6e"], 4, "v6e:2x2", (2, 2, 1), trains=True),
-    Tpu("v6e-1", CHIPS["v6e"], 1, "v6e:1x1", (1, 1, 1)),
+    Tpu("v6e-1", CHIPS["v6e"], 1, "v6e:1x1", (1, 1, 1), trains=True),
     Tpu("v5e-8", CHIPS["v5e"], 8, "v5e:2x4", (2, 4, 1), trains=True),
     Tpu("v5e-4", CHIPS["v5e"], 4, "v5e:2x2", (2, 2, 1)),
     Tpu("v5e-1", CHIPS["v5e"], 1, "v5e:1x1", (1, 1, 1)),
