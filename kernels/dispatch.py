@@ -56,8 +56,9 @@ def what_to_keep(tokens: int, layers: int, d: int, V: int, state_bytes: int) -> 
     if target is None and _device_type() != "TPU":
         return Kept(tokens, True)
     activations = 9 * layers * tokens * d * 2  # as compiled, 8.7 arrays of [tokens, d] a layer
-    code = 3 * GiB // 2  # of all graphs of a run, as compiled for v5e; on a v6e it is half of that
-    room = chip().hbm_bytes - GiB // 2 - code - state_bytes - activations
+    code = 3 * GiB // 2  # of all graphs of a run, as compiled for v5e; a v6e's is less than half of that
+    spare = GiB // 2
+    room = chip().hbm_bytes - spare - code - state_bytes - activations
     p_tokens = max(0, min(tokens, room // (2 * V) // 2048 * 2048))
     return Kept(p_tokens, room - 2 * V * p_tokens >= layers * 8 * d * tokens)
 

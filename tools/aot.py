@@ -397,7 +397,7 @@ def compiled(name: str, tpu: Tpu, out: Path, flags: list[str], fingerprint: str)
         before = json.loads(cache.read_text())
     except (FileNotFoundError, ValueError):
         before = {}
-    if before.get("key") == key and (text.exists() or "error" in before):
+    if before.get("key") == key and before.get("count") == hlo_cost.COUNT and (text.exists() or "error" in before):
         return {**before, "cached": True}
     for stale in (cache, text):
         stale.unlink(missing_ok=True)
@@ -409,7 +409,7 @@ def compiled(name: str, tpu: Tpu, out: Path, flags: list[str], fingerprint: str)
         if any(r.how == "none" and (r.kind == "kernels" or r.bytes > 2**22) for r in estimate.rows):
             found |= compile_in_child(name, tpu, out, flags, found["unestimated"])  # the names were guessed wrong; now they are known
     # Last, so that a cache entry always has its text.
-    found["key"] = key
+    found |= {"key": key, "count": hlo_cost.COUNT}
     partial = cache.with_suffix(".partial")
     partial.write_text(json.dumps(found))
     partial.rename(cache)

@@ -279,6 +279,7 @@ def region_shares(text: str) -> list[tuple[int, int, float]]:
     return shares
 
 
+COUNT = 2  # raise it when bundle_cycles counts differently: what `aot` has counted before is then made again
 PRODUCT_CYCLES = 4  # a vmatmul of 16 rows at the peak, all units at work: four of 128 x 128 (v5e, a core of v5p), two of 256 x 256 (v6e)
 
 
