@@ -17,9 +17,12 @@ from torch import Tensor, nn
 
 
 class Stack:
-    """Gradients of `used` weights as one tensor [n, ...], zeros at its end. tensor: None before the first one is stored."""
-    def __init__(self, n: int, used: int, tensor: Tensor | None = None):
-        self.n, self.used, self.tensor, self.stored = n, used, tensor, set()
+    """
+    Gradients of `used` weights as one tensor [n, ...], zeros at its end. tensor: None before the first one is stored. on_top: it holds
+    float32 sums, and each gradient is added to what its slot has.
+    """
+    def __init__(self, n: int, used: int, tensor: Tensor | None = None, on_top: bool = False):
+        self.n, self.used, self.tensor, self.on_top, self.stored = n, used, tensor, on_top, set()
 
     def so_far(self, weight: Tensor) -> Tensor:
         """Memory for all slots, with what has been stored."""
@@ -32,15 +35,19 @@ class Stack:
     def collect(self, found: list[Tensor | None]) -> Tensor:
         """All of it, where found[slot] is what autograd has for a slot, or None."""
         import torch_xla.core.xla_model as xm
-        if self.tensor is not None:
+        if any(grad is None for grad in found):  # kernels have stored them
             for slot, grad in enumerate(found):
-                if grad is not None:  # of a block that kernels refuse
-                    self.tensor = torch.select_scatter(self.tensor, grad, 0, slot)
+                if grad is not None:  # of a block that they refuse
+                    self.tensor = torch.select_scatter(self.tensor, self.total(slot, grad), 0, slot)
             return self.tensor
         found = list(found)
         # without it libtpu 0.0.21 fuses the stack with what made the gradients into a cycle, and dies
         xm.optimization_barrier_(found)
-        return torch.stack(found + [torch.zeros_like(found[0])] * (self.n - len(found)))
+        stacked = torch.stack(found + [torch.zeros_like(found[0])] * (self.n - len(found)))
+        return self.tensor + stacked if self.on_top else stacked
+
+    def total(self, slot: int, grad: Tensor) -> Tensor:
+        return self.tensor[slot] + grad if self.on_top else grad
 
 
 class Slot:
@@ -65,13 +72,18 @@ class Slot:
         return None
 
     def collect(self, found: Tensor | None) -> Tensor | None:
-        return self.stack.tensor[self.number] if found is None and self.stack.tensor is not None else found
+        if found is None:
+            return None if self.stack.tensor is None else self.stack.tensor[self.number]
+        return self.stack.total(self.number, found)
 
 
 class Sum:
-    """A gradient that several kernels add to, on top of `before`, if there is one. tensor: None before the first of them."""
-    def __init__(self, before: Tensor | None = None, tensor: Tensor | None = None):
-        self.before, self.tensor = before, tensor
+    """
+    A gradient that several kernels add to, on top of `before`, if there is one. tensor: None before the first of them. in_place: `before`
+    is float32, and they add in its memory.
+    """
+    def __init__(self, before: Tensor | None = None, tensor: Tensor | None = None, in_place: bool = False):
+        self.before, self.tensor, self.in_place = before, tensor, in_place
 
     def so_far(self) -> Tensor | None:
         return self.before if self.tensor is None else self.tensor

@@ -71,11 +71,6 @@ def apply_normuon_variance_reduction(v_chunk: Tensor, second_momentum_buffer: Te
     final_scale = step_size * (v_norm / v_norm_new.clamp_min(1e-10))
     return v_chunk * final_scale.type_as(v_chunk)
 
-def add(total: Tensor, x: Tensor):
-    """total [devices, ...] += x, on each device."""
-    total.copy_(total + x)
-    shard(total, "data")
-
 def clear(total: Tensor):
     total.copy_(torch.zeros_like(total))
     shard(total, "data")
@@ -128,15 +123,19 @@ class NorMuon(torch.optim.Optimizer):
         """For the gradients of a step: a slot for each in its group's stack. A block's kernels write theirs there (D16)."""
         found = {}
         for group in self.param_groups:
-            stack = Stack(group["master"].size(0) // group["square"], len(group["params"]))
-            found |= {p: Slot(stack, i) for i, p in enumerate(group["params"])}
+            params, sums = group["params"], None
+            if "grad" in group:  # of the rows before
+                sums = enter(group["grad"], "data").view(-1, *params[0].shape)
+            stack = Stack(group["master"].size(0) // group["square"], len(params), sums, on_top=sums is not None)
+            found |= {p: Slot(stack, i) for i, p in enumerate(params)}
         return found
 
     @torch.no_grad()
-    def accumulate(self, gradients: Gradients):
-        """A row's turn: each device adds its gradients to those of the rows before."""
+    def keep(self, gradients: Gradients):
+        """A row's turn: each device keeps the sums for the next one."""
         for group in self.param_groups:
-            add(group["grad"], leave(gradients.stack(group["params"]).view(group["master"].shape)))
+            group["grad"].copy_(leave(gradients.stack(group["params"]).view(group["master"].shape)))
+            shard(group["grad"], "data")
 
     def accumulated(self) -> dict[nn.Parameter, Slot]:
         """Where the gradients of all turns are."""
@@ -255,25 +254,18 @@ class DistAdam(torch.optim.Optimizer):
         mask = (update * p) > 0
         return (p - (update + p * mask * eff_wd_t)).to(p_slice.dtype)  # split by rows, as g_slice is
 
-    def addresses(self, odd: bool) -> dict[nn.Parameter, Sum]:
-        """For the gradients of a step: a sum for each, in an odd step on top of the even one's (D19)."""
-        return {p: Sum(enter(state["grad"], "data").squeeze(0) if odd else None) for p, state in self.state.items()}
+    def addresses(self, on_top: bool, in_place: bool = False) -> dict[nn.Parameter, Sum]:
+        """For the gradients of a step: a sum for each, on top of the even step's (D19) or, in place, of those of the rows before."""
+        return {p: Sum(enter(state["grad"], "data").squeeze(0) if on_top else None, in_place=in_place) for p, state in self.state.items()}
 
     @torch.no_grad()
     def keep(self, gradients: Gradients):
-        """An even step: each device keeps its own gradients for the next one."""
+        """An even step, or a row's turn: each device keeps its own gradients for the next one."""
         for p, state in self.state.items():
             grad = gradients[p]
             if grad is not None:
                 state["grad"].copy_(leave(grad))
                 shard(state["grad"], "data")
-
-    @torch.no_grad()
-    def accumulate(self, gradients: Gradients):
-        """A row's turn: each device adds its gradients to those of the rows before, in an odd step to the even one's, too."""
-        for p, state in self.state.items():
-            if (grad := gradients[p]) is not None:
-                add(state["grad"], leave(grad))
 
     def accumulated(self, split_embed: bool) -> dict[nn.Parameter, Sum]:
         """Where the gradients of all turns are."""

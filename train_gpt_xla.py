@@ -1105,10 +1105,11 @@ class TrainingManager():
     def backward(self, batch: Tensor, numbers: Tensor) -> tuple[Tensor, Gradients]:
         """
         Forward and backward pass on batch [8, 3, T], or the rows whose turn it is. Returns what is on each device: the losses of its rows,
-        and its gradients, in a whole step on top of those that it keeps from an even one.
+        and its gradients, in an odd step on top of those that it keeps from the even one, in turns of those of the rows before.
         """
         weights = {name: enter(p.detach()).requires_grad_() for name, p in self.model.named_parameters()}
-        gradients = Gradients(self.muon_opt.addresses() | self.adam_opt.addresses(odd=self.graph.adam))
+        rows = self.graph.part == "rows"
+        gradients = Gradients(self.muon_opt.addresses() | self.adam_opt.addresses(on_top=rows or self.graph.adam, in_place=rows))
         with gradients.receive({p: weights[name] for name, p in self.model.named_parameters()}):
             losses = self.forward(batch, numbers, weights)
             (losses.sum() / ROWS).backward()  # the mean over ranks that upstream's reduce_scatter takes
@@ -1125,7 +1126,7 @@ class TrainingManager():
         """D24: on fewer than 8 devices, the turn of one row on each, batch [devices, 3, T]. Returns their losses, [devices]."""
         losses, gradients = self.backward(batch, numbers)
         for opt in self.optimizers:
-            opt.accumulate(gradients)
+            opt.keep(gradients)
         return shard(leave(losses).flatten())
 
     @torch.no_grad()

@@ -128,6 +128,7 @@ class Projection:
     keep: bool  # store what the backward pass reads: q and k before their norm
     gate: int  # features that gates read
     block: int  # bt, tokens
+    on_top: bool = False  # W's gradient is added to a float32 sum
 
 
 def get_band(B: int, H: int, T: int, D: int, window: int, paired: bool) -> Band | None:
@@ -220,8 +221,9 @@ class FusedAttention(torch.autograd.Function):
         documents, scale, qkv, gate, y, sums, raw = (s.pop(name) for name in ("documents", "scale", "qkv", "gate", "y", "sums", "raw"))
         ve, ve_gate_w, x0 = (s.pop(name) for name in ("ve", "ve_gate_w", "x0"))
         d = call_kernel(attention.attention_backward, ctx.band, qkv=qkv, documents=documents, gate=gate, scale=scale, y=y, sums=sums, dy=dy)
+        shapes = dataclasses.replace(ctx.shapes, on_top=ctx.into.stack.on_top)
         d = call_kernel(
-            projection.project_backward, ctx.shapes, slot=ctx.into.index(dy), stack=ctx.into.so_far(s["W"]), **s, raw=raw, dq=d.dq, dk=d.dk,
+            projection.project_backward, shapes, slot=ctx.into.index(dy), stack=ctx.into.so_far(s["W"]), **s, raw=raw, dq=d.dq, dk=d.dk,
             dv=d.dv, gate=gate, delta=d.delta, ve=ve, ve_gate_w=ve_gate_w, x0=x0, dx_mixed=dx_mixed if ctx.shapes.mix else None)
         dx = d.dx if ctx.shapes.mix else d.dx + dx_mixed
         dW = ctx.into.store(d.stack, "qkv")

@@ -103,7 +103,8 @@ def lowered(call: Callable, shapes, arguments: tuple, chip: Chip, interpret: boo
     import jax
     import torch_xla.core.xla_builder as xb
     names, outputs = [name for name, _, _ in arguments], {}
-    dtype = next(jax.numpy.dtype(dtype) for _, _, dtype in arguments if "float" in dtype)  # of activations and weights
+    # of activations and weights: sums are as wide or wider
+    dtype = min((jax.numpy.dtype(dtype) for _, _, dtype in arguments if "float" in dtype), key=lambda dtype: dtype.itemsize)
 
     def run(*arrays):
         results = call(shapes, dtype, interpret)(**dict(zip(names, arrays)))

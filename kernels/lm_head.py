@@ -27,6 +27,7 @@ class LmHead:
     on_top: bool  # dw comes on top of what there is of it already
     forward_block: tuple[int, int]  # tokens, vocabulary
     backward_block: tuple[int, int]
+    in_place: bool = False  # dw takes the memory of what it comes on top of, float32
 
 
 def get_lm_head(x: Tensor, weight: Tensor, targets: int, p_tokens: int, gradients: bool = True) -> LmHead | None:
@@ -90,7 +91,7 @@ class SoftcappedCrossEntropy(torch.autograd.Function):
     def backward(ctx, dlosses):
         from kernels.tpu import lm_head
         (x, weight, targets, dx, a, at_targets, p), before = ctx.saved_tensors, ctx.into.so_far()
-        shapes = dataclasses.replace(ctx.shapes, on_top=before is not None)
+        shapes = dataclasses.replace(ctx.shapes, on_top=before is not None, in_place=ctx.into.in_place)
         d = call_kernel(lm_head.lm_head_dw, shapes, x=x, w=weight.expand(x.size(0), -1, -1), targets=targets, dx=dx, a=a,
                         at_targets=at_targets, p=p, dlosses=dlosses, before=before)
         return d.dx, ctx.into.store(d.dw.sum(0)), None, None, None, None

@@ -22,6 +22,7 @@ class MLPShapes:
     keep: bool  # the forward pass stores relu(norm(x) @ W1.T) and the backward pass reads it
     attention: bool  # its last projection comes first
     block: int  # C, tokens
+    on_top: bool = False  # weights' gradients are added to float32 sums
 
 
 def get_mlp(x: Tensor, W1: Tensor, keep: bool, attention: bool) -> MLPShapes | None:
@@ -78,8 +79,9 @@ class ResidualMLP(torch.autograd.Function):
         x, W1, W2, act, y, W, factor = ctx.saved_tensors
         slot1, slot2, slot_o = ctx.into
         assert slot1.stack is slot2.stack and slot2.number == slot1.number + 1 and slot1.number % 2 == 0
+        shapes = dataclasses.replace(ctx.shapes, on_top=slot1.stack.on_top)
         d = call_kernel(
-            mlp.mlp_backward, ctx.shapes, pair=slot1.index(x, pairs=True), slot_o=slot_o and slot_o.index(x), stack=slot1.so_far(W1),
+            mlp.mlp_backward, shapes, pair=slot1.index(x, pairs=True), slot_o=slot_o and slot_o.index(x), stack=slot1.so_far(W1),
             stack_o=slot_o and slot_o.so_far(W), x=x, W1=W1, W2=W2, dout=dout.flatten(0, 1), act=act, y=y, W=W, factor=factor)
         dW, dy = slot_o and slot_o.store(d.stack_o, "o"), None if y is None else d.dy.view_as(dout)
         return d.dx.view_as(dout), slot1.store(d.stack), slot2.store(d.stack), dy, dW, d.dfactor, None, None

@@ -66,7 +66,7 @@ calls = []  # of kernels, by name, since eager() was entered
 def call_kernel(call, shapes, **tensors: torch.Tensor | None) -> types.SimpleNamespace:
     calls.append(call.__name__)
     tensors = {name: x for name, x in tensors.items() if x is not None}
-    dtype = next(x.dtype for x in tensors.values() if x.ndim > 1 and x.is_floating_point())
+    dtype = min((x.dtype for x in tensors.values() if x.ndim > 1 and x.is_floating_point()), key=lambda dtype: dtype.itemsize)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "interpret", True)
         results = compiled(call, shapes, dtype, dispatch.chip())(**{name: to_numpy(x) for name, x in tensors.items()})

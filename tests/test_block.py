@@ -35,13 +35,16 @@ LAYERS = {
 }
 
 def gradients_of(block: train.Block, weights: dict[str, torch.Tensor], x, attn_args, dout,
-                 own_loop: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+                 own_loop: bool, on_top: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The block's result and its weights' gradients, wherever they go; those of the other leaves are in .grad."""
     if own_loop:
         out = torch.func.functional_call(block, weights, (x, attn_args))
         out.backward(dout)
         return out.detach(), {name: weight.grad for name, weight in weights.items()}
-    squares, mlp, params = Stack(4, 3), Stack(5, 4), dict(block.named_parameters())
+    rows, C = weights["mlp.c_fc"].shape
+    sums = lambda n: torch.linspace(-9, 9, n * rows * C).view(n, rows, C) if on_top else None
+    squares, mlp = Stack(4, 3, sums(4), on_top), Stack(5, 4, sums(5), on_top)
+    params = dict(block.named_parameters())
     slots = dict(zip(WEIGHTS, (Slot(squares, 2), Slot(mlp, 2), Slot(mlp, 3)), strict=True))
     gradients = Gradients({p: slots[name] for name, p in params.items()})
     with gradients.receive({p: weights[name] for name, p in params.items()}):
@@ -50,8 +53,11 @@ def gradients_of(block: train.Block, weights: dict[str, torch.Tensor], x, attn_a
     return out.detach(), {name: gradients[p] for name, p in params.items()}
 
 def run(kernels: bool, dtype: torch.dtype, layer: int, paired=False, values=False, mix=True, window=SHORT, heads=2, T=T, C=C,
-        own_loop=False, chip="v6e") -> dict[str, torch.Tensor]:
-    """Every result by name. own_loop: as someone finds it who calls backward() and no TrainingManager."""
+        own_loop=False, on_top=False, chip="v6e") -> dict[str, torch.Tensor]:
+    """
+    Every result by name. own_loop: as someone finds it who calls backward() and no TrainingManager. on_top: weights' gradients are added to
+    those of rows that had their turn before.
+    """
     H, D = heads, C // heads
     generator = torch.Generator().manual_seed(layer)
     randn = lambda *shape: torch.randn(*shape, generator=generator).bfloat16().to(dtype)
@@ -79,7 +85,7 @@ def run(kernels: bool, dtype: torch.dtype, layer: int, paired=False, values=Fals
         factors=yarn.factors(T, torch.tensor(freq), dtype), attn_scale=torch.tensor(scale), key_offset=window == LONG,
         attn_gate_w=take("attn_gate_w"), ve_gate_w=take("ve_gate_w"))
     with eager.eager(kernels, chip=chip):
-        out, gradients = gradients_of(block, weights, take("x"), attn_args, dout, own_loop)
+        out, gradients = gradients_of(block, weights, take("x"), attn_args, dout, own_loop, on_top)
         assert bool(eager.calls) == kernels
     gradients |= {name: leaf.grad for name, leaf in leaves.items()}
     return dict(out=out) | {name: gradient.float() for name, gradient in gradients.items() if gradient is not None}
@@ -95,12 +101,18 @@ def test_backward_in_ones_own_loop(layer):
     want, got = (run(kernels, torch.float32, own_loop=True, **LAYERS[layer]) for kernels in (False, True))
     eager.check(got, want, TOLERANCE, layer)
 
+@pytest.mark.parametrize("layer", ["no attention", "paired", "long window, key offset, values"])
+def test_on_top_of_other_rows(layer):
+    want, got = (run(kernels, torch.float32, on_top=True, **LAYERS[layer]) for kernels in (False, True))
+    eager.check(got, want, TOLERANCE, layer)
+
 @pytest.mark.slow
+@pytest.mark.parametrize("on_top", [False, True])
 @pytest.mark.parametrize("chip", ["v6e", "v5e", "v5p"])
 @pytest.mark.parametrize("layer", ["paired", "no attention", "long window, key offset, values"])
-def test_block_at_record_size(chip, layer):
+def test_block_at_record_size(chip, layer, on_top):
     """The record's dimensions, and blocks of tokens as that chip's VMEM allows."""
-    size = LAYERS[layer] | dict(heads=6, T=1024, C=768)
+    size = LAYERS[layer] | dict(heads=6, T=1024, C=768, on_top=on_top)
     want, got = (run(kernels, torch.float32, **size, chip=chip) for kernels in (False, True))
     eager.check(got, want, TOLERANCE, layer)
 

@@ -47,10 +47,11 @@ def check_lm_head(B, T, d, V, n, kept, forward_block, backward_block, dtype):
     alone = eager.call_kernel(lm_head.lm_head_losses, shapes, x=x, w=weight, targets=targets, mtp_weights=mtp_weights).losses
     want, tolerance = lm_head_twin(*tensors), 1e-5 if dtype == torch.float32 else 2e-2
     check([x.float() for x in (r.losses, d.dx, d.dw, alone)], want + want[:1], tolerance, ("losses", "dx", "dw", "losses alone"))
-    if B == 1:
-        return
     before = weight[0] * float(np.abs(want[2]).max())
-    d = eager.call_kernel(lm_head.lm_head_dw, dataclasses.replace(shapes, on_top=True), **args, before=before)
+    in_place = B == 1  # of several rows the first one shows which of them comes on top
+    before = before.float() if in_place else before
+    d = eager.call_kernel(lm_head.lm_head_dw, dataclasses.replace(shapes, on_top=True, in_place=in_place), **args, before=before)
+    assert d.dw.dtype == before.dtype
     want[2][0] += before.float().numpy()
     check([d.dw.float()], want[2:], tolerance, ["dw on top"])
 

@@ -53,9 +53,9 @@ def run_steps(kernels: bool, steps: tuple[int, ...], turns: int = 1) -> list[dic
             results.append({name: x.detach().clone() for name, x in found.items()})
     return results
 
-@pytest.mark.parametrize("steps", [(0, 1), (60, 61)], ids=["tied", "split"])
-def test_kernels(steps):
-    for step, want, got in zip(steps, run_steps(False, steps), run_steps(True, steps), strict=True):
+@pytest.mark.parametrize("steps, turns", [((0, 1), 1), ((60, 61), 1), ((0, 1), train.ROWS)], ids=["tied", "split", "tied, in turn"])
+def test_kernels(steps, turns):
+    for step, want, got in zip(steps, run_steps(False, steps, turns), run_steps(True, steps, turns), strict=True):
         eager.check(got, want, TOLERANCE, f"step {step}")
 
 def test_rows_in_turn():

@@ -61,12 +61,12 @@ def padded_bytes(shape: tuple[int, ...], dtype) -> int:
 class Operands:
     """
     Of a kernel, by name. One that is None is not there: the kernel gets None for it, and so does who calls it. prefetch: int32 arrays in
-    SMEM that index functions get, too. scratch: VMEM that lives on from program to program. large: values that the kernel holds in
-    between, as far as they count. in_place: outputs that take the memory of an input, and keep of it what no program writes.
+    SMEM that index functions get, too. scratch: VMEM that lives on from program to program, and semaphores. large: values that the kernel
+    holds in between, as far as they count. in_place: outputs that take the memory of an input, and keep of it what no program writes.
     """
     inputs: dict[str, Operand | None]
     outputs: dict[str, Operand | None]
-    scratch: dict[str, tuple | None] = field(default_factory=dict)  # (shape, dtype)
+    scratch: dict[str, tuple | pltpu.SemaphoreType | None] = field(default_factory=dict)  # (shape, dtype)
     large: dict[str, tuple] = field(default_factory=dict)  # the same
     prefetch: tuple[str, ...] = ()
     in_place: dict[str, str] = field(default_factory=dict)  # output: input
@@ -74,7 +74,7 @@ class Operands:
     @property
     def vmem_bytes(self) -> int:
         blocks = sum(x.vmem_bytes for x in (*self.inputs.values(), *self.outputs.values()) if x is not None)
-        return blocks + sum(padded_bytes(*x) for x in (*self.scratch.values(), *self.large.values()) if x is not None)
+        return blocks + sum(padded_bytes(*x) for x in (*self.scratch.values(), *self.large.values()) if isinstance(x, tuple))
 
 
 def kernel_call(kernel: Callable, shapes, grid: tuple[int, ...], operands: Operands, interpret: bool) -> Callable:
@@ -94,7 +94,8 @@ def kernel_call(kernel: Callable, shapes, grid: tuple[int, ...], operands: Opera
         interpret=interpret,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(operands.prefetch), grid=grid, in_specs=[x.spec for x in inputs.values()],
-            out_specs=[x.spec for x in outputs.values()], scratch_shapes=[pltpu.VMEM(*x) for x in scratch.values()]),
+            out_specs=[x.spec for x in outputs.values()],
+            scratch_shapes=[pltpu.VMEM(*x) if isinstance(x, tuple) else x for x in scratch.values()]),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()],
         input_output_aliases={order.index(x): list(outputs).index(y) for y, x in operands.in_place.items() if y in outputs},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * len(grid), vmem_limit_bytes=limit))

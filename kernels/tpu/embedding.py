@@ -2,6 +2,7 @@
 The gradient of an embedding: each vocabulary entry gets the sum of what came back to its tokens. XLA adds row by row; with the tokens
 sorted by entry, the rows of a block of entries are neighbours, and a product with ones and zeros adds them up, in float32.
 """
+import dataclasses
 import math
 
 import jax
@@ -21,24 +22,36 @@ def embedding_scatter_kernel(r, shapes: EmbeddingShapes):
     entry = block * m + jax.lax.broadcasted_iota(jnp.int32, (m, r.ids.shape[2]), 0)
     part = matmul(jnp.where(entry == r.ids[0], 1.0, 0.0).astype(r.dy.dtype), r.dy[0])
     new = (i == 0) | (block != r.blocks[row, jnp.maximum(i - 1, 0)])
-    start = jnp.where(row == 0, r.before[...].astype(f32), 0.0) if shapes.on_top else 0.0
+    if shapes.in_place:
+        start = r.before[0]
+    else:
+        start = jnp.where(row == 0, r.before[...].astype(f32), 0.0) if shapes.on_top else 0.0
     r.dw_acc[...] = part + jnp.where(new, start, r.dw_acc[...])
     r.dw[0] = r.dw_acc[...].astype(r.dw.dtype)
 
 
 def embedding_scatter(s: EmbeddingShapes, dtype, interpret=False):
-    """A function (ids [R, T] int32, dy [R, T, d], if s.on_top before [V, d]) -> dw [R, V, d], the first row's on top of before."""
+    """
+    A function (ids [R, T] int32, dy [R, T, d], if s.on_top before [V, d]) -> dw [R, V, d], the first row's on top of before. s.in_place: of
+    one row, before is f32, and dw takes its memory.
+    """
     R, T, V, d = s.rows, s.tokens, s.vocab, s.dim
     m, n = ENTRIES, math.gcd(T, TOKENS)
     steps = pl.cdiv(V, m) + T // n - 1  # in a walk from the first block and chunk to the last ones, one or the other goes on
+    before = Operand((V, d), dtype, (m, d), lambda row, i, blocks, chunks: (blocks[row, i], 0)) if s.on_top else None
+    dw = Operand((R, V, d), dtype, (1, m, d), lambda row, i, blocks, chunks: (row, blocks[row, i], 0))
+    if s.in_place:
+        assert s.on_top and R == 1
+        before = dw = dataclasses.replace(dw, dtype=f32)
     operands = Operands(
         prefetch=("blocks", "chunks"),
         inputs=dict(
             ids=Operand((R, 1, T), jnp.int32, (1, 1, n), lambda row, i, blocks, chunks: (row, 0, chunks[row, i])),
             dy=Operand((R, T, d), dtype, (1, n, d), lambda row, i, blocks, chunks: (row, chunks[row, i], 0)),
-            before=Operand((V, d), dtype, (m, d), lambda row, i, blocks, chunks: (blocks[row, i], 0)) if s.on_top else None),
+            before=before),
         outputs=dict(
-            dw=Operand((R, V, d), dtype, (1, m, d), lambda row, i, blocks, chunks: (row, blocks[row, i], 0))),
+            dw=dw),
+        in_place=dict(dw="before") if s.in_place else {},
         scratch=dict(
             dw_acc=((m, d), f32)))
     call = kernel_call(embedding_scatter_kernel, s, (R, steps), operands, interpret)
@@ -53,5 +66,5 @@ def embedding_scatter(s: EmbeddingShapes, dtype, interpret=False):
         ids, order = jax.lax.sort((ids, jax.lax.broadcasted_iota(jnp.int32, (R, T), 1)), num_keys=1)  # once for all embeddings, by CSE
         dy = jax.vmap(lambda dy, order: dy.at[order].get(mode="promise_in_bounds"))(dy, order)
         blocks, chunks = jax.vmap(walk)(ids)
-        return call(blocks=blocks, chunks=chunks, ids=ids[:, None], dy=dy, before=before)
+        return call(blocks=blocks, chunks=chunks, ids=ids[:, None], dy=dy, before=before[None] if s.in_place else before)
     return run

@@ -114,6 +114,16 @@ def lm_head_dw_kernel(r, shapes: LmHead):
     def _():
         r.dw_acc[...] = jnp.zeros_like(r.dw_acc)
 
+    last, copies = t == pl.num_programs(2) - 1, []
+    if shapes.in_place:  # what dw comes on top of arrives in dw meanwhile; V's last block may be a shorter one
+        whole, rest = divmod(shapes.vocab, Vb)
+        for there, n in (v < whole, Vb), (v == whole, rest):
+            if n and (n < Vb or whole):
+                at = pl.ds(pl.multiple_of(v * Vb, LANES), n)
+                copies.append((there, pltpu.make_async_copy(r.before.at[0, at], r.dw.at[0, pl.ds(0, n)], r.arrived)))
+    for there, copy in copies:
+        pl.when((t == 0) & there)(copy.start)
+
     def sweep(kept):
         # what is computed again takes a loop: its program is long
         tile, group = (256, Vb) if kept or Vb % 384 else (512, Vb // 3)
@@ -157,11 +167,17 @@ def lm_head_dw_kernel(r, shapes: LmHead):
     if again:
         pl.when(t < again)(lambda: sweep(False))
 
-    @pl.when(t == pl.num_programs(2) - 1)
+    for there, copy in copies:
+        pl.when(last & there)(copy.wait)
+    @pl.when(last)
     def _():
         for c, n in slices(Vb, 512):
             part = r.dw_acc[:, c:c + n].astype(r.dw.dtype).T
-            r.dw[0, c:c + n] = jnp.where(row == 0, add(part, r.before[c:c + n]), part) if shapes.on_top else part
+            if shapes.in_place:
+                part = r.dw[0, c:c + n] + part
+            elif shapes.on_top:
+                part = jnp.where(row == 0, add(part, r.before[c:c + n]), part)
+            r.dw[0, c:c + n] = part
 
 
 def losses_operands(s: LmHead, dtype, gradients: bool) -> Operands:
@@ -230,6 +246,10 @@ def dw_operands(s: LmHead, dtype) -> Operands:
     numbers = lambda n, dtype=f32: Operand((R, n, T), dtype, (1, n, Tb), lambda row, v, t: (row, 0, t))
     # what a block of tokens has no use for is what the one before it had, and is not fetched again
     p = Operand((R, s.kept, V), dtype, (1, Tb, Vb), lambda row, v, t: (row, jnp.maximum(t - again, 0), v))
+    before = Operand((V, d), dtype, (Vb, d), lambda row, v, t: (v, 0)) if s.on_top else None
+    if s.in_place:
+        assert s.on_top and R == 1
+        before = Operand((R, V, d), f32)
     return Operands(
         inputs=dict(
             ids=numbers(s.targets, jnp.int32),
@@ -237,11 +257,13 @@ def dw_operands(s: LmHead, dtype) -> Operands:
             x=Operand((R, T, d), dtype, (1, Tb, d), lambda row, v, t: (row, t, 0)),
             scale=numbers(1),  # of x: A times the gradient of the loss
             w=Operand((R, V, d), dtype, (1, Vb, d), lambda row, v, t: (row, v if again else 0, 0)),
-            before=Operand((V, d), dtype, (Vb, d), lambda row, v, t: (v, 0)) if s.on_top else None,
+            before=before,
             p=p if s.kept else None),
         outputs=dict(
-            dw=Operand((R, V, d), dtype, (1, Vb, d), lambda row, v, t: (row, v, 0))),
+            dw=Operand((R, V, d), f32 if s.in_place else dtype, (1, Vb, d), lambda row, v, t: (row, v, 0))),
+        in_place=dict(dw="before") if s.in_place else {},
         scratch=dict(
+            arrived=pltpu.SemaphoreType.DMA if s.in_place else None,
             x_T=((d, Tb), dtype),  # scale * x
             dw_acc=((d, Vb), f32)))
 
@@ -249,13 +271,15 @@ def dw_operands(s: LmHead, dtype) -> Operands:
 def lm_head_dw(s: LmHead, dtype, interpret=False):
     """
     A function (x, w, targets as losses_call's; dx, a, at_targets and perhaps p as it returned them; dlosses, the gradient of the losses
-    [R, T] f32; if s.on_top before [V, d]) -> dx [R, T, d], dw [R, V, d], the first row's on top of before.
+    [R, T] f32; if s.on_top before [V, d]) -> dx [R, T, d], dw [R, V, d], the first row's on top of before. s.in_place: of one row, before
+    is f32, and dw takes its memory.
     """
     Tb, Vb = s.backward_block
     call = kernel_call(lm_head_dw_kernel, s, (s.rows, pl.cdiv(s.vocab, Vb), s.tokens // Tb), dw_operands(s, dtype), interpret)
 
     def run(x, w, targets, dx, a, at_targets, dlosses, p=None, before=None):
         dx = (dlosses[..., None] * dx.astype(f32)).astype(dtype)
+        before = before[None] if s.in_place else before
         return dict(dx=dx) | call(ids=next_ids(s, targets), values=at_targets, x=x, scale=(a * dlosses)[:, None], w=w, before=before, p=p)
     return run
 

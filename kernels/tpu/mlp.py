@@ -7,6 +7,7 @@ are transposed, besides W2 (forward) or W1 (backward) once. The rounding is the 
 """
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from kernels.mlp import MLPShapes
 from kernels.tpu.common import Operand, Operands, add, by_strips, f32, kernel_call, matmul, normed, scalar, scaled
@@ -39,7 +40,16 @@ def mlp_backward_kernel(r, shapes: MLPShapes):
     def begin(strip):
         r.W1_T[:, strip] = r.W1[strip].T
     by_strips(first, r.W1.shape[0], begin)
-    for acc in (r.dW1_acc, r.dW2_acc, *((r.dW_o_acc, r.dfactor_acc) if shapes.attention else ())):
+    if shapes.on_top:  # the sums themselves come to VMEM, in the place of dW1_acc and dW2_acc
+        sums = [pltpu.make_async_copy(r.stack.at[pl.ds(2 * r.pair[0], 2)], r.dW, r.arrived.at[0])]
+        if shapes.attention:
+            sums.append(pltpu.make_async_copy(r.stack_o.at[r.slot_o[0], pl.ds(3 * shapes.dim, shapes.dim)], r.dW_o.at[0], r.arrived.at[1]))
+        @pl.when(first)
+        def _():
+            for copy in sums:
+                copy.start()
+    dW1_acc, dW2_acc = (r.dW.at[0], r.dW.at[1]) if shapes.on_top else (r.dW1_acc, r.dW2_acc)
+    for acc in (*(() if shapes.on_top else (dW1_acc, dW2_acc)), *((r.dW_o_acc, r.dfactor_acc) if shapes.attention else ())):
         def begin(strip, acc=acc):
             acc[strip] = jnp.zeros((strip.size, shapes.dim), f32)
         by_strips(first, acc.shape[0], begin, min(128, acc.shape[0]))
@@ -51,23 +61,28 @@ def mlp_backward_kernel(r, shapes: MLPShapes):
     rounded = x_normed.astype(dtype)
     act = r.act[...] if shapes.keep else jnp.maximum(to_hidden(r.W1[...], rounded, dtype), 0)
     dpre = 2 * to_hidden(r.W2[...], r.dout[...], dtype) * act
-    r.dW2_acc[...] += matmul(act * act, r.dout[...])
-    r.dW1_acc[...] += matmul(dpre, rounded)
+    if shapes.on_top:
+        pl.when(first)(sums[0].wait)
+    dW2_acc[...] += matmul(act * act, r.dout[...])
+    dW1_acc[...] += matmul(dpre, rounded)
     d = matmul(r.W1_T[...], dpre).astype(dtype).T.astype(f32)
     d = add(r.dout[...], scale * (d - x_normed * (d * x_normed).mean(1, keepdims=True)))
     r.dx[...] = d
     if shapes.attention:
         r.dy[...] = matmul(d, r.w_o[...]).astype(dtype)
         r.dW_o_acc[...] += matmul(d.T, r.y[...])
-    for i, acc in enumerate((r.dW1_acc, r.dW2_acc)):
+    for i, acc in enumerate(() if shapes.on_top else (dW1_acc, dW2_acc)):
         def end(strip, i=i, acc=acc):
             r.dW[i, strip] = acc[strip].astype(dtype)
         by_strips(last, acc.shape[0], end, 128)
     if shapes.attention:
+        if shapes.on_top:
+            pl.when(last)(sums[1].wait)
         def end(strip):
             dw_o = r.dW_o_acc[strip].astype(dtype)
             r.dfactor_acc[...] += (dw_o.astype(f32) * r.W_o[strip].astype(f32)).reshape(-1, 8, shapes.dim).sum(0)
-            r.dW_o[0, strip] = scaled(r.factor[0], dw_o)
+            dw_o = scaled(r.factor[0], dw_o)
+            r.dW_o[0, strip] = r.dW_o[0, strip] + dw_o.astype(f32) if shapes.on_top else dw_o
         by_strips(last, r.W_o.shape[0], end, 32)
         @pl.when(last)
         def _():
@@ -121,12 +136,12 @@ def mlp_forward(s: MLPShapes, dtype, interpret=False):
 def backward_operands(s: MLPShapes, dtype, slots: int = 2, slots_o: int = 1) -> Operands:
     d, h, C, (tokens, hidden, weight, W_o) = s.dim, s.hidden, s.block, shared(s, dtype)
     only = lambda operand, there=s.attention: operand if there else None
-    stack, stack_o = (slots, h, d), (slots_o, 4 * d, d)
+    stack, stack_o, sums = (slots, h, d), (slots_o, 4 * d, d), f32 if s.on_top else dtype
     return Operands(
         prefetch=("pair", "slot_o") if s.attention else ("pair",),
         inputs=dict(
-            stack=Operand(stack, dtype),
-            stack_o=only(Operand(stack_o, dtype)),
+            stack=Operand(stack, sums),
+            stack_o=only(Operand(stack_o, sums)),
             x=tokens,
             W1=weight,
             W2=weight,
@@ -137,15 +152,16 @@ def backward_operands(s: MLPShapes, dtype, slots: int = 2, slots_o: int = 1) -> 
             factor=only(scalar())),
         outputs=dict(
             dx=tokens,
-            dW=Operand(stack, dtype, (2, h, d), lambda i, pair, *_: (pair[0], 0, 0), True),
-            dW_o=only(Operand(stack_o, dtype, (1, d, d), lambda i, _, slot_o: (slot_o[0], 3, 0), True)),
+            dW=Operand(stack, sums, (2, h, d), lambda i, pair, *_: (pair[0], 0, 0), True),
+            dW_o=only(Operand(stack_o, sums, (1, d, d), lambda i, _, slot_o: (slot_o[0], 3, 0), True)),
             dy=only(tokens),
             dfactor=only(scalar())),
         in_place=dict(dW="stack", dW_o="stack_o"),
         scratch=dict(
             W1_T=((d, h), dtype),
-            dW1_acc=((h, d), f32),
-            dW2_acc=((h, d), f32),
+            dW1_acc=only(((h, d), f32), not s.on_top),
+            dW2_acc=only(((h, d), f32), not s.on_top),
+            arrived=only(pltpu.SemaphoreType.DMA((2,)), s.on_top),
             w_o=only(((d, d), dtype)),  # factor * W_o
             dW_o_acc=only(((d, d), f32)),
             dfactor_acc=only(((8, d), f32))),
@@ -159,7 +175,8 @@ def mlp_backward(s: MLPShapes, dtype, interpret=False):
     """
     A function (pair [1] int32, stack [n, 4d, d], of which dW1 and dW2 take this pair of slots; with s.attention slot_o [1] int32 and
     stack_o [m, 4d, d], of which dW_o takes the last d rows of that slot; x, or x_sum, W1, W2, dout as x, act if it was kept; with
-    s.attention y, W, factor) -> dx, the stack; with s.attention stack_o, dy, dfactor [1] f32.
+    s.attention y, W, factor) -> dx, the stack; with s.attention stack_o, dy, dfactor [1] f32. s.on_top: both stacks are f32, and what they
+    take is added to what they have there.
     """
     def run(stack, stack_o=None, W=None, **arrays):
         operands = backward_operands(s, dtype, len(stack), 1 if stack_o is None else len(stack_o))

@@ -99,6 +99,9 @@ def project_backward_kernel(r, shapes: Projection):
     begins = (pl.program_id(0) == 0) & (pl.program_id(1) == 0)
     ends = (pl.program_id(0) == pl.num_programs(0) - 1) & (n == 0)
 
+    if shapes.on_top:
+        sums = pltpu.make_async_copy(r.stack.at[r.slot[0], pl.ds(0, 3 * C)], r.dW.at[0], r.arrived)
+        pl.when(begins)(sums.start)
     @pl.when(begins)
     def _():
         widen(r.gates, *gate_weights(r))
@@ -164,13 +167,17 @@ def project_backward_kernel(r, shapes: Projection):
         r.dx0[0] = (r.lambda_x0[0] * d).astype(dtype)
         d = r.lambda_x[0] * d
     r.dx[0] = d.astype(dtype)
+    dw_rounded = r.w if shapes.on_top else r.dW.at[0]  # nothing reads w any more
     def end(strip):
-        r.dW[0, strip] = r.dw_acc[:, strip].astype(dtype).T
+        dw_rounded[strip] = r.dw_acc[:, strip].astype(dtype).T
     by_strips(ends, 3 * C, end, D)
+    if shapes.on_top:
+        pl.when(ends)(sums.wait)
     def end(strip):
-        dw = r.dW[0, strip]
+        dw = dw_rounded[strip]
         to_lambda(0, dw, r.W[strip])
-        r.dW[0, strip] = scaled(r.lambda_w[0], dw)
+        dw = scaled(r.lambda_w[0], dw)
+        r.dW[0, strip] = r.dW[0, strip] + dw.astype(f32) if shapes.on_top else dw
     by_strips(ends, 3 * C, end, 32)
     @pl.when(ends)
     def _():
@@ -235,10 +242,11 @@ def project(s: Projection, dtype, interpret=False):
 def backward_operands(s: Projection, dtype, slots: int = 1) -> Operands:
     last, bt, C, H = s.tokens // s.block - 1, s.block, s.heads * s.dim, s.heads
     first, then, scratch, by_head, gate = shared(s, dtype, lambda i: last - i)
+    sums = f32 if s.on_top else dtype
     return Operands(
         prefetch=("slot",),
         inputs=dict(
-            stack=Operand((slots, 4 * C, C), dtype),
+            stack=Operand((slots, 4 * C, C), sums),
             **first,
             raw=by_head(2 * H),
             dq=by_head(H),
@@ -250,7 +258,7 @@ def backward_operands(s: Projection, dtype, slots: int = 1) -> Operands:
             dx_mixed=first["x"] if s.mix else None),
         outputs=dict(
             dx=first["x"],
-            dW=Operand((slots, 4 * C, C), dtype, (1, 3 * C, C), lambda row, i, slot: (slot[0], 0, 0), True),
+            dW=Operand((slots, 4 * C, C), sums, (1, 3 * C, C), lambda row, i, slot: (slot[0], 0, 0), True),
             dlambda_w=scalar(),
             dlambda_x=first["lambda_x"],
             dlambda_x0=first["lambda_x0"],
@@ -263,6 +271,7 @@ def backward_operands(s: Projection, dtype, slots: int = 1) -> Operands:
             dqkv=((bt, 3 * C), dtype),
             dx_acc=((bt, C), f32),
             dw_acc=((C, 3 * C), f32),
+            arrived=pltpu.SemaphoreType.DMA if s.on_top else None,
             dgates_acc=((2, H, LANES), f32),
             dlambdas_acc=((3 if s.mix else 1, 8, C), f32)),
         large=dict(
@@ -273,7 +282,8 @@ def backward_operands(s: Projection, dtype, slots: int = 1) -> Operands:
 
 def project_backward(s: Projection, dtype, interpret=False):
     """
-    A function (slot [1] int32; stack [n, 4C, C], of which dW takes the first 3C rows of that slot; project's inputs; raw as it returned it,
+    A function (slot [1] int32; stack [n, 4C, C], of which dW takes the first 3C rows of that slot, or is added to them, f32, if
+    s.on_top; project's inputs; raw as it returned it,
     dq, dk, dv [R, H, T, D], gate, delta [R, H, T] f32, the gate's gradient times the gate; with a mix dx_mixed [R, T, C], what came back to
     it by other ways) -> dx, stack and the gradients of project's inputs, under their names with a d before.
     """
