@@ -114,8 +114,9 @@ def lm_head_dw_kernel(r, shapes: LmHead):
     def _():
         r.dw_acc[...] = jnp.zeros_like(r.dw_acc)
 
-    last, copies = t == pl.num_programs(2) - 1, []
+    copies = []
     if shapes.in_place:  # what dw comes on top of arrives in dw meanwhile; V's last block may be a shorter one
+        last = t == pl.num_programs(2) - 1
         whole, rest = divmod(shapes.vocab, Vb)
         for there, n in (v < whole, Vb), (v == whole, rest):
             if n and (n < Vb or whole):
@@ -169,7 +170,7 @@ def lm_head_dw_kernel(r, shapes: LmHead):
 
     for there, copy in copies:
         pl.when(last & there)(copy.wait)
-    @pl.when(last)
+    @pl.when(last if copies else t == pl.num_programs(2) - 1)
     def _():
         for c, n in slices(Vb, 512):
             part = r.dw_acc[:, c:c + n].astype(r.dw.dtype).T

@@ -167,14 +167,14 @@ def project_backward_kernel(r, shapes: Projection):
         r.dx0[0] = (r.lambda_x0[0] * d).astype(dtype)
         d = r.lambda_x[0] * d
     r.dx[0] = d.astype(dtype)
-    dw_rounded = r.w if shapes.on_top else r.dW.at[0]  # nothing reads w any more
+    dw_rounded, at = (r.w, ()) if shapes.on_top else (r.dW, (0,))  # nothing reads w any more
     def end(strip):
-        dw_rounded[strip] = r.dw_acc[:, strip].astype(dtype).T
+        dw_rounded[(*at, strip)] = r.dw_acc[:, strip].astype(dtype).T
     by_strips(ends, 3 * C, end, D)
     if shapes.on_top:
         pl.when(ends)(sums.wait)
     def end(strip):
-        dw = dw_rounded[strip]
+        dw = dw_rounded[(*at, strip)]
         to_lambda(0, dw, r.W[strip])
         dw = scaled(r.lambda_w[0], dw)
         r.dW[0, strip] = r.dW[0, strip] + dw.astype(f32) if shapes.on_top else dw
