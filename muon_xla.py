@@ -71,8 +71,9 @@ def apply_normuon_variance_reduction(v_chunk: Tensor, second_momentum_buffer: Te
     final_scale = step_size * (v_norm / v_norm_new.clamp_min(1e-10))
     return v_chunk * final_scale.type_as(v_chunk)
 
-def clear(total: Tensor):
-    total.copy_(torch.zeros_like(total))
+def put(total: Tensor, x: Tensor):
+    """total [devices, ...] = x, on each device."""
+    total.copy_(x)
     shard(total, "data")
 
 # -----------------------------------------------------------------------------
@@ -123,9 +124,8 @@ class NorMuon(torch.optim.Optimizer):
         """For the gradients of a step: a slot for each in its group's stack. A block's kernels write theirs there (D16)."""
         found = {}
         for group in self.param_groups:
-            params, sums = group["params"], None
-            if "grad" in group:  # of the rows before
-                sums = enter(group["grad"], "data").view(-1, *params[0].shape)
+            params = group["params"]
+            sums = enter(group["grad"], "data").view(-1, *params[0].shape) if "grad" in group else None  # of the rows before
             stack = Stack(group["master"].size(0) // group["square"], len(params), sums, on_top=sums is not None)
             found |= {p: Slot(stack, i) for i, p in enumerate(params)}
         return found
@@ -134,8 +134,7 @@ class NorMuon(torch.optim.Optimizer):
     def keep(self, gradients: Gradients):
         """A row's turn: each device keeps the sums for the next one."""
         for group in self.param_groups:
-            group["grad"].copy_(leave(gradients.stack(group["params"]).view(group["master"].shape)))
-            shard(group["grad"], "data")
+            put(group["grad"], leave(gradients.stack(group["params"]).view(group["master"].shape)))
 
     def accumulated(self) -> dict[nn.Parameter, Slot]:
         """Where the gradients of all turns are."""
@@ -148,7 +147,7 @@ class NorMuon(torch.optim.Optimizer):
 
     def clear(self):
         for group in self.param_groups:
-            clear(group["grad"])
+            put(group["grad"], torch.zeros_like(group["grad"]))
 
     @torch.no_grad()
     def step(self, gradients: Gradients, lr: Tensor, momentum: Tensor):
@@ -264,8 +263,7 @@ class DistAdam(torch.optim.Optimizer):
         for p, state in self.state.items():
             grad = gradients[p]
             if grad is not None:
-                state["grad"].copy_(leave(grad))
-                shard(state["grad"], "data")
+                put(state["grad"], leave(grad))
 
     def accumulated(self, split_embed: bool) -> dict[nn.Parameter, Sum]:
         """Where the gradients of all turns are."""
@@ -275,7 +273,7 @@ class DistAdam(torch.optim.Optimizer):
     def clear(self, split_embed: bool):
         for p, state in self.state.items():
             if p.label != 'embed' or split_embed:  # while tied it has no gradient of its own
-                clear(state["grad"])
+                put(state["grad"], torch.zeros_like(state["grad"]))
 
     @torch.no_grad()
     def step(self, gradients: Gradients, numbers: dict[str, tuple[Tensor, Tensor]]):

@@ -49,7 +49,8 @@ def mlp_backward_kernel(r, shapes: MLPShapes):
             for copy in sums:
                 copy.start()
     dW1_acc, dW2_acc = (r.dW.at[0], r.dW.at[1]) if shapes.on_top else (r.dW1_acc, r.dW2_acc)
-    for acc in (*(() if shapes.on_top else (dW1_acc, dW2_acc)), *((r.dW_o_acc, r.dfactor_acc) if shapes.attention else ())):
+    apart = () if shapes.on_top else (dW1_acc, dW2_acc)  # from dW, which takes them at the end
+    for acc in (*apart, *((r.dW_o_acc, r.dfactor_acc) if shapes.attention else ())):
         def begin(strip, acc=acc):
             acc[strip] = jnp.zeros((strip.size, shapes.dim), f32)
         by_strips(first, acc.shape[0], begin, min(128, acc.shape[0]))
@@ -71,7 +72,7 @@ def mlp_backward_kernel(r, shapes: MLPShapes):
     if shapes.attention:
         r.dy[...] = matmul(d, r.w_o[...]).astype(dtype)
         r.dW_o_acc[...] += matmul(d.T, r.y[...])
-    for i, acc in enumerate(() if shapes.on_top else (dW1_acc, dW2_acc)):
+    for i, acc in enumerate(apart):
         def end(strip, i=i, acc=acc):
             r.dW[i, strip] = acc[strip].astype(dtype)
         by_strips(last, acc.shape[0], end, 128)

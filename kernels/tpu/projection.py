@@ -283,9 +283,9 @@ def backward_operands(s: Projection, dtype, slots: int = 1) -> Operands:
 def project_backward(s: Projection, dtype, interpret=False):
     """
     A function (slot [1] int32; stack [n, 4C, C], of which dW takes the first 3C rows of that slot, or is added to them, f32, if
-    s.on_top; project's inputs; raw as it returned it,
-    dq, dk, dv [R, H, T, D], gate, delta [R, H, T] f32, the gate's gradient times the gate; with a mix dx_mixed [R, T, C], what came back to
-    it by other ways) -> dx, stack and the gradients of project's inputs, under their names with a d before.
+    s.on_top; project's inputs; raw as it returned it, dq, dk, dv [R, H, T, D], gate, delta [R, H, T] f32, the gate's gradient times the
+    gate; with a mix dx_mixed [R, T, C], what came back to it by other ways) -> dx, stack and the gradients of project's
+    inputs, under their names with a d before.
     """
     def run(stack, **arrays):
         operands = backward_operands(s, dtype, stack.shape[0])
