@@ -287,7 +287,7 @@ def test_what_to_expect(tmp_path):
     def report(folder, **content):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "report.json").write_text(json.dumps(content))
-    assert machine.estimate(TPUS["v6e-8"], tmp_path) is None and "no estimate for v6e-4" in machine.expectation(TPUS["v6e-4"])
+    assert machine.estimate(TPUS["v6e-8"], tmp_path) is None and "no estimate for v4-8" in machine.expectation(TPUS["v4-8"])
     report("2026-01-01_One", topology="v6e:2x4", preset="record", total_est_s=96.0, graphs=[{}] * 14)
     report("2026-01-02_Toy", topology="v6e:2x4", preset="rehearsal", total_est_s=1.0, graphs=[{}])
     report("2026-01-03_All", tpus=[{"tpu": "v5e-8", "total_est_s": 300.0, "of": 14}, {"tpu": "v6e-8", "total_est_s": None, "of": 14}])

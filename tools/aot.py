@@ -755,7 +755,7 @@ def compare(graphs: list, tpu: Tpu, preset: str, out: Path, against: Path | None
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0].strip(), allow_abbrev=False)
-    parser.add_argument("--tpu", default="v6e-8", metavar="NAME", help=f"{', '.join(t.name for t in TPUS.values() if t.compiles)} or all")
+    parser.add_argument("--tpu", default="v6e-8", metavar="NAME", help=f"{', '.join(t.name for t in TPUS.values() if t.trains)} or all")
     parser.add_argument("--graphs", default="all", metavar="NAMES", help="comma-separated names, or all")
     parser.add_argument("--preset", default="record", help="record or rehearsal")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where reports and the cache are (default: logs/aot/TPU/PRESET)")
@@ -765,14 +765,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fingerprints", action="store_true", help="only trace, and say which graphs are those of an earlier report")
     parser.add_argument("--against", type=Path, metavar="FILE", help="that report (default: the newest in records/)")
     opts = parser.parse_args(argv)
-    tpus = [t for t in TPUS.values() if t.compiles] if opts.tpu == "all" else [tpu_named(opts.tpu)]
+    tpus = [t for t in TPUS.values() if t.trains] if opts.tpu == "all" else [tpu_named(opts.tpu)]
     if len(tpus) > 1 and (opts.explain or opts.fingerprints):
         parser.error("--explain and --fingerprints are of one TPU: name it")
     if opts.against and not opts.fingerprints:
         parser.error("--against is for --fingerprints")
-    if not all(t.compiles for t in tpus):
+    if not all(t.trains for t in tpus):
         raise Refused(f"{tpus[0].name}: its kernels would need more than the {tpus[0].chip.vmem_bytes / 2**20:.0f} MiB of VMEM of a "
-                      f"{tpus[0].chip.name}; there are {', '.join(t.name for t in TPUS.values() if t.compiles)}")
+                      f"{tpus[0].chip.name}; there are {', '.join(t.name for t in TPUS.values() if t.trains)}")
     check_versions()
     everything = {tpu.name: listing(opts.preset, tpu.devices) for tpu in tpus}
     if opts.list:
