@@ -3,6 +3,7 @@ The mesh and what lives where. One process drives all chips with one program (SP
 axis "data". Between enter() and leave() (or reduce_scatter()) code sees one chip's part, as a rank does upstream.
 """
 import itertools
+import os
 from functools import cache
 
 import numpy as np
@@ -20,8 +21,12 @@ ROWS = 8  # the record's 8 ranks; also the most devices, so stacks are padded to
 # of fusions compile faster than its newer ones; at level 1, which the rehearsal uses, they do not.
 COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
-def setup_devices():
-    """SPMD over all devices: mesh "data", and Python numbers as constants of the graph instead of inputs. Once a process."""
+def setup_devices(cpu_flags: str = ""):
+    """SPMD over all devices: mesh "data", and Python numbers as constants of the graph instead of inputs. Once a process. On CPU devices
+    `cpu_flags` are added to XLA_FLAGS unless a level is named there; XLA reads them at the first computation."""
+    flags = os.environ.get("XLA_FLAGS", "")  # has always one that torch_xla puts there when it is imported
+    if xr.device_type() == "CPU" and "xla_backend_optimization_level" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {cpu_flags}".strip()
     xr.use_spmd()
     n = xr.global_runtime_device_count()
     if ROWS % n:

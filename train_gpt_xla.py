@@ -1688,10 +1688,8 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
     if xr.device_type() == "TPU":
         os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {LIBTPU_INIT_ARGS}".strip()
         xr.initialize_cache(os.path.expanduser("~/.cache/modded-nanogpt-xla"))
-    elif "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
-        # on a CPU most of a rehearsal is compilation: LLVM's level 1 takes three quarters of the time, and steps run as fast
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1".strip()
-    setup_devices()
+    # on a CPU most of a rehearsal is compilation: LLVM's level 1 takes three quarters of the time, and steps run as fast
+    setup_devices("--xla_backend_optimization_level=1")
 
     print0(f"Running Python {sys.version}")
     print0(f"Running PyTorch {torch.__version__} with torch_xla {torch_xla.__version__}")

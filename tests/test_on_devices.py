@@ -16,7 +16,7 @@ from conftest import ROOT, program
 
 from chips import CHIPS
 from kernels import dispatch, takes_block
-from spmd import COMPILE_FAST
+from spmd import COMPILE_FAST, setup_devices
 
 TPU = dict(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v6e-8", TPU_WORKER_HOSTNAMES="localhost",
            ALLOW_MULTIPLE_LIBTPU_LOAD="1")
@@ -50,3 +50,11 @@ def test_cpu_tensors_take_the_plain_path(monkeypatch, recwarn):
     monkeypatch.setattr(dispatch, "target", CHIPS["v6e"])
     x, W = torch.zeros(1, 256, 256, dtype=torch.bfloat16), torch.zeros(1024, 256, dtype=torch.bfloat16)
     assert not takes_block(x, W, W, (2, 128, False)) and not recwarn.list
+
+@pytest.mark.parametrize("there, then", [
+    (" --xla_cpu_enable_fast_math=false", f"--xla_cpu_enable_fast_math=false {COMPILE_FAST}"),  # as importing torch_xla leaves them
+    ("--xla_backend_optimization_level=2", "--xla_backend_optimization_level=2")])  # a user's level stays
+def test_flags_reach_xla_beside_torch_xlas(there, then, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", there)
+    setup_devices(COMPILE_FAST)
+    assert os.environ["XLA_FLAGS"] == then

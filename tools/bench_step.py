@@ -102,8 +102,7 @@ def run(n: int, devices: int) -> dict:
     import train_gpt_xla as port
     from spmd import COMPILE_FAST
 
-    os.environ.setdefault("XLA_FLAGS", COMPILE_FAST)
-    port.setup_devices()
+    port.setup_devices(COMPILE_FAST)
     record = port.Hyperparameters()
     toy = port.Hyperparameters(vocab_size=256, num_heads=2, head_dim=8, model_dim=16, block_size=1, train_bs_extension=8 * 48,
                                train_bs_schedule=(8 * 16, 8 * 32, 8 * 48), val_batch_size=8 * 16)

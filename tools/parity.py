@@ -47,8 +47,7 @@ def run_case(case: Path, replay: bool) -> tuple[Report, list]:
     args = port.Hyperparameters(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known} | dict(
         dtype="float32" if f32 else "bfloat16", train_files=str(case / config["train_files"]), val_files=str(case / config["val_files"])))
     port.check_args(args)
-    os.environ.setdefault("XLA_FLAGS", spmd.COMPILE_FAST)
-    port.setup_devices()
+    port.setup_devices(spmd.COMPILE_FAST)
     report = Report()
     # The tolerances that a correct port meets, as measured against a second run of the record's maths
     tol_loss, tol_late, tol_val = (1e-6, 1e-5, 1e-5) if f32 else (2e-3, 2e-3, 6e-3)
