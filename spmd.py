@@ -22,9 +22,11 @@ ROWS = 8  # the record's 8 ranks; also the most devices, so stacks are padded to
 COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 def setup_devices(cpu_flags: str = ""):
-    """SPMD over all devices: mesh "data", and Python numbers as constants of the graph instead of inputs. Once a process. On CPU devices
-    `cpu_flags` are added to XLA_FLAGS unless a level is named there; XLA reads them at the first computation."""
-    flags = os.environ.get("XLA_FLAGS", "")  # has always one that torch_xla puts there when it is imported
+    """
+    SPMD over all devices: mesh "data", and Python numbers as constants of the graph instead of inputs. Once a process, before the first
+    computation, when XLA reads its flags: on CPU devices cpu_flags join XLA_FLAGS, unless the user's already name an optimization level.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")  # never empty: importing torch_xla sets one
     if xr.device_type() == "CPU" and "xla_backend_optimization_level" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {cpu_flags}".strip()
     xr.use_spmd()

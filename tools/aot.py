@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 import hlo_cost  # noqa: E402
 
-from chips import TPUS, Refused, Tpu, tpu_named  # noqa: E402
+from chips import TPUS, Refused, Tpu, supported, tpu_named  # noqa: E402
 
 PINS = {"libtpu": "0.0.21", "jax": "0.7.0", "jaxlib": "0.7.0", "torch": "2.9.0", "torch_xla": "2.9.0"}  # as in requirements.txt
 RECIPE = 1  # raise it when compile_graph changes what it asks of libtpu or stores: cached results are then made again
@@ -772,7 +772,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--against is for --fingerprints")
     if not all(t.trains for t in tpus):
         raise Refused(f"{tpus[0].name}: its kernels would need more than the {tpus[0].chip.vmem_bytes / 2**20:.0f} MiB of VMEM of a "
-                      f"{tpus[0].chip.name}; there are {', '.join(t.name for t in TPUS.values() if t.trains)}")
+                      f"{tpus[0].chip.name}; {supported()}")
     check_versions()
     everything = {tpu.name: listing(opts.preset, tpu.devices) for tpu in tpus}
     if opts.list:
