@@ -37,7 +37,8 @@ class Stack:
     def store(self, tensor: Tensor, part: tuple) -> Tensor | None:
         """Takes the stack as a kernel has left it. part: what it has stored, (name, layer). Returns what autograd gets."""
         if part in self.stored:
-            raise ValueError(f"a second gradient for {part} of a bank: two layers have one place, or two backward passes one set of gradients")
+            raise ValueError(f"a second gradient for {part} of a bank: two layers have one place, or two backward passes one set of "
+                             "gradients")
         self.stored.add(part)
         self.tensor = tensor
         return None
@@ -116,7 +117,7 @@ class Gradients:
 
 
 def stack_of(bank: Tensor) -> Stack | None:
-    """Where kernels store the gradients of a bank's weights. What store() returns is [n, rows, columns]; autograd wants the bank's shape."""
+    """Where kernels store the gradients of a bank's weights. store() returns [n, rows, columns]; autograd wants the bank's shape."""
     if not torch.is_grad_enabled():
         return None
     return PlainStack(len(bank)) if Gradients.receiving is None else Gradients.receiving.of_leaf[bank]
