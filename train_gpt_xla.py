@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
+import vocabulary
 from checkpoint import Checkpoints
 from chips import this_chip
 from gradients import Gradients
@@ -666,8 +667,8 @@ class GPT(nn.Module):
         """Takes upstream's state_dict, with or without torch.compile's prefix. Nothing is changed if it does not fit."""
         state = {name.removeprefix("_orig_mod."): value for name, value in state_dict.items()}
         if "blocks.0.attn.qkvo_w" in state:
-            raise ValueError("state_dict: blocks.0.attn.qkvo_w is a parameter of record #60, whose model is another; that record's folder in "
-                             "records/ says which commit reads it")
+            raise ValueError("state_dict: blocks.0.attn.qkvo_w is a parameter of record #60, whose model is another; that record's folder "
+                             "in records/ says which commit reads it")
         state = {name: value for name, value in state.items() if not name.startswith("_mlp_down_")}  # scales of upstream's FP8 (D1)
         mine = dict(self.named_parameters()) | {name: b for name, b in self.named_buffers() if name != "prefix_table"}
         for name in mine.keys() ^ state.keys():
@@ -1732,6 +1733,17 @@ def read_data(args: Hyperparameters) -> dict[str, list[tuple[str, int, int]]]:
             "choose a smaller val_tokens or val_batch_size")
     return data
 
+def prefix_vocabulary(args: Hyperparameters) -> dict[bytes, int]:
+    """
+    What build_prefix_table takes: GPT-2's vocabulary, or nothing where the tokens are single bytes, which have no prefixes, or another
+    vocabulary's. OSError where tiktoken cannot get it.
+    """
+    gpt2 = args.vocab_size == 50257 and args.bos_id == BOS_ID
+    files = find_shards(args.train_files) if gpt2 else []
+    if not any(((tokens >= 256) & (tokens != BOS_ID)).any() for tokens in (_load_data_shard(file, args.vocab_size) for file in files)):
+        return {}
+    return vocabulary.gpt2()._mergeable_ranks
+
 def build(args: Hyperparameters, replay: bool = True) -> TrainingManager:
     """The model of args and its optimizers, on the devices."""
     model = GPT(
@@ -1992,6 +2004,9 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
         print0(code)
     print0("="*100)
     entropy = unigram_entropy(args)
+    byte_to_id = prefix_vocabulary(args)
+    if not byte_to_id:
+        print0("no prefix token prediction: the training data are single bytes or not of GPT-2's vocabulary", console=True)
 
     torch.manual_seed(args.seed)
     if xr.device_type() == "TPU":
@@ -2084,6 +2099,7 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
     xm.wait_device_ops()
     t0 = time.perf_counter()
     clock = lambda: training_time_ms + 1000 * (time.perf_counter() - t0)
+    model.set_prefix_table(build_prefix_table(model.vocab_size, byte_to_id))
     # begin training
     train_steps, due = args.num_iterations, False
     for step in range(start, train_steps + 1):
