@@ -74,7 +74,8 @@ class DCShapes:
     tokens: int  # T
     dim: int  # D, of a head
     window: int  # keys
-    block: int  # C, tokens
+    block: int  # tokens of a program of the grid
+    tile: int = 128  # C, queries that meet their keys at once
 
     @property
     def blocks(self) -> int:
@@ -82,19 +83,30 @@ class DCShapes:
 
     @property
     def reach(self) -> int:
+        """How many tiles back a tile of queries may see."""
+        return min(-(-(self.window - 1) // self.tile), self.tokens // self.tile - 1)
+
+    @property
+    def keys(self) -> int:
+        """N, those that a tile of queries may see."""
+        return (self.reach + 1) * self.tile
+
+    @property
+    def late(self) -> int:
         """How many blocks back a block of queries may see."""
-        return min(-(-(self.window - 1) // self.block), self.blocks - 1)
+        return -(-self.reach * self.tile // self.block)
 
     @property
     def band(self) -> int:
-        """N, the keys that a block of queries may see."""
-        return (self.reach + 1) * self.block
+        """Keys that are in VMEM at a time."""
+        return (self.late + 1) * self.block
 
 
 def get_dc(B: int, H: int, T: int, D: int, window: int) -> DCShapes | None:
-    """None where the window does not fit in VMEM."""
+    """None where no block fits in VMEM."""
     from kernels.tpu.dc import vmem_bytes
-    return largest_fitting([DCShapes(B, H, T, D, window, 128)], lambda shapes: vmem_bytes(shapes, "bfloat16"))
+    choices = [DCShapes(B, H, T, D, window, block) for block in (256, 128) if T % block == 0]
+    return largest_fitting(choices, lambda shapes: vmem_bytes(shapes, "bfloat16"))
 
 
 def dc_refuses(x: Tensor, heads: int, window: int) -> str | None:
