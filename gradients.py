@@ -77,6 +77,22 @@ class Sum:
         return found if self.so_far() is None else found + self.so_far()
 
 
+class Shared:
+    """
+    The gradient of an activation that kernels of several layers read. From the last of these layers to the first each adds to it, in its
+    memory; then autograd gets it. readers: how many they are. start: zeros, or None where the first one to come makes the memory.
+    """
+    def __init__(self, readers: int, start: Tensor | None = None):
+        self.left, self.tensor = readers, start
+
+    def so_far(self) -> Tensor | None:
+        return self.tensor
+
+    def store(self, total: Tensor) -> Tensor | None:
+        self.left, self.tensor = self.left - 1, total
+        return None if self.left else total
+
+
 class PlainStack(Stack):
     def so_far(self, bank: Tensor) -> Tensor:
         return torch.zeros(bank.shape, dtype=bank.dtype, device=bank.device).view(-1, *bank.shape[-2:])

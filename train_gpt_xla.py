@@ -48,7 +48,7 @@ import checkpoint
 import vocabulary
 from checkpoint import Checkpoints
 from chips import this_chip
-from gradients import Gradients
+from gradients import Gradients, Shared
 from kernels import (
     dc_attention,
     fused_attention,
@@ -209,8 +209,10 @@ class AttnArgs:
     attn_scale: Tensor
     key_offset: bool
     attn_gate_w: Tensor | None = None  # [B, T, H]
-    ve: Tensor | None = None  # value embeddings [B, T, d] and their gate's weights
+    ve: Tensor | None = None  # value embeddings [B, T, 5d], the layer's table, and its gate's weights
+    table: int = 0
     ve_gate_w: Tensor | None = None
+    ve_sum: Shared | None = None  # where kernels add up the gradients of ve
     aux_v: Tensor | None = None  # [B, T, d], added to V as it is
     xsa_alpha: Tensor | None = None  # [B, T, H]
     dc_w: tuple[Tensor, Tensor] | None = None  # [B, T, H] each
@@ -262,7 +264,7 @@ class CausalSelfAttention(nn.Module):
             k = torch.where(still_dims(D, x.device), torch.cat([k[:, :, :1], k[:, :, :-1]], dim=2), k)
         if attn_args.ve is not None:
             # the gate reads x and the embedding: @photomz, after @KoszarskyB and @Grad62304977
-            ve = attn_args.ve
+            ve = attn_args.ve.chunk(5, dim=-1)[attn_args.table]
             gate = 2 * torch.sigmoid(F.linear(torch.cat([x[..., :6], ve[..., :6]], dim=-1), attn_args.ve_gate_w).float())
             v = v + scaled(to_heads(gate), by_head(ve))
         if attn_args.aux_v is not None:
@@ -288,7 +290,8 @@ class CausalSelfAttention(nn.Module):
         y, qkv = fused_attention(
             x, qk_bank, vo_bank, attn_args.layer, attn_args.sa_lambdas[0].view(1), attn_args.ve, attn_args.ve_gate_w, attn_args.aux_v,
             *attn_args.factors, still_dims(self.head_dim, x.device) if attn_args.key_offset else None, attn_args.documents,
-            attn_args.bm_size, attn_args.attn_scale, self.paired, attn_args.xsa_alpha, None if dc else gate)
+            attn_args.bm_size, attn_args.attn_scale, self.paired, attn_args.xsa_alpha, None if dc else gate, attn_args.table,
+            attn_args.ve_sum)
         if not dc:
             return y
         return fused_dc(qkv, y, gate.float(), *dc_gate(attn_args.dc_w), attn_args.documents, attn_args.dc_window, attn_args.attn_scale)
@@ -427,6 +430,21 @@ def lookup_owned(ids: Tensor, weight: Tensor) -> Tensor:
     mine = (local >= 0) & (local < weight.size(0))
     x = lookup(torch.where(mine, local, 0), weight)
     return ScatterSum.apply(torch.where(mine.unsqueeze(-1), x, 0.0))
+
+class Tables(torch.autograd.Function):
+    """
+    The value embeddings of five tables, [B, T, 5d], for kernels, and of the first and the last one apart, [B, T, d], for all else: a kernel
+    leaves its own table's share of the gradient, and of the last table there is none.
+    """
+    @staticmethod
+    def forward(ctx, ve):
+        return ve.view_as(ve), *ve.chunk(5, dim=-1)[::4]
+
+    @staticmethod
+    def backward(ctx, dve, dfirst, dlast):
+        d = dfirst.size(-1)
+        dve = torch.slice_scatter(dve, dve[..., :d] + dfirst, -1, 0, d)
+        return torch.slice_scatter(dve, dlast, -1, 4 * d, 5 * d)
 
 class GPT(nn.Module):
     def __init__(self, vocab_size: int, num_layers: int, num_heads: int, head_dim: int, model_dim: int, block_size: int = 128,
@@ -685,7 +703,7 @@ class GPT(nn.Module):
     # -----------------------------------
 
     def second_half(self, i: int, x: Tensor, y: Tensor | None, factors: list[Tensor], sa_lambda: Tensor | None, x0: Tensor | None,
-                    x0_bigram: Tensor | None, by_kernels: bool, keep: bool) -> Tensor:
+                    x0_bigram: Tensor | None, by_kernels: bool, keep: bool, x0_sum: Shared | None, bigram_sum: Shared | None) -> Tensor:
         """
         What layer i does after attention's y [B, T, d]: its last projection, the sum with x, x0 and the bigram, the MLP, the sum with that.
         factors: of x, attention, x0 and bigram in the first sum, of x and the MLP in the second, float32, one each or one a token
@@ -694,7 +712,8 @@ class GPT(nn.Module):
         j = i - (i > 6)
         if by_kernels:  # D16
             factors = torch.cat([torch.as_tensor(f, device=x.device).float().expand(*x.shape[:2], 1) for f in factors], dim=-1).mT
-            attention = {} if y is None else dict(y=y, vo_bank=self.vo_bank, j=j, lambda_o=sa_lambda.view(1), x0=x0, bigram=x0_bigram)
+            attention = {} if y is None else dict(y=y, vo_bank=self.vo_bank, j=j, lambda_o=sa_lambda.view(1), x0=x0, bigram=x0_bigram,
+                                               x0_sum=x0_sum, bigram_sum=bigram_sum)
             return residual_mlp(x, self.mlp_bank, i, factors, keep=keep, **attention)
         *first, resid, post = factors
         if y is not None:
@@ -746,10 +765,9 @@ class GPT(nn.Module):
         sign_idx = F.pad((input_seq[:, :-1] ^ input_seq[:, 1:]) % self.bigram_sign_table.size(0), (1, 0))
         x0_bigram = lookup_owned(bigram_input_seq, self.bigram_embed.weight) * F.embedding(sign_idx, self.bigram_sign_table)
 
-        # the tables in the order . 0 1 ... 2 3 4: @photomz
-        ve = lookup(input_seq, self.value_embeds).chunk(5, dim=-1)
-        ve = [None, ve[0], ve[1], *nones, ve[2], ve[3], ve[4]]
-        assert len(ve) == self.num_layers
+        ve = lookup(input_seq, self.value_embeds)
+        tables = [None, 0, 1, *nones, 2, 3, 4]  # whose value embeddings a layer takes: @photomz
+        assert len(tables) == self.num_layers
 
         # each token takes a gated share of the one before it: @classiclarryd. D21: the first one takes a share of zeros, where upstream
         # leaves it out, for T - 1 tokens lie askew in a TPU's tiles
@@ -765,6 +783,11 @@ class GPT(nn.Module):
 
         by_kernels = schedule_cfg.attention is None and takes_layers(x, self.mlp_bank, self.num_heads, self.dc_window, {
             (window, i in self.paired_head_layers) for i, window in enumerate(bm_sizes) if window is not None})
+        ve, ve_first, ve_last = Tables.apply(ve) if by_kernels else (ve, *ve.chunk(5, dim=-1)[::4])
+        training = by_kernels and torch.is_grad_enabled()
+        # sums begin as zeros, so that all layers run one and the same program
+        zeros = lambda readers: Shared(readers, torch.zeros_like(x)) if training else None
+        ve_sum, x0_sum, cache0_sum, bigram_sum = Shared(4) if training else None, zeros(9), zeros(1), zeros(10)
         for i in range(self.num_layers):
             is_paired = i in self.paired_head_layers
             *yarn, attn_scale = factors[is_paired]
@@ -784,7 +807,7 @@ class GPT(nn.Module):
                     cache[9] = x
                     mu = self.forward_mudd(x, id=0, num_coef=14)
                     ve_gate = torch.cat([mu[6], mu[7]], dim=-1).repeat_interleave(self.head_dim * self.num_heads // 2, dim=-1)
-                    aux_v = weighted((ve_gate, ve[i]), (mu[0], cache[0]), (mu[1], cache[7]), (mu[2], x))
+                    aux_v = weighted((ve_gate, ve_last), (mu[0], cache[0]), (mu[1], cache[7]), (mu[2], x))
                     x = weighted((1 + mu[5].float(), x), (mu[3], cache[0]), (mu[4], cache[7]))
                     mix = [mu[8], mu[9], mu[10], mu[11], mu[12], mu[13]]
                 else:
@@ -800,8 +823,7 @@ class GPT(nn.Module):
                     attn_scale=attn_scale,
                     key_offset=key_offset[i],
                     attn_gate_w=attn_gates[i] if i in self.attn_gate_layers else None,
-                    ve=ve[i] if mu is None else None,
-                    ve_gate_w=ve_gates[i] if mu is None else None,
+                    **(dict(ve=ve, table=tables[i], ve_gate_w=ve_gates[i], ve_sum=ve_sum) if mu is None and tables[i] is not None else {}),
                     aux_v=aux_v,
                     xsa_alpha=xsa_alphas[i] if i in self.xsa_layers else None,
                     dc_w=dc_weights if i in self.dc_layers else None,
@@ -810,12 +832,13 @@ class GPT(nn.Module):
                     attention=schedule_cfg.attention or (window_attention, dc_attention),
                 ), self.qk_bank, self.vo_bank)
             x = self.second_half(i, x, y, mix, sa_lambdas[i, 1] if y is not None else None, x0 if mu is None else cache[0], x0_bigram,
-                                 by_kernels, schedule_cfg.keep is None or schedule_cfg.keep.mlp)
+                                 by_kernels, schedule_cfg.keep is None or schedule_cfg.keep.mlp, x0_sum if mu is None else cache0_sum,
+                                 bigram_sum)
             if i in self.cache_layers:
                 cache[i] = x
 
         mu = self.forward_mudd(x, id=1, num_coef=5)
-        x = weighted((1.0, x), (mu[0], cache[0]), (mu[1], cache[7]), (mu[2], cache[9]), (mu[3], ve[1]), (mu[4], cache[3]))
+        x = weighted((1.0, x), (mu[0], cache[0]), (mu[1], cache[7]), (mu[2], cache[9]), (mu[3], ve_first), (mu[4], cache[3]))
         x = norm(x)
         if target_seq is None:
             return x

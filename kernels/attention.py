@@ -198,12 +198,12 @@ def fused_attention(
     norm(x) @ W.T and all else that comes before attention, window_attention, XSA and the gate, by two kernels.
     Returns y [B, T, C], tokens before heads, as matmuls want it, and what attention has read, qkv [B, 3H, T, D].
 
-    ve_sum: where the gradient of ve goes. so_far(ve) -> memory as ve with the other tables' share, or None if this is the first one: then
+    ve_sum: where the gradient of ve goes. so_far() -> memory as ve with the other tables' share, or None if this is the first one: then
     in what is stored only this table's share means something. store(tensor) -> what autograd gets. None: all of it goes to autograd.
     """
-    grad = torch.is_grad_enabled()
+    into, grad = (stack_of(qk_bank), stack_of(vo_bank), None if ve is None else ve_sum), torch.is_grad_enabled()
     return FusedAttention.apply(x, qk_bank, vo_bank, layer, lambda_w, ve, ve_gate_w, aux_v, factor1, factor2, still, documents, window,
-                                scale, paired, xsa, gate, table, grad, (stack_of(qk_bank), stack_of(vo_bank), ve_sum))
+                                scale, paired, xsa, gate, table, grad, into)
 
 
 class FusedAttention(torch.autograd.Function):
@@ -240,7 +240,8 @@ class FusedAttention(torch.autograd.Function):
         inputs, then = dict(zip(names[0], saved)), dict(zip(names[1], saved[len(names[0]):], strict=True))
         band = dataclasses.replace(ctx.band, more=dqkv is not None)
         after = call_kernel(attention.attention_backward, band, qkv=qkv, **then, y=y, sums=sums, dy=dy, dqkv=dqkv)
-        so_far = None if into_ve is None else into_ve.so_far(inputs["ve"])
+        assert into_qk.on_top == into_vo.on_top
+        so_far = None if into_ve is None else into_ve.so_far()
         shapes = dataclasses.replace(ctx.shapes, on_top=into_qk.on_top, dve="one" if into_ve is None else "new" if so_far is None else "on")
         d = call_kernel(
             projection.project_backward, shapes, **inputs, qk_stack=into_qk.so_far(inputs["qk"]), vo_stack=into_vo.so_far(inputs["vo"]),

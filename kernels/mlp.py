@@ -85,9 +85,9 @@ def residual_mlp(
     return ResidualMLP.apply(x, mlp_bank, factors, y, vo_bank, lambda_o, x0, bigram, layer, j, keep and torch.is_grad_enabled(), into)
 
 
-def whole(slot: int, like: Tensor) -> Tensor:
+def index(place: int, like: Tensor) -> Tensor:
     """A number as a kernel takes it, on the device of `like`."""
-    return torch.full((1,), slot, dtype=torch.int32, device=like.device)
+    return torch.full((1,), place, dtype=torch.int32, device=like.device)
 
 
 class ResidualMLP(torch.autograd.Function):
@@ -97,7 +97,7 @@ class ResidualMLP(torch.autograd.Function):
         from kernels.tpu import mlp
         ctx.shapes, ctx.into, ctx.places = get_mlp(x, mlp_bank, keep, y is not None), into, (layer, j)
         inputs = dict(x=x, mlp_bank=mlp_bank, factors=factors, y=y, vo_bank=vo_bank, lambda_o=lambda_o, x0=x0, bigram=bigram)
-        r = call_kernel(mlp.mlp_forward, ctx.shapes, layer=whole(layer, x), o=None if j is None else whole(2 * j + 1, x), **inputs)
+        r = call_kernel(mlp.mlp_forward, ctx.shapes, layer=index(layer, x), o=None if j is None else index(2 * j + 1, x), **inputs)
         saved = inputs | dict(x_sum=r.x_sum, act=r.act)
         ctx.names = list(saved)
         ctx.save_for_backward(*saved.values())
@@ -110,8 +110,8 @@ class ResidualMLP(torch.autograd.Function):
         (layer, j), (stack, stack_o, *sums), mlp_bank, vo_bank = ctx.places, ctx.into, saved["mlp_bank"], saved["vo_bank"]
         before = [None if into is None else into.so_far() for into in sums]
         shapes = dataclasses.replace(ctx.shapes, on_top=stack.on_top, x0_on_top=before[0] is not None, bigram_on_top=before[1] is not None)
-        here = {} if j is None else dict(o=whole(2 * j + 1, dout), stack_o=stack_o.so_far(vo_bank))
-        d = call_kernel(mlp.mlp_backward, shapes, layer=whole(layer, dout), stack=stack.so_far(mlp_bank), **here, **saved, dout=dout,
+        here = {} if j is None else dict(o=index(2 * j + 1, dout), stack_o=stack_o.so_far(vo_bank))
+        d = call_kernel(mlp.mlp_backward, shapes, layer=index(layer, dout), stack=stack.so_far(mlp_bank), **here, **saved, dout=dout,
                         x0_before=before[0], bigram_before=before[1])
         as_bank = lambda found, bank: found if found is None else found.view_as(bank)
         dmlp_bank = as_bank(stack.store(d.stack, ("mlp", layer)), mlp_bank)

@@ -39,15 +39,11 @@ def move_on(shapes: DCShapes, *bands):
             band[h, :shapes.late * shapes.block] = band[h, shapes.block:]
 
 
-def part(shapes: DCShapes, start, size):
-    """start: a multiple of a tile."""
-    return pl.ds(pl.multiple_of(start, shapes.tile), size)
-
-
 def by_tiles(shapes: DCShapes, do):
-    """do(where in the block, where its keys are in the band) of each tile of queries."""
-    C, before = shapes.tile, shapes.late * shapes.block - shapes.reach * shapes.tile
-    jax.lax.fori_loop(0, shapes.block // C, lambda n, _: do(part(shapes, n * C, C), part(shapes, n * C + before, shapes.keys)), None)
+    """do(where in the block, where its keys are in the band) of each tile of queries. Unrolled: tiles then overlap."""
+    for start in range(0, shapes.block, shapes.tile):
+        end = shapes.late * shapes.block + start + shapes.tile  # in the band
+        do(slice(start, start + shapes.tile), slice(end - shapes.keys, end))
 
 
 def mask(r, shapes: DCShapes, i, tile):
@@ -149,14 +145,12 @@ def dc_backward_kernel(r, shapes: DCShapes):
     move_on(shapes, r.k_band, r.v_band, r.dq_band, r.dk_band, r.dv_band)
 
     def gather(band, h, keys, share):  # a tile's own keys get theirs for the first time
-        older = keys.size - C
-        if older:
-            band[h, part(shapes, keys.start, older)] += share[:older]
-        band[h, part(shapes, keys.start + older, C)] = share[older:]
+        if shapes.reach:
+            band[h, keys.start:keys.stop - C] += share[:-C]
+        band[h, keys.stop - C:keys.stop] = share[-C:]
 
     def gradients(tile, keys):
         weights, dys, dA = {}, {}, []
-        queries = part(shapes, tile.start + shapes.late * block, C)
 
         def keep(h, p, weight):
             r.p[h], weights[h] = p, weight
@@ -190,7 +184,7 @@ def dc_backward_kernel(r, shapes: DCShapes):
 
         def to_dq_dk(h, ds):
             gather(r.dk_band, h, keys, matmul(ds, r.q[0, h, tile]))
-            r.dq_band[h, queries] = (matmul(ds.T, r.k_band[h, keys]) * r.scale[0]).astype(r.dq_band.dtype)
+            r.dq_band[h, keys.stop - C:keys.stop] = (matmul(ds.T, r.k_band[h, keys]) * r.scale[0]).astype(r.dq_band.dtype)
         stream(range(H), lambda h: None, to_ds, to_dq_dk)
 
     @pl.when(i < shapes.blocks)

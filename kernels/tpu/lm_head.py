@@ -21,21 +21,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels import dispatch
 from kernels.lm_head import SOFTCAP_A, SOFTCAP_B, SOFTCAP_C, LmHead
-from kernels.tpu.common import LANES, Operand, Operands, add, f32, kernel_call, stream, wide_matmul
+from kernels.tpu.common import LANES, Operand, Operands, add, columns, f32, kernel_call, stream, to_rows, wide_matmul
 
 SLOPE = SOFTCAP_A / (4 * SOFTCAP_C)  # of the softcap, times 1 - th^2
-
-
-def columns(rows):
-    """[n, m] -> [m, n], for n up to 8, float32. In HBM tokens lie along the lanes: n numbers of each would take 128."""
-    which = jax.lax.broadcasted_iota(jnp.int32, (8, rows.shape[1]), 0)
-    return sum(jnp.where(which == k, rows[k:k + 1], 0.0) for k in range(rows.shape[0])).T[:, :rows.shape[0]]
-
-
-def to_rows(columns):
-    """[m, 1] float32, n of them, -> [n, m]."""
-    which = jax.lax.broadcasted_iota(jnp.int32, (columns[0].shape[0], LANES), 1)
-    return sum(jnp.where(which == k, column, 0.0) for k, column in enumerate(columns)).T[:len(columns)]
 
 
 def exp_softcap(logits, b=SOFTCAP_B):

@@ -14,8 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.mlp import MLPShapes
-from kernels.tpu.common import Operand, Operands, by_strips, f32, kernel_call, matmul, normed, scalar, scaled
-from kernels.tpu.lm_head import columns, to_rows
+from kernels.tpu.common import Operand, Operands, by_strips, columns, f32, kernel_call, matmul, normed, scalar, scaled, stream, to_rows
 
 
 def to_hidden(W, x):
@@ -89,23 +88,42 @@ def mlp_backward_kernel(r, shapes: MLPShapes):
     dpre = (2 * r.factors[0, n - 1:] * dpre).astype(dtype)
     if shapes.on_top:
         pl.when(first)(sums[0].wait)
-    dproj_acc[...] += matmul(act * act, weighted(dtype, (factor["post_m"], r.dout[0])))
-    dfc_acc[...] += matmul(dpre, rounded)
-    d = matmul(r.fc_T[...], dpre).astype(dtype).T.astype(f32)
-    dout = r.dout[0].astype(f32)
-    d = (factor["resid_m"] * dout + scale * (d - x_normed * (d * x_normed).mean(1, keepdims=True))).astype(dtype)
+    back, squares, dmlp = matmul(r.fc_T[...], dpre).astype(dtype), act * act, weighted(dtype, (factor["post_m"], r.dout[0]))
+
+    # 256 tokens at a time the vector unit goes back through norm and sum, while the matrix unit makes a strip of the weights' gradients
+    width, found, dy = min(256, shapes.block), {}, {}
+    parts, h = range(0, shapes.block, width), shapes.hidden * width // shapes.block
+    part, strip = lambda t: slice(t, t + width), lambda t: slice(t // width * h, (t // width + 1) * h)
     to_factor = lambda d, x: (d.astype(f32) * x.astype(f32)).sum(1, keepdims=True)
-    found = [to_factor(dout, x_sum)]
+    def to_fc(t):
+        dfc_acc[strip(t)] += matmul(dpre[strip(t)], rounded)
+    def through_norm(t, _):
+        d, y = back[:, part(t)].T.astype(f32), x_normed[part(t)]
+        d = scale[part(t)] * (d - y * (d * y).mean(1, keepdims=True))
+        return (factor["resid_m"][part(t)] * r.dout[0, part(t)].astype(f32) + d).astype(dtype)
+    def to_y(t, d):
+        found[t], dy[t] = d, matmul(d, r.w_o[...]) if shapes.attention else None
+    def to_proj(t):
+        dproj_acc[strip(t)] += matmul(squares[strip(t)], dmlp)
+    def through_sum(t, _):
+        d, dfactors = found[t], [to_factor(r.dout[0, part(t)], x_sum[part(t)])]
+        if shapes.attention:
+            terms = (d, r.x), (dy[t], r.y), (d, r.x0), (d, r.bigram)
+            dfactors = [*(to_factor(dterm, x[0, part(t)]) for dterm, x in terms), *dfactors]
+            r.dy[0, part(t)] = weighted(dtype, (factor["post_a"][part(t)], dy[t]))
+            for name, dx, before in (("g_x0", r.dx0, r.x0_before), ("g_bigram", r.dbigram, r.bigram_before)):
+                more = () if before is None else [(1, before[0, part(t)])]
+                dx[0, part(t)] = weighted(dtype, (factor[name][part(t)], d), *more)
+            r.dx[0, part(t)] = weighted(dtype, (factor["resid_a"][part(t)], d))
+            found[t] = weighted(dtype, (factor["post_a"][part(t)], d))
+        else:
+            r.dx[0, part(t)] = d
+        r.dfactors[0, :n - 1, part(t)] = to_rows(dfactors)
+    stream(parts, to_fc, through_norm, to_y)
+    stream(parts, to_proj, through_sum, lambda t, _: None)
     if shapes.attention:
-        dy = matmul(d, r.w_o[...])
-        found = [to_factor(d, r.x[0]), to_factor(dy, r.y[0]), to_factor(d, r.x0[0]), to_factor(d, r.bigram[0]), *found]
-        r.dy[0] = weighted(dtype, (factor["post_a"], dy))
-        r.dW_o_acc[...] += matmul(weighted(dtype, (factor["post_a"], d)).T, r.y[0])
-        for name, dx, before in (("g_x0", r.dx0, r.x0_before), ("g_bigram", r.dbigram, r.bigram_before)):
-            dx[0] = weighted(dtype, (factor[name], d), *(() if before is None else [(1, before[0])]))
-        d = weighted(dtype, (factor["resid_a"], d))
-    r.dx[0] = d
-    r.dfactors[0, :n - 1] = to_rows(found)
+        r.dW_o_acc[...] += matmul(jnp.concatenate([found[t] for t in parts]).T, r.y[0])
+
     for i, acc in enumerate(apart):
         def end(strip, i=i, acc=acc):
             r.dW[i, strip] = acc[strip].astype(dtype)

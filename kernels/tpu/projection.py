@@ -10,8 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.attention import Projection
-from kernels.tpu.common import (EPS, LANES, Operand, Operands, add, by_strips, f32, kernel_call, matmul, normed, scalar, scaled, sigmoid,
-                                stream)
+from kernels.tpu.common import EPS, LANES, Operand, Operands, by_strips, f32, kernel_call, matmul, normed, scalar, scaled, sigmoid, stream
 
 
 def rotate(x, factors, h, back=False):
@@ -173,7 +172,8 @@ def project_backward_kernel(r, shapes: Projection):
         dfeatures, half = matmul(dlogits.T, r.gate[...]), shapes.gate // 2  # [bt, LANES]
         of_half = jax.lax.broadcasted_iota(jnp.int32, (bt, LANES), 1) < half
         r.dx_acc[:, :LANES] += jnp.where(of_half, dfeatures, 0.0)
-        r.dve[0, :, :LANES] = add(r.dve[0, :, :LANES], jnp.where(of_half, pltpu.roll(dfeatures, LANES - half, 1), 0.0))
+        own, of_gate = r.dve[0, :, :LANES], jnp.where(of_half, pltpu.roll(dfeatures, LANES - half, 1), 0.0).astype(dtype)
+        r.dve[0, :, :LANES] = (own.astype(f32) + of_gate.astype(f32)).astype(dtype)
     d = r.dx_acc[...].astype(dtype).astype(f32)
     r.dx[0] = (scale * (d - x_normed * (d * x_normed).mean(1, keepdims=True))).astype(dtype)
 
