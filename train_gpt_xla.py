@@ -237,8 +237,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, attn_args: AttnArgs, qk_bank: Tensor, vo_bank: Tensor):
         """
-        x [B, T, d], before its norm -> all heads' results [B, T, d]. D16: attention's last projection is in GPT.second_half, because on a
-        TPU it is in the kernel of the MLP.
+        x [B, T, d], before its norm -> all heads' results [B, T, d], and x for whoever else reads it: kernels add what comes back to it.
+        D16: attention's last projection is in GPT.second_half, because on a TPU it is in the kernel of the MLP.
         Pairs (D8): heads h and h + H/2 form one sequence of twice the tokens; upstream interleaves the two, here window_attention does
         whatever its device likes best, and only the rotary tables differ.
         """
@@ -247,7 +247,7 @@ class CausalSelfAttention(nn.Module):
         H, D, j = self.num_heads, self.head_dim, attn_args.layer
         by_head = lambda x: x.unflatten(-1, (H, D)).transpose(1, 2)  # [B, T, d] -> [B, H, T, D]
         to_heads = lambda gate: gate.float().mT.unsqueeze(-1)  # [B, T, H] -> [B, H, T, 1]
-        x, (factor1, factor2) = norm(x), attn_args.factors
+        x_, x, (factor1, factor2) = x, norm(x), attn_args.factors
 
         # D7: heads before tokens, [B, H, T, D]. A TPU tiles the last two dims, so each head's [T, D] must lie together.
         w = torch.cat([qk_bank[j * H:(j + 1) * H].reshape(2 * self.dim, self.dim), vo_bank[2 * j]]).type_as(x)
@@ -282,19 +282,19 @@ class CausalSelfAttention(nn.Module):
             y = weighted((1.0, y), (-torch.tanh(to_heads(attn_args.xsa_alpha)) * along, v))
         if attn_args.attn_gate_w is not None:
             y = scaled(to_heads(attn_args.attn_gate_w), y)
-        return y.transpose(1, 2).flatten(2)
+        return y.transpose(1, 2).flatten(2), x_
 
     def by_kernels(self, x: Tensor, attn_args: AttnArgs, qk_bank: Tensor, vo_bank: Tensor):
         """What forward does, on a TPU, where it is two kernels or, with DC, three (D15)."""
         dc, gate = attn_args.dc_w is not None, attn_args.attn_gate_w
-        y, qkv = fused_attention(
+        y, qkv, x = fused_attention(
             x, qk_bank, vo_bank, attn_args.layer, attn_args.sa_lambdas[0].view(1), attn_args.ve, attn_args.ve_gate_w, attn_args.aux_v,
             *attn_args.factors, still_dims(self.head_dim, x.device) if attn_args.key_offset else None, attn_args.documents,
             attn_args.bm_size, attn_args.attn_scale, self.paired, attn_args.xsa_alpha, None if dc else gate, attn_args.table,
             attn_args.ve_sum)
-        if not dc:
-            return y
-        return fused_dc(qkv, y, gate.float(), *dc_gate(attn_args.dc_w), attn_args.documents, attn_args.dc_window, attn_args.attn_scale)
+        if dc:
+            y = fused_dc(qkv, y, gate.float(), *dc_gate(attn_args.dc_w), attn_args.documents, attn_args.dc_window, attn_args.attn_scale)
+        return y, x
 
 # -----------------------------------------------------------------------------
 # Fused Softcapped Cross Entropy
@@ -814,7 +814,7 @@ class GPT(nn.Module):
                     mix = [resid_lambdas_attn[i], post_lambdas_attn[i], x0_gates[i], bigram_gates[i] if i > 0 else 0.0,
                            resid_lambdas_mlp[i], post_lambdas_mlp[i]]
                 attn = self.attn_paired if is_paired else self.attn
-                y = attn(attn_in, AttnArgs(
+                y, attn_in = attn(attn_in, AttnArgs(
                     layer=i - (i > 6),
                     sa_lambdas=sa_lambdas[i],
                     documents=documents,
@@ -831,6 +831,10 @@ class GPT(nn.Module):
                     by_kernels=by_kernels,
                     attention=schedule_cfg.attention or (window_attention, dc_attention),
                 ), self.qk_bank, self.vo_bank)
+                if 7 in cache:
+                    cache[7] = attn_in
+                else:
+                    x = attn_in
             x = self.second_half(i, x, y, mix, sa_lambdas[i, 1] if y is not None else None, x0 if mu is None else cache[0], x0_bigram,
                                  by_kernels, schedule_cfg.keep is None or schedule_cfg.keep.mlp, x0_sum if mu is None else cache0_sum,
                                  bigram_sum)

@@ -136,6 +136,7 @@ class Projection:
     gate: int = 12  # features that the gate of value embeddings reads
     on_top: bool = False  # weights' gradients are added to float32 sums
     dve: str = "one"  # value embeddings' gradient: this table's; "new": memory for all tables' with it; "on": in such memory, which goes on
+    dx_on_top: bool = False  # x's gradient is added to what came back to it by other ways
 
 
 def get_band(B: int, H: int, T: int, D: int, window: int, paired: bool, xsa=False, gate=False, keep=True) -> Band | None:
@@ -150,9 +151,10 @@ def get_projection(B: int, H: int, T: int, D: int, paired: bool, banks: tuple[in
                    keep: bool, gate: int = 12) -> Projection | None:
     """None where no block fits in VMEM. All calls of a step take the same, that of the largest."""
     from kernels.tpu.projection import vmem_bytes
-    choices = [Projection(B, H, T, D, paired, banks, key_offset, 1, True, True, block, gate) for block in (512, 256, 128) if T % block == 0]
+    choices = [Projection(B, H, T, D, paired, banks, key_offset, 1, True, True, block, gate, dx_on_top=True)
+               for block in (512, 256, 128) if T % block == 0]
     largest = largest_fitting(choices, lambda shapes: vmem_bytes(shapes, "bfloat16"))
-    return largest and dataclasses.replace(largest, tables=tables, aux_v=aux_v, keep=keep)
+    return largest and dataclasses.replace(largest, tables=tables, aux_v=aux_v, keep=keep, dx_on_top=False)
 
 
 def attention_refuses(x: Tensor, heads: int, window: int, paired: bool) -> str | None:
@@ -193,10 +195,11 @@ def fused_attention(
         xsa: Tensor | None,  # [B, T, H] float32, how much of y along v is taken away: its tanh
         gate: Tensor | None,  # [B, T, H] float32, multiplies y then
         table: int = 0,  # whose embeddings these are
-        ve_sum=None) -> tuple[Tensor, Tensor]:
+        ve_sum=None) -> tuple[Tensor, Tensor, Tensor]:
     """
     norm(x) @ W.T and all else that comes before attention, window_attention, XSA and the gate, by two kernels.
-    Returns y [B, T, C], tokens before heads, as matmuls want it, and what attention has read, qkv [B, 3H, T, D].
+    Returns y [B, T, C], tokens before heads, as matmuls want it, what attention has read, qkv [B, 3H, T, D], and x for whoever else reads
+    it: what comes back to it is added in the kernel.
 
     ve_sum: where the gradient of ve goes. so_far() -> memory as ve with the other tables' share, or None if this is the first one: then
     in what is stored only this table's share means something. store(tensor) -> what autograd gets. None: all of it goes to autograd.
@@ -230,10 +233,10 @@ class FusedAttention(torch.autograd.Function):
         ctx.shapes, ctx.band, ctx.part, ctx.into, ctx.names = shapes, band, (layer, table), into, (list(inputs), list(then))
         ctx.save_for_backward(*inputs.values(), *then.values(), before.raw, before.qkv, after.y if after.y_raw is None else after.y_raw,
                               after.sums)
-        return after.y, before.qkv
+        return after.y, before.qkv, x
 
     @staticmethod
-    def backward(ctx, dy, dqkv):
+    def backward(ctx, dy, dqkv, dx):
         from kernels.tpu import attention, projection
         names, (layer, table), (into_qk, into_vo, into_ve) = ctx.names, ctx.part, ctx.into
         *saved, raw, qkv, y, sums = ctx.saved_tensors
@@ -242,10 +245,11 @@ class FusedAttention(torch.autograd.Function):
         after = call_kernel(attention.attention_backward, band, qkv=qkv, **then, y=y, sums=sums, dy=dy, dqkv=dqkv)
         assert into_qk.on_top == into_vo.on_top
         so_far = None if into_ve is None else into_ve.so_far()
-        shapes = dataclasses.replace(ctx.shapes, on_top=into_qk.on_top, dve="one" if into_ve is None else "new" if so_far is None else "on")
+        shapes = dataclasses.replace(ctx.shapes, on_top=into_qk.on_top, dve="one" if into_ve is None else "new" if so_far is None else "on",
+                                     dx_on_top=dx is not None)
         d = call_kernel(
             projection.project_backward, shapes, **inputs, qk_stack=into_qk.so_far(inputs["qk"]), vo_stack=into_vo.so_far(inputs["vo"]),
-            dve_so_far=so_far, raw=raw, dq=after.dq, dk=after.dk, dv=after.dv)
+            dve_so_far=so_far, dx_so_far=dx, raw=raw, dq=after.dq, dk=after.dk, dv=after.dv)
         dve, by_token = d.dve, lambda x: None if x is None else x.transpose(1, 2)
         if into_ve is not None:
             dve = into_ve.store(dve)

@@ -10,7 +10,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.attention import Projection
-from kernels.tpu.common import EPS, LANES, Operand, Operands, by_strips, f32, kernel_call, matmul, normed, scalar, scaled, sigmoid, stream
+from kernels.tpu.common import (
+    EPS,
+    LANES,
+    Operand,
+    Operands,
+    add,
+    by_strips,
+    f32,
+    kernel_call,
+    matmul,
+    normed,
+    scalar,
+    scaled,
+    sigmoid,
+    stream,
+)
 
 
 def rotate(x, factors, h, back=False):
@@ -175,7 +190,8 @@ def project_backward_kernel(r, shapes: Projection):
         own, of_gate = r.dve[0, :, :LANES], jnp.where(of_half, pltpu.roll(dfeatures, LANES - half, 1), 0.0).astype(dtype)
         r.dve[0, :, :LANES] = (own.astype(f32) + of_gate.astype(f32)).astype(dtype)
     d = r.dx_acc[...].astype(dtype).astype(f32)
-    r.dx[0] = (scale * (d - x_normed * (d * x_normed).mean(1, keepdims=True))).astype(dtype)
+    d = (scale * (d - x_normed * (d * x_normed).mean(1, keepdims=True))).astype(dtype)
+    r.dx[0] = add(d, r.dx_so_far[0]) if shapes.dx_on_top else d
 
     def end(strip):
         r.w[strip] = r.dw_acc[:, strip].astype(dtype).T  # nothing reads w any more
@@ -285,6 +301,7 @@ def backward_operands(s: Projection, dtype) -> Operands:
             dq=by_head(H),
             dk=by_head(H),
             dv=by_head(H),
+            dx_so_far=first["x"] if s.dx_on_top else None,
             **then),
         outputs=dict(
             dx=first["x"],
@@ -312,8 +329,9 @@ def backward_operands(s: Projection, dtype) -> Operands:
 def project_backward(s: Projection, dtype, interpret=False):
     """
     A function (project's inputs; qk_stack, vo_stack, as the banks, of which dqk and dvo take the layer's part, or are added to it, f32,
-    if s.on_top; with s.dve "on" dve_so_far as ve, of which dve takes the table's part; raw as it returned it, dq, dk, dv [R, H, T, D])
-    -> dx, qk_stack, vo_stack and the gradients of project's inputs, under their names with a d before.
+    if s.on_top; with s.dve "on" dve_so_far as ve, of which dve takes the table's part; with s.dx_on_top dx_so_far as x, to which dx is
+    added; raw as it returned it, dq, dk, dv [R, H, T, D]) -> dx, qk_stack, vo_stack and the gradients of project's inputs, under their
+    names with a d before.
     """
     call = kernel_call(project_backward_kernel, s, (s.rows, s.tokens // s.block), backward_operands(s, dtype), interpret)
     def run(**arrays):
