@@ -112,11 +112,11 @@ def reduce_scatter(x: Tensor) -> Tensor:
     Out of it too: the sum of what the devices have, [rows, ...], split by rows (upstream: dist.reduce_scatter_tensor). Explicit,
     because XLA makes an all-reduce of eight times the bytes where a sum over devices is reshaped.
     """
-    return leave_rows(scatter_sum(x))
+    return leave_rows(_collective("reduce_scatter", x, x.size(0) // device_count()))
 
-def scatter_sum(x: Tensor) -> Tensor:
-    """Within it: [rows, ...] on each device -> its own rows of the sum over devices, [rows / devices, ...]."""
-    return _collective("reduce_scatter", x, x.size(0) // device_count())
+def exchange(x: Tensor) -> Tensor:
+    """Within it: [devices * rows, ...] on each device, the rows for each -> those from each."""
+    return _collective("all_to_all", x, x.size(0))
 
 def gather_rows(x: Tensor) -> Tensor:
     """Within it: [rows, ...] on each device -> those of all devices, [devices * rows, ...]."""
@@ -151,6 +151,9 @@ def _computation(kind: str, to: tuple, shape: tuple, dtype: torch.dtype, devices
             }}) : ({array(shape)}) -> {array(to)}""",
         all_gather=f"""
           %y = "stablehlo.all_gather"(%x) <{{all_gather_dim = 0 : i64, {groups}}}> : ({array(shape)}) -> {array(to)}""",
+        all_to_all=f"""
+          %y = "stablehlo.all_to_all"(%x) <{{split_dimension = 0 : i64, concat_dimension = 0 : i64, split_count = {devices} : i64,
+            {groups.replace("use_global_device_ids, ", "")}}}> : ({array(shape)}) -> {array(to)}""",
         first_row=f"""
           %id = stablehlo.partition_id : tensor<ui32>
           %number = stablehlo.convert %id : (tensor<ui32>) -> tensor<i32>

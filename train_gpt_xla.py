@@ -72,11 +72,11 @@ from spmd import (
     begin_program,
     device_count,
     enter,
+    exchange,
     first_row,
     gather_rows,
     is_split,
     leave,
-    scatter_sum,
     setup_devices,
     shard,
     to_device,
@@ -410,10 +410,13 @@ class ForwardScheduleConfig:
     positions: Tensor | None = None  # [B, T] float32, in the row, by which heads rotate; 0 .. T-1 where there are none
 
 class ScatterSum(torch.autograd.Function):
-    """Of [devices * B, T, d] on each device the sum over devices, of which each takes its own [B, T, d]."""
+    """
+    Of [devices * B, T, d] on each device the sum over devices, of which each takes its own [B, T, d]. All terms but one are zeros, so it is
+    exact. An exchange, because XLA runs that beside other work, and a reduce-scatter not.
+    """
     @staticmethod
     def forward(ctx, x):
-        return scatter_sum(x)
+        return exchange(x).unflatten(0, (device_count(), -1)).sum(0)
 
     @staticmethod
     def backward(ctx, dy):
@@ -1796,9 +1799,9 @@ presets = {
         bigram_vocab_size=4096, bigram_dim=96, bigram_sign_table_rows=512, num_heads=6, head_dim=16, model_dim=96), **kwargs}),
 }
 
-# Flags of libtpu, for the run and for compilation ahead of time (tools/aot.py), beyond those that torch_xla sets: none saves a
-# millisecond now. The record's README has those tried, with what each did.
-LIBTPU_INIT_ARGS = ""
+# Flags of libtpu, for the run and for compilation ahead of time (tools/aot.py), beyond those that torch_xla sets: the bigram table's
+# exchange runs beside other work, and what an all-gather replaces is not copied first.
+LIBTPU_INIT_ARGS = "--xla_tpu_enable_async_all_to_all=true --xla_tpu_async_collective_fusion_with_start_done_only=true"
 
 def first_and_number(s: str) -> tuple[int, int]:
     first, number = map(int, s.split(":"))
