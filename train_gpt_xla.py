@@ -1796,7 +1796,7 @@ presets = {
         train_files="data/demo/demo_train_*.bin", val_files="data/demo/demo_val_*.bin", val_tokens=8 * 2048,
         train_bs_schedule=(8 * 128, 8 * 256, 8 * 384, 8 * 384), train_max_seq_len_schedule=(64, 128, 128, 128), val_batch_size=8 * 1024,
         num_scheduled_iterations=87, num_extension_iterations=9, val_loss_every=48, block_size=16, dc_window=14,
-        bigram_vocab_size=4096, bigram_dim=96, bigram_sign_table_rows=512, num_heads=6, head_dim=16, model_dim=96), **kwargs}),
+        bigram_vocab_size=4096, bigram_dim=48, bigram_sign_table_rows=512, num_heads=6, head_dim=8, model_dim=48), **kwargs}),
 }
 
 # Flags of libtpu, for the run and for compilation ahead of time (tools/aot.py), beyond those that torch_xla sets: the bigram table's
