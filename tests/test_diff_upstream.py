@@ -291,6 +291,14 @@ def test_files_of_kernels(source, upstream, tmp_path, capsys):
         lines = [*range(1, len(first.splitlines()) + 1), *range(1, len(kernels.splitlines()) + 1)]
         assert [int(row) for row in rows if row] == lines
 
+def test_a_file_of_kernels_that_is_missing(source, upstream, tmp_path, capsys):
+    """Upstream's script reads it beside itself, for the log."""
+    upstream.write_text(source.replace("code = 0", "code = open(os.path.join(os.path.dirname(sys.argv[0]), 'b.py')).read()"))
+    assert "reads b.py, which this tool needs, too" in one_line(d, upstream)
+    (tmp_path / "b.py").write_text("x = 1\n")
+    d.main([str(upstream), str(tmp_path / "b.py"), "--name", "norm"])
+    assert "1 unknown: x" in capsys.readouterr().out
+
 def test_a_clone_knows_its_commit(upstream, source, tmp_path, monkeypatch):
     git = lambda *words: subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a", *words], check=True,
                                         capture_output=True, text=True).stdout.strip()

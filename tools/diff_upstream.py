@@ -181,7 +181,7 @@ def numbered(lines: list[str]) -> list[tuple[str, int | str, str]]:
     found, file, begin = [], "train_gpt.py", 0
     for i, line in enumerate(lines):
         if line.startswith("# ") and lines[i - 1] == RULE and lines[i + 1:i + 2] == [RULE]:
-            while found[-1][2] in ("", RULE):
+            while found and found[-1][2] in ("", RULE):
                 found.pop()
             found += [(file, "", x) for x in lines[len(found):i]]
             file, begin = line[2:], i + 3
@@ -192,6 +192,10 @@ def read_upstream(paths: list[str]) -> str:
     """The source in upstream's script or log, followed by its files of kernels as in a log; ValueError with the way to get it."""
     text = read_source(paths[0]) + "".join(f"\n\n\n{RULE}\n# {Path(x).name}\n{RULE}\n\n{read_source(x)}" for x in paths[1:])
     path = " + ".join(paths)
+    names = re.findall(r"sys\.argv\[0\]\), '(\w+\.py)'", text)
+    if missing := [name for name in names if f"\n# {name}\n" not in text]:
+        raise ValueError(f"{path} reads {' and '.join(missing)}, which this tool needs, too: give all files of the record, in this order: "
+                         f"train_gpt.py {' '.join(names)}")
     if re.search(r"^import torch_xla", text, re.M):
         raise ValueError(f"{path} is this project's own source or log. The other half is upstream's: {GET}")
     try:
