@@ -156,8 +156,9 @@ def drawn(monkeypatch):
     return found
 
 def test_plot_of_a_rehearsal(tmp_path, drawn):
-    fields = ("num_scheduled_iterations=9, num_extension_iterations=3, train_bs_schedule=(512, 1024, 1536), train_bs_extension=1536, "
-              "ws_schedule=(3, 7, 11), block_size=16, of_a_later_version=1")
+    fields = ("num_scheduled_iterations=9, num_extension_iterations=3, train_bs_schedule=(512, 1024, 1536, 1536), "
+              "train_max_seq_len_schedule=(32, 64, 64, 64), ws_short_schedule=(1, 3, 5, 6), ws_long_schedule=(3, 7, 11, 13), "
+              "block_size=16, of_a_later_version=1")
     log = write_log(tmp_path / "a.txt", 2.7474, 60, 12, f"Hyperparameters({fields})\n",
                     " train_loss:3.1000 ms:5000.00 tok/s:100 eta:9s")
     plot_log.main([str(log), "-o", str(tmp_path / "a.png")])
@@ -169,17 +170,38 @@ def test_plot_of_a_rehearsal(tmp_path, drawn):
                      "1,536 tokens\nwindows 96, 208"]
     assert marks == [3, 6, 9] and time_marks == [15.0, 30.0, 45.0]
 
-def test_plot_of_record_runs_has_the_cuda_record(tmp_path, drawn):
-    logs = [write_log(tmp_path / f"{i}.txt", 3.27 + i / 100, steps=1775) for i in range(2)]
-    plot_log.main([*map(str, logs), "-o", str(tmp_path / "a.png")])
-    labels = {label: (x, y) for label, x, y in drawn[0][0]}
-    assert {"0: 3.2700", "1: 3.2800", "CUDA record: 3.2807"} <= set(labels)
-    assert labels["CUDA record: 3.2807"] == (list(t.RECORD_VAL_LOSS), list(t.RECORD_VAL_LOSS.values()))
-    assert drawn[0][2] == [579, 1157, 1735], "stages of the record"
-    # another number of steps is another run
-    drawn.clear()
-    plot_log.main([str(write_log(tmp_path / "b.txt", steps=1774)), "-o", str(tmp_path / "a.png")])
-    assert not any("CUDA" in label for label, _, _ in drawn[0][0]) and not drawn[0][2]
+def upstreams(**stage_2) -> str:
+    """What of upstream's source says how record #89 runs; stage_2: arguments of its second stage that are others."""
+    def stage(batch, windows, seq_len, **rest):
+        arguments = dict(duration="1/3", train_max_seq_len=seq_len, batch_size=f"{batch} * 2048 * 8", window_sizes=windows) | rest
+        return f"    TrainingStage({', '.join(f'{name}={value}' for name, value in arguments.items() if value)}),\n"
+    return ("class Hyperparameters:\n    num_scheduled_iterations: int = 1270\n    num_extension_iterations: int = 15\n"
+            f"TRAINING_STAGES = [\n{stage(8, (1, 3), 896)}{stage(16, (3, 7), 2048, **stage_2)}{stage(24, (5, 11), 2048)}"
+            f"{stage(24, (6, 13), 2048, duration=None)}]\n")
+
+def test_plot_of_upstreams_log_has_its_stages(tmp_path, drawn):
+    path = write_log(tmp_path / "a.txt", steps=1285)
+    text = path.read_text()
+    for code, marks in ((upstreams(), [423, 847, 1270]), (upstreams(window_sizes=(1, 3), batch_size="8 * 2048 * 8"), [847, 1270])):
+        path.write_text(code + text)
+        plot_log.main([str(path), "-o", str(tmp_path / "a.png")])
+        assert drawn[0][2] == marks and len(drawn[0][1]) == len(marks)  # the last stage is too short for its text
+        drawn.clear()
+    # of another schedule, or in words that are not understood: none
+    for code in ("", upstreams(duration="1/4"), upstreams().replace("    TrainingStage(", "    Stage(), TrainingStage(", 1),
+                 upstreams().replace("1270", "1271"), upstreams().replace("num_ext", "num_other"), upstreams(window_sizes=None),
+                 upstreams(window_sizes="WINDOWS"), upstreams(batch_size="get()")):
+        path.write_text(code + text)
+        drawn.clear()
+        plot_log.main([str(path), "-o", str(tmp_path / "a.png")])
+        assert not drawn[0][1] and not drawn[0][2], code
+
+def test_plot_of_an_older_versions_log_has_no_stages(tmp_path, drawn):
+    """It prints the fields of record #60, whose schedule is another."""
+    fields = ("num_scheduled_iterations=2, num_extension_iterations=2, train_bs_schedule=(512, 1024, 1536), train_bs_extension=1536, "
+              "train_max_seq_len=2048, cooldown_frac=0.5, ws_schedule=(3, 7, 11), ws_final=13, block_size=16")
+    plot_log.main([str(write_log(tmp_path / "a.txt", header=f"Hyperparameters({fields})\n")), "-o", str(tmp_path / "a.png")])
+    assert drawn[0][0][0][0] == "a: 3.2700" and not drawn[0][1] and not drawn[0][2]
 
 def test_plot_of_an_unfinished_run_and_bad_input(tmp_path, drawn):
     path = write_log(tmp_path / "a.txt", header=OURS)
@@ -229,17 +251,6 @@ def test_plot_has_no_times_from_before_the_clock_and_no_losses_that_are_none(tmp
     assert steps[0][0] == "a: inf"
     path.write_text("step:4/4 val_loss:nan train_time:0.04s step_avg:10ms\n")
     plot_log.main([str(path), "-o", str(tmp_path / "a.png")])
-
-def test_plot_takes_no_other_run_for_the_record(tmp_path, drawn):
-    """1775 steps are not enough: upstream's source says otherwise, or the run began with other weights."""
-    path = write_log(tmp_path / "a.txt", steps=1775)
-    text = path.read_text()
-    for known, is_record in (("ws_final: int = 13", True), ("ws_final: int = 12", False), ("seed: int = 5", True)):
-        path.write_text(f"class Hyperparameters:\n    {known}\n" + text)
-        assert (plot_log.hyperparameters(run_log.read_log(str(path))) is not None) == is_record, known
-    write_log(path, steps=1775, header=f"{t.Hyperparameters()}\nstarting with the weights of x.pt\n")
-    plot_log.main([str(path), "-o", str(tmp_path / "a.png")])
-    assert drawn[0][2] == [579, 1157, 1735] and not any("CUDA" in label for label, _, _ in drawn[0][0])
 
 # -----------------------------------------------------------------------------
 # The figures of the log line
