@@ -10,12 +10,12 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, one_line
+from eager import eager
 
 sys.path.insert(0, str(ROOT / "tools"))
 import aot
 import plot_log
 import record_stats
-import run_log
 
 import train_gpt_xla as t
 
@@ -258,16 +258,21 @@ def test_plot_has_no_times_from_before_the_clock_and_no_losses_that_are_none(tmp
 def test_flops_are_those_of_the_model(monkeypatch):
     """Counted by torch in a whole forward and backward pass; attention apart, by the windows that the model asks for."""
     from torch.utils.flop_counter import FlopCounterMode
-    args = t.Hyperparameters(vocab_size=301, num_heads=2, head_dim=64, model_dim=128, block_size=16, train_max_seq_len=64)
+    args = t.Hyperparameters(vocab_size=301, head_dim=64, model_dim=384, block_size=16, dc_window=14, bigram_vocab_size=512, bigram_dim=384,
+                             bigram_sign_table_rows=16, train_max_seq_len_schedule=(64, 64, 64, 64))
     windows = []
     monkeypatch.setattr(t, "window_attention", lambda q, k, v, documents, window, scale, paired: windows.append((window, paired)) or v)
-    model = t.GPT(args.vocab_size, args.num_layers, args.num_heads, args.head_dim, args.model_dim, args.block_size).float()
-    graph = t.get_graph(0, args)
+    monkeypatch.setattr(t, "dc_attention", lambda qkv, y, w1, w2, documents, window, scale: windows.append((window - 1, False)) or y)
+    model = t.GPT(args.vocab_size, args.num_layers, args.num_heads, args.head_dim, args.model_dim, args.block_size, args.dc_window,
+                  args.bigram_vocab_size, args.bigram_sign_table_rows).float()
+    graph = t.get_graph(0, t.TrainingSchedule(args))
     tokens = t.torch.zeros(8, 64, dtype=t.torch.int32)
     yarn = t.torch.tensor(model.yarn.numbers())
-    config = t.ForwardScheduleConfig(t.torch.ones(graph.n_mtp), graph.ws_short, graph.ws_long, yarn, yarn)
-    with FlopCounterMode(display=False) as counter:
-        model(tokens, tokens, tokens, config).sum().backward()
+    ws_short, ws_long = (args.block_size * window for window in (graph.ws_short, graph.ws_long))
+    config = t.ForwardScheduleConfig(t.torch.ones(graph.n_mtp), t.torch.ones(1), ws_short, ws_long, yarn, yarn)
+    with eager(kernels=False), FlopCounterMode(display=False) as counter:
+        model(tokens, tokens, tokens, tokens, config).sum().backward()
+    assert len(windows) == 11
     keys = sum(np.mean([min(i, window) + 1 for i in range(64 * (1 + paired))]) for window, paired in windows)
     counted = counter.get_total_flops() / tokens.numel() + 12 * args.model_dim * keys
     assert t.flops_per_token(graph, args) == pytest.approx(counted, rel=0.01), "gates may make one percent"
@@ -275,11 +280,15 @@ def test_flops_are_those_of_the_model(monkeypatch):
 def test_flops_of_the_record():
     args = t.Hyperparameters()
     tokens, flops = t.work_until(args)
-    assert len(tokens) == 1776 and tokens[0] == 0 and tokens[-1] == 579 * 131072 + 578 * 262144 + (578 + 40) * 393216
+    assert len(tokens) == 1286 and tokens[0] == 0 and tokens[-1] == 423 * 131072 + 424 * 262144 + (423 + 15) * 393216
     weights = 10 * 4 * 768**2 + 11 * 8 * 768**2 + 50304 * 768
-    keys = 8 * 126 + 2 * 349  # of windows of 128 and 384, in documents of 2048 tokens
-    assert flops[1] / tokens[1] == pytest.approx(6 * weights + 12 * 768 * keys, rel=1e-4)
-    assert flops[-1] / (8 * 918e12) == pytest.approx(46.8, abs=0.1), "seconds at the peak of 8 v6e"
+    seen = lambda window, length: np.mean(np.minimum(np.arange(length), window) + 1)  # keys, on average
+    total = 0.0
+    for steps, batch, short, long, length in ((423, 131072, 128, 384, 896), (424, 262144, 384, 896, 2048), (423, 393216, 640, 1408, 2048),
+                                              (15, 393216, 768, 1664, 2048)):
+        keys = 4 * seen(short, 2 * length) + 4 * seen(short, length) + 2 * seen(long, length) + seen(111, length)  # the last: DC
+        total += steps * batch * (6 * weights + 12 * 768 * keys)
+    assert flops[-1] == pytest.approx(total, rel=1e-4)
 
 def test_peak_by_pci_id(tmp_path, monkeypatch):
     def chip(i, device, vendor="0x1ae0"):
