@@ -91,7 +91,7 @@ class NorMuonAndAdam:
 
     "replicated": gradients are summed over the chips, each of which makes the whole update. "sharded": reduce-scatter, each chip updates
     its rows or matrices, all-gather. "owned" (D4, in the place of upstream's "sharded_sparse"): each chip has rows of its own, weights and
-    all; their gradients come to it by themselves (lookup_owned). XLA orders all of it, so there are no scatter_order and work_order.
+    all; their gradients come to it by themselves (lookup_owned). XLA orders all of it (D12), so there are no scatter_order and work_order.
 
     Each device adds up its gradients of two steps in state["grad"], [devices, ...] (upstream: in param.grad); step() reduces the sum. Where
     rows take turns it is float32, because a sum of 16 gradients in bfloat16 would lose the last ones.

@@ -120,7 +120,10 @@ class CastedLinear(nn.Linear):
         return F.linear(x, self.weight.type_as(x))
 
 class FusedLinearReLUSquareFunction(torch.autograd.Function):
-    """relu(x @ W1.T)^2 @ W2, whose backward pass keeps one [.., 4d] tensor instead of two and forms dpre in x's dtype."""
+    """
+    relu(x @ W1.T)^2 @ W2, whose backward pass keeps one [.., 4d] tensor instead of two and forms dpre in x's dtype. D1: upstream's forward
+    pass is in FP8.
+    """
     @staticmethod
     def forward(ctx, x, W1, W2):
         pre = x @ W1.T
@@ -466,7 +469,7 @@ class GPT(nn.Module):
         self.lm_head = CastedLinear(model_dim, self.vocab_size)
         nn.init.normal_(self.lm_head.weight, mean=0, std=0.005)
 
-        # tied to lm_head until the split: until then it is not read, and state_dict gives lm_head's
+        # D23: tied to lm_head until the split: until then it is not read, and state_dict gives lm_head's
         self.embed = nn.Embedding(self.vocab_size, model_dim)
         with torch.no_grad():
             self.embed.weight.copy_(self.lm_head.weight)
@@ -761,7 +764,7 @@ class GPT(nn.Module):
         assert len(ve_gates) == self.num_layers
 
         # ---- Embeddings and input preparation ----
-        # D19: on a TPU a kernel adds up their gradients
+        # D19: on a TPU a kernel adds up their gradients. D23: while tied lm_head's weight is what is read, so that no step copies it
         x = lookup(input_seq, self.embed.weight if self.split_embed else self.lm_head.weight)
 
         # signs tell bigrams apart that share a row: @trianxy
@@ -1032,7 +1035,7 @@ def distributed_data_generator(filename_pattern: str, num_tokens: int, max_seq_l
             num_tokens, max_seq_len = new_params
 
 def get_documents(cum_seqlens: np.ndarray) -> np.ndarray:
-    """cum_seqlens [8, n] -> [8, T] int32, where in its row each token's document starts."""
+    """cum_seqlens [8, n] -> [8, T] int32, where in its row each token's document starts (D10)."""
     return np.stack([np.repeat(row[:-1], np.diff(row)) for row in cum_seqlens])
 
 def pack(inputs: np.ndarray, targets: np.ndarray, cum_seqlens: np.ndarray, bigram_inputs: np.ndarray) -> Tensor:
@@ -1397,9 +1400,6 @@ class TrainingManager():
         self.optimizer = NorMuonAndAdam(model.named_parameters(), self.param_table, adam_defaults, normuon_defaults)
         self.adam_labels = list(self.optimizer.get_numbers(0.0))
         self.reset()
-
-    def _is_adam_step(self, step: int):
-        return step % 2 == 1
 
     def advance_schedule(self, step: int, train: bool = True):
         """Host only: the graph of this step (or of the validation before it), YaRN where the window changes, Adam's count of its steps."""

@@ -1,6 +1,6 @@
 """
 A layer's second half: the residual stream with attention's result, x0 and the bigram embedding, each times a factor of the token, then the
-MLP. The plain-torch twin is the end of Block.forward in train_gpt_xla.py (upstream: the end of GPT.forward's loop and ReLUSqrdMLP); the
+MLP. The plain-torch twin is GPT.second_half in train_gpt_xla.py (upstream: the end of GPT.forward's loop and ReLUSqrdMLP); the
 TPU kernels are tpu/mlp.py.
 """
 import dataclasses

@@ -1,5 +1,5 @@
 """
-The second half of a layer. The plain-torch twin is the end of Block.forward.
+The second half of a layer. The plain-torch twin is GPT.second_half.
 
 A program has one block of C tokens. The weights stay in VMEM, and in the backward pass so do the sums of their gradients,
 in f32. What has 4d features lies as [4d, C]: then every matmul streams a weight or such an array as it lies, and only [d, C] blocks
