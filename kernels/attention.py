@@ -1,8 +1,7 @@
 """
 Attention: what comes before it in a block (norm, projection, QK norm, rotary embedding, key offset, value embedding), sliding-window
 attention within documents, and what comes after it (exclusive self-attention, a gate). The plain-torch twin of all of it is
-and CausalSelfAttention.forward in train_gpt_xla.py, with window_attention below; the TPU kernels are tpu/projection.py and
-tpu/attention.py.
+CausalSelfAttention.forward in train_gpt_xla.py, with window_attention below; the TPU kernels are tpu/projection.py and tpu/attention.py.
 Upstream's counterpart is FlashAttention-3 (flash_attn_varlen_func with cu_seqlens and window_size=(window, 0)).
 """
 import dataclasses
