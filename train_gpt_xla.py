@@ -224,9 +224,10 @@ class AttnArgs:
     attention: tuple[Callable, Callable] = (window_attention, dc_attention)
 
 def dc_gate(dc_w: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """[B, T, H] float32 each: the first is normed over the heads."""
+    """[B, T, H] float32 each, rounded as they come: the first is normed over the heads."""
     dc_w1, dc_w2 = (w.float() for w in dc_w)
-    return dc_w1 * torch.rsqrt(dc_w1.square().mean(-1, keepdim=True) + 1e-6), dc_w2
+    normed = dc_w1 * torch.rsqrt(dc_w1.square().mean(-1, keepdim=True) + 1e-6)
+    return normed.type_as(dc_w[0]).float(), dc_w2
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, dim: int, head_dim: int, num_heads: int, paired: bool = False):
