@@ -413,18 +413,20 @@ class ForwardScheduleConfig:
     attention: tuple[Callable, Callable] | None = None  # in place of window_attention and dc_attention; no kernels of layers run then
     positions: Tensor | None = None  # [B, T] float32, in the row, by which heads rotate; 0 .. T-1 where there are none
 
-class ScatterSum(torch.autograd.Function):
+class Exchange(torch.autograd.Function):
     """
-    Of [devices * B, T, d] on each device the sum over devices, of which each takes its own [B, T, d]. All terms but one are zeros, so it is
-    exact. An exchange, because XLA runs that beside other work, and a reduce-scatter not.
+    What each device has found for the ids of all, [devices * B * T, d], and owner [B, T] -> what their owners have found for its own ids,
+    [B, T, d].
+    An all-to-all, because XLA runs that beside other work, and a reduce-scatter not.
     """
     @staticmethod
-    def forward(ctx, x):
-        return exchange(x).unflatten(0, (device_count(), -1)).sum(0)
+    def forward(ctx, x, owner):
+        place = torch.arange(owner.numel(), dtype=torch.int32, device=x.device).view(owner.shape)
+        return F.embedding(owner * owner.numel() + place, exchange(x))
 
     @staticmethod
     def backward(ctx, dy):
-        return gather_rows(dy)
+        return gather_rows(dy.flatten(0, 1)), None
 
 def lookup_owned(ids: Tensor, weight: Tensor) -> Tensor:
     """
@@ -433,10 +435,10 @@ def lookup_owned(ids: Tensor, weight: Tensor) -> Tensor:
     """
     if device_count() == 1:
         return lookup(ids, weight)
-    local = gather_rows(ids) - first_row(weight.size(0), ids)  # [devices * B, T]
-    mine = (local >= 0) & (local < weight.size(0))
-    x = lookup(torch.where(mine, local, 0), weight)
-    return ScatterSum.apply(torch.where(mine.unsqueeze(-1), x, 0.0))
+    rows = weight.size(0)
+    local = gather_rows(ids.flatten()) - first_row(rows, ids)  # [devices * B * T]
+    x = lookup(local.unsqueeze(0), weight, ((local >= 0) & (local < rows)).unsqueeze(0))
+    return Exchange.apply(x.squeeze(0), ids // rows)
 
 class Tables(torch.autograd.Function):
     """
@@ -813,7 +815,8 @@ class GPT(nn.Module):
                 if i == self.num_layers - 1:
                     cache[9] = x
                     mu = self.forward_mudd(x, id=0, num_coef=14)
-                    ve_gate = torch.cat([mu[6], mu[7]], dim=-1).repeat_interleave(self.head_dim * self.num_heads // 2, dim=-1)
+                    first_half = torch.arange(x.size(-1), device=x.device) < x.size(-1) // 2  # of the heads
+                    ve_gate = torch.where(first_half, mu[6].float(), mu[7].float())
                     aux_v = weighted((ve_gate, ve_last), (mu[0], cache[0]), (mu[1], cache[7]), (mu[2], x))
                     x = weighted((1 + mu[5].float(), x), (mu[3], cache[0]), (mu[4], cache[7]))
                     mix = [mu[8], mu[9], mu[10], mu[11], mu[12], mu[13]]
