@@ -80,10 +80,10 @@ class Sum:
 class Shared:
     """
     The gradient of an activation that kernels of several layers read. From the last of these layers to the first each adds to it, in its
-    memory; then autograd gets it. readers: how many they are. start: zeros, or None where the first one to come makes the memory.
+    memory, which the first one to come makes; then autograd gets it. readers: how many layers they are.
     """
-    def __init__(self, readers: int, start: Tensor | None = None):
-        self.left, self.tensor = readers, start
+    def __init__(self, readers: int):
+        self.left, self.tensor = readers, None
 
     def so_far(self) -> Tensor | None:
         return self.tensor

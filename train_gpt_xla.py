@@ -793,10 +793,7 @@ class GPT(nn.Module):
         by_kernels = schedule_cfg.attention is None and takes_layers(x, self.mlp_bank, self.num_heads, self.dc_window, {
             (window, i in self.paired_head_layers) for i, window in enumerate(bm_sizes) if window is not None})
         ve, ve_first, ve_last = Tables.apply(ve) if by_kernels else (ve, *ve.chunk(5, dim=-1)[::4])
-        training = by_kernels and torch.is_grad_enabled()
-        # sums begin as zeros, so that all layers run one and the same program
-        zeros = lambda readers: Shared(readers, torch.zeros_like(x)) if training else None
-        ve_sum, x0_sum, cache0_sum, bigram_sum = Shared(4) if training else None, zeros(9), zeros(1), zeros(10)
+        ve_sum, x0_sum, bigram_sum = map(Shared, (4, 9, 10)) if by_kernels and torch.is_grad_enabled() else (None, None, None)
         for i in range(self.num_layers):
             is_paired = i in self.paired_head_layers
             *yarn, attn_scale = factors[is_paired]
@@ -846,7 +843,7 @@ class GPT(nn.Module):
                 else:
                     x = attn_in
             x = self.second_half(i, x, y, mix, sa_lambdas[i, 1] if y is not None else None, x0 if mu is None else cache[0], x0_bigram,
-                                 by_kernels, schedule_cfg.keep is None or schedule_cfg.keep.mlp, x0_sum if mu is None else cache0_sum,
+                                 by_kernels, schedule_cfg.keep is None or schedule_cfg.keep.mlp, x0_sum if mu is None else None,
                                  bigram_sum)
             if i in self.cache_layers:
                 cache[i] = x
