@@ -1690,7 +1690,7 @@ def check_args(args: Hyperparameters):
                 refuse(f.name, f"it must be {kind} from {low} to {high}" if low < high else
                        f"it must be {low}, which the record's wiring (windows, skips, gates) is for")
     for name in ("train_bs_schedule", "train_max_seq_len_schedule", "ws_short_schedule", "ws_long_schedule"):
-        if len(getattr(args, name)) != len(TRAINING_STAGES):
+        if not isinstance(getattr(args, name), tuple) or len(getattr(args, name)) != len(TRAINING_STAGES):
             refuse(name, f"it must be {len(TRAINING_STAGES)} numbers, one for each of TRAINING_STAGES")
     for name in ("train_bs_schedule", "val_batch_size"):
         value = getattr(args, name)
