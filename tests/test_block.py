@@ -41,8 +41,8 @@ class Case:
     """Layers that follow each other, with inputs and weights, and where their gradients go."""
     def __init__(self, dtype: torch.dtype, *layers: dict, heads=2, T=T, C=C, own_loop=False, on_top=False, keep=True):
         """
-        own_loop: as someone finds it who calls backward() and no TrainingManager. on_top: gradients are added to those of rows that had
-        their turn before, and of later layers.
+        own_loop: as someone finds it who calls backward() and no TrainingManager, nor shares gradients between layers. on_top: gradients
+        are added to those of rows that had their turn before, and of later layers.
         """
         self.layers, self.H, self.T, self.keep, self.own_loop, self.on_top = layers, heads, T, keep, own_loop, on_top
         self.D, generator = C // heads, torch.Generator().manual_seed(T)
@@ -50,8 +50,9 @@ class Case:
         tokens = torch.logspace(-1, 1, T)[torch.randperm(T, generator=generator), None].to(dtype)  # from small to large
         self.used = dict(qk_bank=3 * heads, vo_bank=6, mlp_bank=6)
         self.leaves = leaves = dict(
-            qk_bank=randn(3 * heads + 2, 2 * self.D, C) * C**-0.5, vo_bank=randn(8, C, C) * C**-0.5, mlp_bank=randn(4, 2, 4 * C, C) * C**-0.5,
-            x=randn(B, T, C) * tokens, x0=randn(B, T, C), x0_bigram=randn(B, T, C), ve=randn(B, T, 5 * C))
+            qk_bank=randn(3 * heads + 2, 2 * self.D, C) * C**-0.5, vo_bank=randn(8, C, C) * C**-0.5,
+            mlp_bank=randn(4, 2, 4 * C, C) * C**-0.5, x=randn(B, T, C) * tokens, x0=randn(B, T, C), x0_bigram=randn(B, T, C),
+            ve=randn(B, T, 5 * C))
         for n, layer in enumerate(layers):
             own = dict(resid_m=torch.tensor(0.875), post_m=torch.tensor(-1.25))
             if layer.get("attention", True):
@@ -120,7 +121,7 @@ class Case:
         found, before, leaves = {}, self.before, self.leaves
         with eager.eager(by_kernels, chip=chip):
             shared = {name: Shared(self.readers(name), None if before[name] is None else before[name].clone())
-                      if by_kernels and self.readers(name) else None for name in ("ve", "x0", "x0_bigram")}
+                      if by_kernels and not self.own_loop and self.readers(name) else None for name in ("ve", "x0", "x0_bigram")}
             if self.own_loop:
                 out = self.forward(by_kernels, shared)
                 out.backward(self.dout)
@@ -180,7 +181,7 @@ def test_activations_are_not_kept(layer):
 @pytest.mark.parametrize("layers", [["values, XSA (1)", "values (8)"], [NO_ATTENTION], [LAST]],
                          ids=["values", "no attention", "last"])
 def test_on_top_of_other_rows(layers):
-    """And of what other layers have found of x0, the bigram and the value embeddings; a place in a stack that no layer has stays as it is."""
+    """And of what other layers have found of x0, the bigram and the value embeddings. Places of other layers stay as they are."""
     check(*map(LAYERS.get, layers), on_top=True)
 
 def test_layers_share_gradients():
@@ -189,7 +190,7 @@ def test_layers_share_gradients():
 
 @pytest.mark.parametrize("layer", [NO_ATTENTION, "values, XSA (1)"])
 def test_backward_in_ones_own_loop(layer):
-    """Nobody has made addresses, so that each bank has its gradient in .grad."""
+    """Nobody has made addresses, so that each bank has its gradient in .grad, as x0 and the value embeddings have."""
     check(LAYERS[layer], own_loop=True)
 
 @pytest.mark.parametrize("layer", [NO_ATTENTION, "values, XSA (1)"])
@@ -254,14 +255,15 @@ def test_all_layers_run_by_kernels_or_none(monkeypatch, recwarn):
     eager.replace(monkeypatch, "for_tpu", lambda x: True)
     warnings.simplefilter("always")
     monkeypatch.setattr(dispatch, "target", CHIPS["v6e"])
-    takes = lambda x=empty(1, 65536, 768), bank=empty(12, 2, 3072, 768), heads=6, dc=112, windows=((384, True), (768, False)): (
-        takes_layers(x, bank, heads, dc, {*windows}))
+    def takes(**other) -> bool:
+        record = dict(x=empty(1, 65536, 768), mlp_bank=empty(12, 2, 3072, 768), heads=6, dc_window=112)
+        return takes_layers(**record | dict(attentions={(384, True), (768, False)}) | other)
     assert takes() and not recwarn.list
     for why, bad in {
             "they take bfloat16": dict(x=empty(1, 1024, 768, dtype=torch.float32)), "a multiple of 128 tokens": dict(x=empty(1, 1000, 768)),
-            "they take heads of 128": dict(heads=12), "a window of 40000": dict(windows=((384, True), (40000, False))),
-            "they take pairs of weights": dict(bank=empty(24, 3072, 768)), "DC's window of 50000": dict(dc=50000),
-            "of 256 hidden ones": dict(bank=empty(12, 2, 384, 768))}.items():
+            "they take heads of 128": dict(heads=12), "a window of 40000": dict(attentions={(384, True), (40000, False)}),
+            "they take pairs of weights": dict(mlp_bank=empty(24, 3072, 768)), "DC's window of 50000": dict(dc_window=50000),
+            "of 256 hidden ones": dict(mlp_bank=empty(12, 2, 384, 768))}.items():
         recwarn.clear()
         dispatch.warn_once.cache_clear()
         assert not takes(**bad) and not takes(**bad)
