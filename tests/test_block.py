@@ -188,7 +188,7 @@ def test_layers_share_gradients():
     """The later layer begins what both add up, in stacks that nobody has made before."""
     check(LAYERS["values, XSA (1)"], LAYERS["values (8)"])
 
-@pytest.mark.parametrize("layer", [NO_ATTENTION, "values, XSA (1)"])
+@pytest.mark.parametrize("layer", [NO_ATTENTION, "values (8)"])
 def test_backward_in_ones_own_loop(layer):
     """Nobody has made addresses, so that each bank has its gradient in .grad, as x0 and the value embeddings have."""
     check(LAYERS[layer], own_loop=True)
