@@ -266,7 +266,8 @@ def write_shards(files, out, key="text", shard_size=10**8, val_tokens=10_500_000
     mean = total / documents
     print(f"{out}: {documents:,} documents, {total:,} tokens ({mean:.0f} a document), 1 validation and {index - 1} train shards")
     if mean > 2048:
-        print("training reads the first 2048 tokens of a document (train_max_seq_len): cut long ones with <|endoftext|> or into rows")
+        print("training reads the first 2048 tokens of a document, in its first third 896 (train_max_seq_len_schedule): cut long ones with "
+              "<|endoftext|> or into rows")
 
 def main(argv=None):
     def positive(text):

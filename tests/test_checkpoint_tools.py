@@ -384,9 +384,12 @@ def test_push_and_pull(checkpoint, tmp_path):
     card = server.files["README.md"].decode()
     assert "| validation loss | 5.4321 |" in card and "| training time | 5.6 s |" in card and "| devices | 8 CPU devices |" in card
     config = json.loads(server.files["config.json"])
-    assert config["block_size"] == 16 and config["model_dim"] == 32 and config["step"] == 28 and "train_files" not in config
+    assert "record #89 of" in card and "48 dims,\n6 heads" in card
+    assert config["step"] == 28 and "train_files" not in config
+    assert config.items() >= {k: list(v) if isinstance(v, tuple) else v for k, v in FIELDS.items()}.items()
     pulled = tmp_path / "logs" / "toy" / "state_step000028.pt"
     theirs, ours = torch.load(checkpoint)["model"], load_weights(pulled)
+    assert ours["optimizer"] == {}
     assert ours["model"].keys() == {name.removeprefix("_orig_mod.") for name in theirs}
     assert all(torch.equal(x, ours["model"][name.removeprefix("_orig_mod.")]) for name, x in theirs.items())
     args = sample.get_args(str(pulled), ours, [])  # with no option: what it needs came along
@@ -404,7 +407,8 @@ def test_card_leaves_out_what_is_not_there(checkpoint, tmp_path, monkeypatch, ca
     assert not re.search(r"\b(nan|inf|None|devices|validation loss)\b", card), card
     assert "nothing is sent to someone/toy" in capsys.readouterr().out
 
-TOY_STATE = {"lm_head.weight": torch.zeros(384, 32), "attn_gate_bank": torch.zeros(10, 4, 12), "x0_lambdas": torch.zeros(11)}
+TOY = t.GPT(vocab_size=301, **PARAMETERS)
+TOY_STATE = {name: TOY.to_upstream(name, x.detach()) for name, x in torch.nn.Module.state_dict(TOY).items()}
 
 @pytest.fixture
 def card(tmp_path, capsys):
@@ -412,7 +416,7 @@ def card(tmp_path, capsys):
     path = tmp_path / "toy" / "state_step000014.pt"
     path.parent.mkdir()
     def push(log: str, given=False, options=OPTIONS, **content):
-        content = dict(step=14, code="", model=TOY_STATE, optimizers=[]) | content
+        content = dict(step=14, code="", model=TOY_STATE, optimizer={}) | content
         torch.save({name: x for name, x in content.items() if x is not None}, path)
         file = tmp_path / ("other.txt" if given else "toy.txt")
         file.write_text(log)
@@ -454,26 +458,36 @@ def test_a_checkpoint_that_does_not_say_its_step(card, tmp_path):
 def test_hyperparameters_on_the_hub_are_the_runs(card, tmp_path):
     """Those of the checkpoint, of its log, wherever that is, or of upstream's source; else a preset's, which is said."""
     config = lambda: json.loads((tmp_path / "toy" / "hub" / "config.json").read_text())
-    log = LONG.replace("cooldown_frac=0.5", "cooldown_frac=0.25")
+    log = LONG.replace("cooldown_frac=0.6", "cooldown_frac=0.25")
     for given in (False, True):
         _, said = card(log, given, options=[])
         assert config()["cooldown_frac"] == 0.25 and not said
     (tmp_path / "toy.txt").unlink()
     card(log, given=True, options=VOCABULARY, hyperparameters=RUN["hyperparameters"] | dict(cooldown_frac=0.25))
-    source = UPSTREAM.format("(2, 2, 3)")
-    _, said = card("a letter", options=VOCABULARY, code=source)
-    assert (config()["ws_schedule"], config()["cooldown_frac"]) == ([2, 2, 3], 0.5)
-    assert "nothing tells" not in said and "--train_bs_extension=9 * n" in said and "num_iterations" not in said
-    _, said = card("a letter", options=VOCABULARY, code="import torch_xla\n" + source)
-    assert config()["ws_schedule"] == [3, 7, 11] and "nothing tells its run's hyperparameters, so those of --preset record" in said
-    _, said = card("a letter", options=VOCABULARY, hyperparameters=dict(ws_schedule=(2, 2, 3), of_a_later_version=1, ws_final="x"))
-    assert config()["ws_schedule"] == [2, 2, 3] and "no such: --of_a_later_version=1 --ws_final=x" in said
+    schedules = lambda: [config()[f"ws_{which}_schedule"] for which in ("short", "long")]
+    _, said = card("a letter", options=VOCABULARY, code=UPSTREAM)
+    assert schedules() == [[1, 1, 2, 2], [2, 2, 3, 4]] and config()["cooldown_frac"] == 0.5
+    assert "nothing tells" not in said and "--val_tokens=9 * n" in said and "num_iterations" not in said
+    _, said = card("a letter", options=VOCABULARY, code="import torch_xla\n" + UPSTREAM)
+    assert schedules() == [[1, 3, 5, 6], [3, 7, 11, 13]]
+    assert "nothing tells its run's hyperparameters, so those of --preset record" in said
+    _, said = card("a letter", options=VOCABULARY, hyperparameters=dict(ws_long_schedule=(2, 2, 3, 4), of_a_later_version=1, seed="x"))
+    assert schedules()[1] == [2, 2, 3, 4] and "no such: --of_a_later_version=1 --seed=x" in said
 
 UPSTREAM = """class Hyperparameters:
     train_files: str = "data/fineweb_train_*.bin"
-    ws_schedule: tuple = {}
+    val_tokens: int = 9 * n
+    num_scheduled_iterations: int = 24
+    num_extension_iterations: int = 4
     num_iterations: int = a + b
-    train_bs_extension: int = 9 * n
+
+TRAINING_STAGES = [
+    TrainingStage(duration=1/3, train_max_seq_len=32, batch_size=8 * 128, window_sizes=(1, 2)),
+    TrainingStage(duration=1/3, train_max_seq_len=32, batch_size=8 * 128, window_sizes=(1, 2)),
+    TrainingStage(duration=1/3, train_max_seq_len=32, batch_size=8 * 128, window_sizes=(2, 3)),
+    TrainingStage(train_max_seq_len=32, batch_size=8 * 128, window_sizes=(2, 4)),
+]
+training_schedule = TrainingSchedule(TRAINING_STAGES, 24, 4, cooldown_frac=0.5)
 """
 
 @pytest.mark.parametrize("content, words", [
@@ -487,9 +501,9 @@ RUN = dict(hyperparameters=t.hyperparameters(t.Hyperparameters(**FIELDS)), run_i
 
 @pytest.mark.parametrize("content, log, words", [
     (RUN | dict(run_id="another"), LONG, "run_id is "),
-    (dict(hyperparameters=RUN["hyperparameters"] | dict(cooldown_frac=0.6)), LONG, "cooldown_frac is 0.5 there, 0.6 in the checkpoint"),
+    (dict(hyperparameters=RUN["hyperparameters"] | dict(cooldown_frac=0.7)), LONG, "cooldown_frac is 0.6 there, 0.7 in the checkpoint"),
     (dict(hyperparameters=RUN["hyperparameters"] | dict(seed=1)), LONG, "seed is 0 there, 1"),
-    ({}, LONG.replace("model_dim=32", "model_dim=64"), "model_dim is 64 there, 32"),
+    ({}, LONG.replace("model_dim=48", "model_dim=96"), "model_dim is 96 there, 48"),
     ({}, LONG.replace("vocab_size=301", "vocab_size=50257"), "vocab_size is 50257 there, 384"),
     (dict(code="x = 1\n"), "x = 2\n" + LONG, "another source"),
     (dict(data=dict(train_files=[("a.bin", 9, 7)])), LONG.replace("step:0/28", DATA + "step:0/28"), "the shards of train_files are others"),
@@ -511,7 +525,7 @@ def test_a_log_that_does_not_say_whose_it_is(card):
 
 def test_a_log_of_another_name_is_not_taken_for_the_checkpoints(card):
     """Copied beside it, or renamed with it: who knows gives it with --log. A model is that of its hyperparameters whatever the name."""
-    other = LONG.replace("run_id='toy'", "run_id='other'").replace("cooldown_frac=0.5", "cooldown_frac=0.25")
+    other = LONG.replace("run_id='toy'", "run_id='other'").replace("cooldown_frac=0.6", "cooldown_frac=0.25")
     page, said = card(other, options=[])
     assert "6.0000" not in page and "is of a run called other" in said and "toy.txt if it is the log of" in said
     assert "nothing tells" not in said
@@ -539,7 +553,7 @@ def test_hyperparameters_come_from_the_checkpoints_own_log(tmp_path, capsys):
         assert block_size(log) == 32, log
     assert block_size(run + start(block_size=32, seed=1) + end.replace("5.0", "5.1")) == 32, "two runs, whose models are alike"
     assert not capsys.readouterr().err.count("left out: ")
-    for log, words in ((start(model_dim=64, block_size=64) + end, "model_dim is 64 there, 32"), ("", "is empty"),
+    for log, words in ((start(model_dim=96, block_size=64) + end, "model_dim is 96 there, 48"), ("", "is empty"),
                        (run + other + end.replace("5.0", "5.1"), "more than one run"),
                        (start(block_size=32) + "step:20/28 train_time:9ms step_avg:9ms\n", "it ends at step 20")):
         assert block_size(log) == t.Hyperparameters().block_size and words in capsys.readouterr().err
@@ -641,6 +655,8 @@ def test_pull_refuses(tmp_path, monkeypatch):
     ours()
     weights.write_bytes(b"\x09" + bytes(7) + b"{")
     one_line(hub.main, ["pull", "a/b"], "model.safetensors: safetensors that are cut short")
+    save_file({"blocks.0.attn.qkvo_w": torch.zeros(3)}, weights)
+    one_line(hub.main, ["pull", "a/b"], "blocks.0.attn.qkvo_w, so it is record #60's, whose folder in records/ says")
     save_file(TOY_STATE, weights)
     for fields, words in ((dict(step="14"), "a/b: its step is '14'"), (dict(block_size=0), "a/b: block_size is 0"),
                           (dict(step=29), "from step 29")):

@@ -6,8 +6,8 @@ finds, saved by the code that train() saves with.
 
 stall_s: what training waits for, the copy to the host and the hand-over to the writing thread. stall_cpu_s: processor time of this
 process in the stall; where it is much less, the machine was busy with something else. write_s: the thread's time, checksum and
-fsync included. Every line is one save, with the gradients of an even step where its number is odd. A CPU's virtual devices are
-copied from memory to memory; what it takes from a TPU has not been measured.
+fsync included. Every line is one save. A CPU's virtual devices are copied from memory to memory; what it takes from a TPU has not been
+measured.
 """
 import argparse
 import json
@@ -32,7 +32,7 @@ def main():
     import train_gpt_xla as t
     from checkpoint import KEYS, VERSION, Checkpoints
     t.setup_devices()
-    args = t.Hyperparameters(head_dim=options.model_dim // 6, model_dim=options.model_dim)
+    args = t.Hyperparameters(head_dim=options.model_dim // 6, model_dim=options.model_dim, bigram_dim=options.model_dim)
     manager = t.build(args)
     t.xm.wait_device_ops()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder, Checkpoints(folder, keep=1, say=lambda s: None) as checkpoints:
@@ -40,7 +40,7 @@ def main():
         del state
         for step in range(1, options.saves + 1):
             t0, cpu = time.perf_counter(), time.process_time()
-            state = dict(model=manager.model.state_dict(), optimizers=manager.get_state(lazy=True), schedule=manager.get_schedule())
+            state = dict(model=manager.model.state_dict(), optimizer=manager.get_state(lazy=True), schedule=manager.get_schedule())
             checkpoints.save(step, dict.fromkeys(KEYS, 0) | dict(version=VERSION, step=step) | state)
             del state
             t1, cpu = time.perf_counter(), time.process_time() - cpu
