@@ -7,7 +7,7 @@ finds, saved by the code that train() saves with.
 stall_s: what training waits for, the copy to the host and the hand-over to the writing thread. stall_cpu_s: processor time of this
 process in the stall; where it is much less, the machine was busy with something else. write_s: the thread's time, checksum and
 fsync included. Every line is one save. A CPU's virtual devices are copied from memory to memory; what it takes from a TPU has not been
-measured.
+measured. All that 8 virtual devices hold lies in the machine's memory: 10 GB at --model_dim 192, and about four times that at 768.
 """
 import argparse
 import json
@@ -27,7 +27,7 @@ def main():
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if os.environ.setdefault("PJRT_DEVICE", "CPU") == "CPU":
-        os.environ.setdefault("CPU_NUM_DEVICES", "4")  # each has a copy of the weights in the same memory: 8 need 20 GB
+        os.environ.setdefault("CPU_NUM_DEVICES", "8")
 
     import train_gpt_xla as t
     from checkpoint import KEYS, VERSION, Checkpoints
