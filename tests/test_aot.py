@@ -446,6 +446,27 @@ def test_the_table_of_all_tpus():
     full = aot.build_report(two, TPUS["v5e-8"], "record", [], complete=True)
     assert full["hbm_gib_with_all_code"] == 16 and not full["fits"]  # each fits, but not with the code of the other
 
+@pytest.mark.parametrize("gates", [(), ("xsa",), ("xsa", "gate")])
+def test_attentions_calls_can_be_made_again(monkeypatch, gates):
+    """Through JSON, and with the operands that they had; those of other kernels are not noted."""
+    import jax
+
+    from kernels import dispatch
+    from kernels.attention import Band
+    from kernels.tpu import attention
+    monkeypatch.setattr(dispatch, "lowered", lambda call, shapes, operands, chip: "lowered")
+    monkeypatch.setattr(dispatch, "target", None)
+    calls = aot.kernels_for(TPUS["v6e-8"])
+    band = Band(2, 2, 512, 128, 200, False, 128, **dict.fromkeys(gates, True))
+    operands = (("qkv", (2, 6, 512, 128), "bfloat16"), ("documents", (2, 512), "int32"), ("scale", (1,), "float32"),
+                *((name, (2, 2, 512), "float32") for name in gates))
+    assert dispatch.lowered(attention.attention_forward, band, operands, None) == "lowered"
+    dispatch.lowered(attention.attention_forward, "shapes of another kernel", operands, None)
+    [call] = json.loads(json.dumps(calls))
+    function, arguments, blocks = aot.attention_program(*call)
+    found = jax.eval_shape(function, **{name: jax.ShapeDtypeStruct(*x) for name, x in arguments.items()})
+    assert call[0] == "attention_forward" and blocks == 2 and found["y"].shape == (2, 512, 256)
+
 # -----------------------------------------------------------------------------
 # Fingerprints
 
