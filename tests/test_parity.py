@@ -22,13 +22,22 @@ def parity(case: Path, *options: str) -> dict:
     assert report["ok"] == (process.returncode == 0) == (not report["failures"])
     return report
 
-def check_counts(report: dict, **more: int):
-    """What has been compared is all that there is: the least number of checks of some quantities."""
-    least = {"initial parameters": 20, "gradient norms": 36, "gradient norms of matrices": 234, "gradient elements": 15,
-             "losses before Adam": 16, "parameter norms": 38, "parameter norms of matrices": 234, "batches": 128, "YaRN tables": 16}
+def check_counts(report: dict, case: Path, whole: bool):
+    """All that the case has has been compared."""
+    expected = np.load(case / "expected.npz")
+    numbers = lambda kind, *tags: [key for key in expected if any(key.startswith(f"{tag}{kind}/") for tag in tags)]
+    matrices = lambda kind, *tags: sum(len(expected[key]) for key in numbers(kind, *tags))
+    tags = ["params_after_step0", "params_after_step1"] + ["params_after_split", "params_final"] * whole
+    want = {"initial parameters": 20, "gradient norms": 36, "gradient norms of matrices": matrices("norms", "grad"),
+            "gradient elements": len(numbers("", "grad")), "losses before Adam": 16, "parameter norms": len(numbers("_norm", *tags)),
+            "parameter norms of matrices": matrices("_norms", *tags)}
+    if whole:
+        rows, split_step = len(expected["train_loss_rows"]), int(expected["split_step"])
+        want |= {"losses to the split": 8 * (split_step - 1), "losses after the split": 8 * (rows - 1 - split_step), "Adam step counts": 16,
+                 "Adam moments": 32, "NorMuon moments": 6, "NorMuon shapes": 3, "validation loss": len(expected["val_steps"])}
     checks = {name: row["checks"] for name, row in report["quantities"].items()}
-    missing = {name: checks.get(name, 0) for name, n in (least | more).items() if checks.get(name, 0) < n}
-    assert not missing, f"checked less than there is: {missing}"
+    wrong = {name: (checks.get(name, 0), n) for name, n in want.items() if checks.get(name, 0) != n}
+    assert not wrong and len(numbers("norm", "grad")) == 40, f"compared, to compare: {wrong}"  # of lm_head and embed the sum
     # where rounding decides which way Adam's first step goes: a handful of elements
     assert {"lm_head.weight", "value_embeds", "bigram_embed.weight"} < report["undecided"].keys()
     assert all(n <= 1e-3 * of for n, of in report["undecided"].values()), report["undecided"]
@@ -48,19 +57,14 @@ def test_a_case_and_wrong_numbers_in_it(tmp_path):
     assert [(row["quantity"], row["where"], row["failed"]) for row in found] == [(name, *rest) for name, _, *rest in planted], found
     for row, (_, error, *_) in zip(found, planted, strict=True):
         assert row["error"] == pytest.approx(error, abs=row["tolerance"])
-    check_counts(report)
+    check_counts(report, tmp_path, whole=False)
 
-# measured on two cores that others shared: minutes each
 @pytest.mark.slow
 @pytest.mark.parametrize("case, devices", [("A_bf16", 8), ("A_f32", 8), ("A_f32", 2), ("A_bf16", 1), ("A_bf16", 4)])
 def test_case(case, devices):
     report = parity(CASES / case, "--devices", str(devices))
     assert not report["failures"]
-    check_whole(report)
-
-def check_whole(report: dict):
-    check_counts(report, **{"losses to the split": 40, "losses after the split": 24, "Adam moments": 32, "NorMuon moments": 6,
-                            "Adam step counts": 16, "validation loss": 3, "parameter norms": 76, "YaRN tables": 64})
+    check_counts(report, CASES / case, whole=True)
 
 @pytest.mark.slow
 def test_devices_agree():
@@ -68,7 +72,7 @@ def test_devices_agree():
     reports = {n: parity(CASES / "C_f32", "--devices", str(n)) for n in (1, 2, 4, 8)}
     for n, report in reports.items():
         assert not report["failures"], n
-        check_whole(report)
+        check_counts(report, CASES / "C_f32", whole=True)
     rows = {n: report["train_loss_rows"] for n, report in reports.items()}
     for n, other in rows.items():
         worst = max(abs(a / b - 1) for x, y in zip(other, rows[8], strict=True) for a, b in zip(x, y, strict=True))

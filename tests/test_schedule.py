@@ -141,6 +141,7 @@ def test_distinct_graphs_cover_the_run():
     assert len([g for g in graphs if g.train]) == 9 and len(graphs) == 13
     assert len({g.name for g in graphs}) == len(graphs), "a name must tell graphs apart"
     assert [s for g, steps in graphs.items() if g.copy_embed for s in steps] == [847]
+    assert not any(g.n_mtp or g.prefix or g.adam for g in graphs if not g.train), "validation has one target a token"
     for g, steps in graphs.items():
         for step in steps:
             assert t.get_graph(step, schedule, g.train) == g
