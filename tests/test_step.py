@@ -2,7 +2,7 @@
 Two whole steps, an even one and the odd one after it, on the plain path and by the kernels: losses, weights and all that the optimizer
 keeps. While embed and lm_head are one, and after the split. The same for a device that takes its rows in turn.
 
-    python -m pytest -q tests/test_step.py -m "not slow"
+    python -m pytest -q tests/test_step.py -m "not slow"    two minutes on an idle core
     python -m pytest -q tests/test_step.py                  after the split and in turn by the kernels, too
 """
 import eager
@@ -54,7 +54,7 @@ def run_steps(kernels: bool, steps: tuple[int, ...], turns: int = 1, rows: int =
             assert bool(eager.calls) == kernels
             found = dict(losses=losses) | dict(manager.model.named_parameters())
             for name, state in manager._state().items():
-                found |= {f"{name} {key}": x for key, x in state.items() if key != "step"}
+                found |= {f"{name} {key}": torch.as_tensor(x).float() for key, x in state.items()}
             results.append({name: x.detach().clone() for name, x in found.items()})
     return results
 
@@ -72,15 +72,24 @@ slow = pytest.mark.slow
     pytest.param((0, 1), 1, id="tied"), pytest.param((60, 61), 1, id="split", marks=slow),
     pytest.param((0, 1), 2, id="tied, in turn", marks=slow)])
 def test_kernels(steps, turns):
-    """Of two rows, because the kernels are slow where they are interpreted."""
+    """Of two rows, because the kernels are slow where they are interpreted; most of the time JAX compiles them."""
     compare(steps, run_steps(False, steps, turns), run_steps(True, steps, turns))
 
 @pytest.mark.parametrize("turns", [2, pytest.param(train.ROWS, marks=slow)])
 def test_rows_in_turn(turns):
     """Over the split, and two steps of Adam, because what the first one leaves behind shows in the second."""
-    steps = 58, 59, 60, 61
-    size = dict(rows=train.ROWS, head_dim=8)
-    compare(steps, run_steps(False, steps, **size), run_steps(False, steps, turns, **size))
+    steps, size = (58, 59, 60, 61), dict(rows=train.ROWS, head_dim=8)
+    want = run_steps(False, steps, **size)
+    compare(steps, want, run_steps(False, steps, turns, **size))
+    for before, after, moves in zip(want, want[1:], (True, False, True)):  # Adam steps on odd steps, NorMuon on all
+        assert torch.equal(before["lm_head.weight"], after["lm_head.weight"]) != moves
+        assert not torch.equal(before["mlp_bank"], after["mlp_bank"])
+    tied, copied, _, apart = want
+    assert not tied["embed.weight exp_avg"].any(), "while tied, lm_head's moments are embed's"
+    for key in ("", " exp_avg", " exp_avg_sq"):
+        assert torch.equal(copied[f"lm_head.weight{key}"], copied[f"embed.weight{key}"]), f"embed does not start from lm_head's {key}"
+        assert not torch.equal(apart[f"lm_head.weight{key}"], apart[f"embed.weight{key}"]), f"embed still has lm_head's {key}"
+    assert apart["lm_head.weight step"] == apart["embed.weight step"] == 2, "embed goes on with lm_head's count"
 
 @slow
 def test_backward_in_ones_own_loop():
