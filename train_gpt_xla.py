@@ -805,7 +805,7 @@ class GPT(nn.Module):
                 dc_weights = post_gate[..., 29:35], post_gate[..., 35:41]
 
             if i == 6:  # no attention: @YouJiacheng
-                x = weighted((1.0, x), (torch.sigmoid(skip_lambda) * skip_gate, cache[3]))
+                x = weighted((1.0, x), (scaled(torch.sigmoid(skip_lambda), skip_gate), cache[3]))
                 mix = [resid_lambdas_mlp[i], post_lambdas_mlp[i]]
             else:
                 attn_in, aux_v = cache.get(7, x), None
