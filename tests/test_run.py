@@ -2,7 +2,7 @@
 One run on 2 devices, stopped and gone on (programs/stop_and_go_on.py): what it logs, learns and leaves, bit-exact resume, and what a
 run refuses to go on from. A few steps on 8 devices and on fewer (programs/few_steps.py): the same numbers, and others where they should
 be.
-    python -m pytest tests/test_run.py                      (-m slow: replayed against traced steps, over the whole schedule; 4 devices)
+    python -m pytest tests/test_run.py                      (-m slow: replayed against traced steps, over the whole schedule; 1 and 4 devices)
 """
 import gzip
 import json
@@ -157,7 +157,7 @@ def eight() -> list[dict[str, torch.Tensor]]:
     manager = few_steps.build()
     return [few_steps.take(manager, step) for step in few_steps.STEPS]
 
-@pytest.mark.parametrize("n", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
 def test_fewer_devices_compute_the_same(eight, tmp_path, n):
     """With rows in turn, and a table of bigrams in fewer parts."""
     program("few_steps.py", tmp_path / "results.pt", PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(n), XLA_FLAGS=COMPILE_FAST)
