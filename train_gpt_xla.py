@@ -693,9 +693,6 @@ class GPT(nn.Module):
     def load_state_dict(self, state_dict):
         """Takes upstream's state_dict, with or without torch.compile's prefix. Nothing is changed if it does not fit."""
         state = {name.removeprefix("_orig_mod."): value for name, value in state_dict.items()}
-        if "blocks.0.attn.qkvo_w" in state:
-            raise ValueError("state_dict: blocks.0.attn.qkvo_w is a parameter of record #60, whose model is another; that record's folder "
-                             "in records/ says which commit reads it")
         state = {name: value for name, value in state.items() if not name.startswith("_mlp_down_")}  # scales of upstream's FP8 (D1)
         mine = dict(self.named_parameters()) | {name: b for name, b in self.named_buffers() if name != "prefix_table"}
         for name in mine.keys() ^ state.keys():

@@ -533,12 +533,12 @@ def table(report: dict) -> str:
     """The report for people: a line a graph, the totals, and what is missing from them."""
     memory = ("arguments", "outputs", "temporaries", "code", "untouched", "total")
     limit = f"HBM, GiB of {report['hbm_limit_gib']:.2f}"
-    lines = [f"{report['tpu']:28} {'':>5} {'tokens':>6} | {limit:^38} | {'estimated ms':^49} | {'collectives':^16}",
-             f"{'graph':28} {'steps':>5} {'a row':>6} | {'args':>6}{'outs':>6}{'temps':>7}{'code':>6}{'rest':>6}{'total':>7} | "
+    lines = [f"{report['tpu']:34} {'':>5} {'tokens':>6} | {limit:^38} | {'estimated ms':^49} | {'collectives':^16}",
+             f"{'graph':34} {'steps':>5} {'a row':>6} | {'args':>6}{'outs':>6}{'temps':>7}{'code':>6}{'rest':>6}{'total':>7} | "
              f"{'matmul':>8}{'elemw':>8}{'copies':>8}{'kernels':>8}{'links':>8}{'total':>9} | {'n':>4}{'MiB':>6}{'ms':>6}"]
     notes, compiled = [], [g for g in report["graphs"] if g["compiled"]]
     for g in report["graphs"]:
-        start = f"{g['name']:28} {g['steps']:5} {g['tokens_per_row']:6} | "
+        start = f"{g['name']:34} {g['steps']:5} {g['tokens_per_row']:6} | "
         if not g["compiled"]:
             lines.append(start + "not compiled: " + g["why"])
             continue
@@ -748,7 +748,7 @@ def compare(graphs: list, tpu: Tpu, preset: str, out: Path, against: Path | None
     if complete:
         verdicts |= dict.fromkeys(keys.keys() - verdicts.keys(), "gone")
     for name, verdict in verdicts.items():
-        print(f"{name:28} {verdict}")
+        print(f"{name:34} {verdict}")
     same = sum(verdict == "same" for verdict in verdicts.values())
     print(f"{same} of {len(verdicts)} graphs are those of {os.path.relpath(report)}")
     return len(verdicts) - same
@@ -780,7 +780,7 @@ def main(argv: list[str] | None = None) -> int:
         for tpu, graphs in everything.items():
             print(f"{tpu}:")
             for g in graphs:
-                print(f"  {g.name:28} {g.kind:5} {g.steps:6} steps x {g.times}  {g.tokens:7} tokens a row")
+                print(f"  {g.name:34} {g.kind:5} {g.steps:6} steps x {g.times}  {g.tokens:7} tokens a row")
         return 0
     chosen = {tpu: select(graphs, opts.explain or opts.graphs) for tpu, graphs in everything.items()}
     complete = all(len(chosen[tpu]) == len(everything[tpu]) for tpu in chosen)
