@@ -2,7 +2,7 @@
 One run on 2 devices, stopped and gone on (programs/stop_and_go_on.py): what it logs, learns and leaves, bit-exact resume, and what a
 run refuses to go on from. A few steps on 8 devices and on fewer (programs/few_steps.py): the same numbers, and others where they should
 be.
-    python -m pytest tests/test_run.py                      (-m slow: replayed against traced steps, over the whole schedule; 1 and 4 devices)
+    python -m pytest tests/test_run.py             (-m slow: replayed against traced steps, over the whole schedule; 1 and 4 devices)
 """
 import gzip
 import json
