@@ -49,7 +49,7 @@ def take(manager: t.TrainingManager, step: int, batch: torch.Tensor | None = Non
     losses = t.to_rows(manager.run(batch, t.to_device(manager.get_numbers())))
     found = dict(losses=losses) | manager.model.state_dict()
     for name, state in manager.get_state().items():
-        found |= {f"{name} {key}": torch.as_tensor(x) for key, x in state.items()}
+        found |= {f"{name} {key}": torch.as_tensor(x, dtype=torch.float32) for key, x in state.items()}
     return found
 
 
