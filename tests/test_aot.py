@@ -705,4 +705,4 @@ def test_a_graph_of_the_rehearsal(tmp_path, monkeypatch, capsys):
     _, out, _ = run("--explain", name)
     assert "dearest operations" in out and "largest buffers" in out and "muon_xla.py:" in out
     status, out, _ = run("--graphs", name, "--fingerprints", "--against", str(tmp_path / "report.json"))
-    assert status == 0 and f"{name:28} same" in out and "1 of 1 graphs" in out
+    assert status == 0 and f"{name:34} same" in out and "1 of 1 graphs" in out

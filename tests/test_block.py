@@ -83,9 +83,10 @@ class Case:
                 row[start:] = start
 
     def forward(self, by_kernels: bool, sums: dict[str, Shared | None]) -> torch.Tensor:
-        """As GPT.forward calls its layers."""
+        """As GPT.forward calls its layers. What attention reads has another reader, whose gradient comes back through the kernel."""
         leaves, H = self.leaves, self.H
         model, x = types.SimpleNamespace(vo_bank=leaves["vo_bank"], mlp_bank=leaves["mlp_bank"]), leaves["x"]
+        read_again = []
         for n, layer in enumerate(self.layers):
             take = lambda name, n=n: leaves.get(f"{n}.{name}")
             paired, window, mudd, y = layer.get("paired", False), layer.get("window", SHORT), layer.get("mudd"), None
@@ -94,18 +95,19 @@ class Case:
                 yarn = train.Yarn(self.D, paired)
                 *freq, scale = yarn.numbers()
                 values = dict(ve=leaves["ve"], table=layer.get("table"), ve_gate_w=take("ve_gate_w"), ve_sum=sums["ve"])
-                y = train.CausalSelfAttention(H * self.D, self.D, H, paired)(take("attn_in"), train.AttnArgs(
+                y, attn_in = train.CausalSelfAttention(H * self.D, self.D, H, paired)(take("attn_in"), train.AttnArgs(
                     layer=layer["i"], sa_lambdas=(take("lambda_qkv"), take("lambda_o")), documents=self.documents, bm_size=window,
                     factors=yarn.factors(self.T, torch.tensor(freq), x.dtype), attn_scale=torch.tensor(scale), key_offset=window == LONG,
                     attn_gate_w=take("attn_gate_w"), aux_v=take("aux_v"), xsa_alpha=take("xsa_alpha"),
                     dc_w=(take("dc_w1"), take("dc_w2")) if mudd else None, dc_window=40, by_kernels=by_kernels,
                     **(values if "table" in layer else {})), leaves["qk_bank"], leaves["vo_bank"])
+                read_again.append(attn_in)
                 factors[3] = 0.0 if factors[3] is None else factors[3]
             else:
                 factors = factors[4:]
             x = train.GPT.second_half(model, layer["i"], x, y, factors, take("lambda_o"), leaves["x0"], leaves["x0_bigram"], by_kernels,
                                       self.keep, sums["x0"], sums["x0_bigram"])
-        return x
+        return sum(read_again, x)
 
     def stored(self, name: str, layer: dict) -> list[int]:
         """Which matrices of a bank a layer has."""
@@ -120,8 +122,11 @@ class Case:
         """Every result by name, gradients without what they were added to."""
         found, before, leaves = {}, self.before, self.leaves
         with eager.eager(by_kernels, chip=chip):
-            shared = {name: Shared(self.readers(name), None if before[name] is None else before[name].clone())
-                      if by_kernels and not self.own_loop and self.readers(name) else None for name in ("ve", "x0", "x0_bigram")}
+            shared = {name: Shared(self.readers(name)) if by_kernels and not self.own_loop and self.readers(name) else None
+                      for name in ("ve", "x0", "x0_bigram")}
+            for name, one in shared.items():
+                if one is not None and before[name] is not None:
+                    one.tensor = before[name].clone()
             if self.own_loop:
                 out = self.forward(by_kernels, shared)
                 out.backward(self.dout)

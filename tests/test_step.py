@@ -69,7 +69,7 @@ def compare(steps: tuple[int, ...], want: list[dict], got: list[dict]):
 slow = pytest.mark.slow
 
 @pytest.mark.parametrize("steps, turns", [
-    pytest.param((0, 1), 1, id="tied"), pytest.param((60, 61), 1, id="split", marks=slow),
+    pytest.param((0, 1), 1, id="tied", marks=slow), pytest.param((60, 61), 1, id="split", marks=slow),
     pytest.param((0, 1), 2, id="tied, in turn", marks=slow)])
 def test_kernels(steps, turns):
     """Of two rows, because the kernels are slow where they are interpreted; most of the time JAX compiles them."""

@@ -30,6 +30,12 @@ def whole(x):
     return enter(to_device(x))
 
 
+def begun(readers, like):
+    """Begun with zeros, so that no memory is compared that nobody has written."""
+    shared = Shared(readers)
+    shared.tensor = torch.zeros_like(like)
+    return shared
+
 def results(rows: int, owned: bool) -> dict[str, torch.Tensor]:
     """
     Losses and all gradients by name, [devices, ...]. Layers: paired with value embeddings; the last one, with all that it has. owned: the
@@ -60,16 +66,16 @@ def results(rows: int, owned: bool) -> dict[str, torch.Tensor]:
         find = train.lookup_owned if dispatch.interpret else lookup
         bigram = find(bigram_ids, weights["bigrams"]) if owned else others["bigram"]
         by_kernels = takes_layers(x, weights["mlp_bank"], H, 112, ATTENTIONS)
-        sums = [Shared(2, torch.zeros_like(x)) if by_kernels else None for _ in range(2)]
+        sums = [begun(2, x) if by_kernels else None for _ in range(2)]
         model, gates = types.SimpleNamespace(vo_bank=weights["vo_bank"], mlp_bank=weights["mlp_bank"]), others["gates"].split(1, dim=-1)
         scalars = others["scalars"].unbind()
         for i, factors in enumerate(([*scalars[:2], *gates[:2], *scalars[2:]], gates)):
             yarn = train.Yarn(D, paired=not i)
             *freq, scale = yarn.numbers()
-            own = dict(ve=ve, table=3, ve_gate_w=others["ve_gate"], ve_sum=Shared(1, torch.zeros_like(ve)) if by_kernels else None)
+            own = dict(ve=ve, table=3, ve_gate_w=others["ve_gate"], ve_sum=begun(1, ve) if by_kernels else None)
             if i:
                 own = dict(aux_v=others["aux_v"], attn_gate_w=others["gate"], dc_w=(others["dc_w1"], others["dc_w2"]), dc_window=112)
-            y = train.CausalSelfAttention(C, D, H, yarn.paired)(x, train.AttnArgs(
+            y, x = train.CausalSelfAttention(C, D, H, yarn.paired)(x, train.AttnArgs(
                 layer=i, sa_lambdas=others["lambdas"][i], documents=documents, bm_size=100,
                 factors=yarn.factors(T, whole(torch.tensor(freq)), torch.bfloat16), attn_scale=whole(torch.tensor(scale)),
                 key_offset=bool(i), by_kernels=by_kernels, **own), weights["qk_bank"], weights["vo_bank"])
