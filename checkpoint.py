@@ -26,12 +26,14 @@ from pathlib import Path
 import torch
 
 import shards
+from chips import RECORD
 
-VERSION = 2
+VERSION = 3
 MAGIC = b"modded-nanogpt-xla checkpoint\n"
 # As upstream's, then what it takes to go on
-KEYS = ("step", "code", "model", "optimizers", "version", "run_id", "hyperparameters", "data", "versions", "schedule", "loader", "rng",
+KEYS = ("step", "code", "model", "optimizer", "version", "run_id", "hyperparameters", "data", "versions", "schedule", "loader", "rng",
         "losses", "training_time_ms", "time", "wandb")
+OF_RECORD_60 = "record #60's, whose folder in records/ says which commit reads it"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # a spot machine goes, Ctrl-C, the terminal is gone
 PREEMPTED = 75  # exit status after one of them (sysexits' "try again later"): all is saved, the same command goes on
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
@@ -85,9 +87,9 @@ def read(path: Path) -> dict:
     if sha.digest() != end[len(MAGIC):]:
         raise Broken(f"{path}: its checksum does not hold, so the file is damaged; take an older one (--resume PATH)")
     state = load(path)
-    if state.get("version", 0) != VERSION:
-        raise ValueError(f"{path}: a checkpoint of version {state.get('version')}, this script reads {VERSION}: "
-                         "resume with the script that wrote it")
+    if (version := state.get("version")) != VERSION:
+        way_out = f"it is {OF_RECORD_60}" if version == 2 else "resume with the script that wrote it"
+        raise ValueError(f"{path}: a checkpoint of version {version}, this script reads {VERSION}: {way_out}")
     for key in (*KEYS, *state):
         if (key in state) != (key in KEYS):
             raise ValueError(f"{path}: {key} is {'missing' if key in KEYS else 'unknown to this script'}; take another checkpoint "
@@ -157,8 +159,11 @@ def load_weights(path: Path) -> dict:
     if not isinstance(model, dict):
         raise ValueError(f"{path}: not a checkpoint (its model is {type(model).__name__}, not a dict of tensors): {WEIGHTS}")
     model = {str(name).removeprefix("_orig_mod."): x for name, x in model.items()}  # torch.compile's
-    if missing := {"lm_head.weight", "attn_gate_bank", "x0_lambdas"} - model.keys():
-        raise ValueError(f"{path}: its model has no {min(missing)}, so it is not record #60's: --save_checkpoint true writes one that is")
+    if "blocks.0.attn.qkvo_w" in model:
+        raise ValueError(f"{path}: its model has blocks.0.attn.qkvo_w, so it is {OF_RECORD_60}")
+    if missing := {"embed.weight", "qk_bank", "mudd_w1", "mudd_gate_w1"} - model.keys():
+        raise ValueError(f"{path}: its model has no {min(missing)}, so it is not record #{RECORD}'s: --save_checkpoint true writes one "
+                         "that is")
     for name, x in model.items():
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():
             kind = str(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MiB, GiB = 2**20, 2**30
+RECORD = 89  # the record that this checkout trains; reports of others in records/ are not of it
 
 
 class Refused(Exception):

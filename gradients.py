@@ -1,8 +1,8 @@
 """
-Where gradients go. A weight's gradient has an address: a slot in the stack that Muon reduces, or a sum that later gradients are added to.
+Where gradients go. A weight's gradient has an address: the stack that NorMuon reduces, or a sum that later gradients are added to.
 TPU kernels write to it directly, because a stack or a sum made afterwards would be a copy; what autograd finds joins them in collect().
 
-    gradients = Gradients({param: Slot(...) or Sum(...)})
+    gradients = Gradients({param: Stack(...) or Sum(...)})
     with gradients.receive({param: leaf}):
         loss = forward(leaves)  # kernels ask for the addresses of their weights
         loss.backward()
@@ -18,63 +18,40 @@ from torch import Tensor, nn
 
 class Stack:
     """
-    Gradients of `used` weights as one tensor [n, ...], zeros at its end. tensor: None before the first one is stored. on_top: it holds
-    float32 sums, and each gradient is added to what its slot has.
+    The gradient of a bank of weights as one tensor [n, rows, columns], of which the first `used` matrices exist in the model and the rest
+    is padding, zeros. Different kernels store different parts of it. tensor: None before the first one is stored. on_top: it holds float32
+    sums, and each gradient is added to what its place has.
     """
-    def __init__(self, n: int, used: int, tensor: Tensor | None = None, on_top: bool = False):
-        self.n, self.used, self.tensor, self.on_top, self.stored = n, used, tensor, on_top, set()
+    def __init__(self, used: int, tensor: Tensor | None = None, on_top: bool = False):
+        self.used, self.tensor, self.on_top, self.stored = used, tensor, on_top, set()
 
-    def so_far(self, weight: Tensor) -> Tensor:
-        """Memory for all slots, with what has been stored."""
+    def so_far(self, bank: Tensor) -> Tensor:
+        """Memory for all of it, with what has been stored. bank: the weights, [..., rows, columns]."""
         if self.tensor is None:
             from kernels.dispatch import call_kernel
             from kernels.tpu import stack
-            self.tensor = call_kernel(stack.empty_stack, (self.n, self.used, *weight.shape), weight=weight).stack
+            matrices = bank.view(-1, *bank.shape[-2:])
+            self.tensor = call_kernel(stack.empty_stack, (len(matrices), self.used, *bank.shape[-2:]), weight=matrices).stack
         return self.tensor
 
-    def collect(self, found: list[Tensor | None]) -> Tensor:
-        """All of it, where found[slot] is what autograd has for a slot, or None."""
-        import torch_xla.core.xla_model as xm
-        if any(grad is None for grad in found):  # kernels have stored them
-            for slot, grad in enumerate(found):
-                if grad is not None:  # of a block that they refuse
-                    self.tensor = torch.select_scatter(self.tensor, self.total(slot, grad), 0, slot)
-            return self.tensor
-        found = list(found)
-        # without it libtpu 0.0.21 fuses the stack with what made the gradients into a cycle, and dies
-        xm.optimization_barrier_(found)
-        stacked = torch.stack(found + [torch.zeros_like(found[0])] * (self.n - len(found)))
-        return self.tensor + stacked if self.on_top else stacked
-
-    def total(self, slot: int, grad: Tensor) -> Tensor:
-        return self.tensor[slot] + grad if self.on_top else grad
-
-
-class Slot:
-    """A weight's place in a stack. Different kernels may store different parts of it."""
-    def __init__(self, stack: Stack, number: int):
-        self.stack, self.number = stack, number
-
-    def index(self, like: Tensor, pairs: bool = False) -> Tensor:
-        """The slot's number, or its pair's, as a kernel takes it, on the device of `like`."""
-        return torch.full((1,), self.number // 2 if pairs else self.number, dtype=torch.int32, device=like.device)
-
-    def so_far(self, weight: Tensor) -> Tensor:
-        return self.stack.so_far(weight)
-
-    def store(self, stack: Tensor, part: str = "all") -> Tensor | None:
-        """Takes the stack as a kernel has left it. Returns what autograd gets."""
-        if (self.number, part) in self.stack.stored:
-            raise ValueError(f"a second gradient for slot {self.number} ({part}) of a stack: two weights have one slot, or two backward "
-                             "passes one set of gradients")
-        self.stack.stored.add((self.number, part))
-        self.stack.tensor = stack
+    def store(self, tensor: Tensor, part: tuple) -> Tensor | None:
+        """Takes the stack as a kernel has left it. part: what it has stored, (name, layer). Returns what autograd gets."""
+        if part in self.stored:
+            raise ValueError(f"a second gradient for {part} of a bank: two layers have one place, or two backward passes one set of "
+                             "gradients")
+        self.stored.add(part)
+        self.tensor = tensor
         return None
 
     def collect(self, found: Tensor | None) -> Tensor | None:
+        """All of it, [n, rows, columns]. found: what autograd has, which is all or nothing."""
         if found is None:
-            return None if self.stack.tensor is None else self.stack.tensor[self.number]
-        return self.stack.total(self.number, found)
+            return self.tensor
+        if self.stored:
+            raise ValueError(f"kernels have stored gradients of {sorted(self.stored)}, and autograd has found others of the same bank: all "
+                             "layers run by kernels, or none")
+        found = found.view(-1, *found.shape[-2:])
+        return self.tensor + found if self.on_top else found
 
 
 class Sum:
@@ -100,12 +77,28 @@ class Sum:
         return found if self.so_far() is None else found + self.so_far()
 
 
-class PlainSlot(Slot):
-    def so_far(self, weight: Tensor) -> Tensor:
-        return torch.zeros(self.stack.n, *weight.shape, dtype=weight.dtype, device=weight.device)
+class Shared:
+    """
+    The gradient of an activation that kernels of several layers read. From the last of these layers to the first each adds to it, in its
+    memory, which the first one to come makes; then autograd gets it. readers: how many layers they are.
+    """
+    def __init__(self, readers: int):
+        self.left, self.tensor = readers, None
 
-    def store(self, stack: Tensor, part: str = "all") -> Tensor:
-        return stack[self.number]
+    def so_far(self) -> Tensor | None:
+        return self.tensor
+
+    def store(self, total: Tensor) -> Tensor | None:
+        self.left, self.tensor = self.left - 1, total
+        return None if self.left else total
+
+
+class PlainStack(Stack):
+    def so_far(self, bank: Tensor) -> Tensor:
+        return torch.zeros(bank.shape, dtype=bank.dtype, device=bank.device).view(-1, *bank.shape[-2:])
+
+    def store(self, tensor: Tensor, part: tuple) -> Tensor:
+        return tensor
 
 
 class PlainSum(Sum):
@@ -117,7 +110,7 @@ class Gradients:
     """The gradients of one backward pass on each device, by parameter."""
     receiving: "Gradients | None" = None  # whose forward pass is being traced
 
-    def __init__(self, addresses: dict[nn.Parameter, Slot | Sum]):
+    def __init__(self, addresses: dict[nn.Parameter, Stack | Sum]):
         self.addresses = addresses
         self.leaves: dict[nn.Parameter, Tensor] = {}
 
@@ -134,23 +127,16 @@ class Gradients:
     def __getitem__(self, p: nn.Parameter) -> Tensor | None:
         return self.addresses[p].collect(self.found(p))
 
-    def stack(self, params: list[nn.Parameter]) -> Tensor:
-        """Those of parameters with slots 0, 1, ... of one stack, [n, ...]."""
-        return self.addresses[params[0]].stack.collect([self.found(p) for p in params])
-
     def found(self, p: nn.Parameter) -> Tensor | None:
         """What autograd has."""
         return self.leaves[p].grad if p in self.leaves else None
 
 
-def slots(*weights: Tensor) -> list[Slot | None]:
-    """Where kernels store the gradients of weights that share a stack."""
+def stack_of(bank: Tensor) -> Stack | None:
+    """Where kernels store the gradients of a bank's weights. store() returns [n, rows, columns]; autograd wants the bank's shape."""
     if not torch.is_grad_enabled():
-        return [None] * len(weights)
-    if Gradients.receiving is None:
-        stack = Stack(len(weights), len(weights))
-        return [PlainSlot(stack, i) for i in range(len(weights))]
-    return [Gradients.receiving.of_leaf[weight] for weight in weights]
+        return None
+    return PlainStack(len(bank)) if Gradients.receiving is None else Gradients.receiving.of_leaf[bank]
 
 
 def sum_of(weight: Tensor) -> Sum | None:

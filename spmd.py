@@ -17,11 +17,15 @@ from torch import Tensor
 
 ROWS = 8  # the record's 8 ranks; also the most devices, so stacks are padded to a multiple of it
 
+# Without it XLA repeats, on a CPU, the sums of all layers before in every operation that reads x: it then takes four times as long to
+# compile a small model's step, and five times as long to run it.
+FUSE_ONCE = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion"
+
 # XLA_FLAGS for programs that run once or twice on a CPU, where compiling takes longer than running. At LLVM's level 0 XLA's older emitters
 # of fusions compile faster than its newer ones; at level 1, which the rehearsal uses, they do not.
-COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+COMPILE_FAST = f"{FUSE_ONCE} --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
-def setup_devices(cpu_flags: str = ""):
+def setup_devices(cpu_flags: str = FUSE_ONCE):
     """
     SPMD over all devices: mesh "data", and Python numbers as constants of the graph instead of inputs. Once a process, before the first
     computation, when XLA reads its flags: on CPU devices cpu_flags join XLA_FLAGS, unless the user's already name an optimization level.
@@ -98,29 +102,64 @@ def begin_program():
     global _channels
     _channels = itertools.count(1)
 
+def leave_rows(x: Tensor) -> Tensor:
+    """Out of it again: rows that each device has of its own, [rows / devices, ...] -> [rows, ...], split by rows."""
+    shape = (device_count() * x.size(0), *x.shape[1:])
+    return xs.disable_manual_sharding(x, ("data",) + (None,) * (x.ndim - 1), shape).global_tensor
+
 def reduce_scatter(x: Tensor) -> Tensor:
     """
     Out of it too: the sum of what the devices have, [rows, ...], split by rows (upstream: dist.reduce_scatter_tensor). Explicit,
     because XLA makes an all-reduce of eight times the bytes where a sum over devices is reshaped.
     """
-    devices = device_count()
-    y, = xb.xla_computation_as_func(_reduce_scatter(tuple(x.shape), x.dtype, devices, next(_channels)))([x])
-    return xs.disable_manual_sharding(y, ("data",) + (None,) * (x.ndim - 1), x.shape).global_tensor
+    return leave_rows(_collective("reduce_scatter", x, x.size(0) // device_count()))
+
+def exchange(x: Tensor) -> Tensor:
+    """Within it: [devices * rows, ...] on each device, the rows for each -> those from each."""
+    return _collective("all_to_all", x, x.size(0))
+
+def gather_rows(x: Tensor) -> Tensor:
+    """Within it: [rows, ...] on each device -> those of all devices, [devices * rows, ...]."""
+    return _collective("all_gather", x, x.size(0) * device_count())
+
+def first_row(rows: int, like: Tensor) -> Tensor:
+    """Within it: the number of the first of the `rows` rows that a device has of its own, [1] int32, on the device of `like`."""
+    if device_count() == 1:
+        return torch.zeros(1, dtype=torch.int32, device=like.device)
+    return _collective("first_row", torch.full((1,), rows, dtype=torch.int32, device=like.device), 1)
+
+def _collective(kind: str, x: Tensor, rows: int) -> Tensor:
+    if device_count() == 1:
+        return x
+    computation = _computation(kind, (rows, *x.shape[1:]), tuple(x.shape), x.dtype, device_count(), next(_channels))
+    return xb.xla_computation_as_func(computation)([x])[0]
 
 @cache
-def _reduce_scatter(shape: tuple, dtype: torch.dtype, devices: int, channel: int):
-    """As StableHLO text: xm.reduce_scatter brings a token along, a tensor that replay cannot account for."""
+def _computation(kind: str, to: tuple, shape: tuple, dtype: torch.dtype, devices: int, channel: int):
+    """As StableHLO text: xm's own collectives bring a token along, a tensor that replay cannot account for."""
     from jax._src.lib import xla_client  # only now: on a TPU VM, importing JAX sets flags of libtpu, which has to be loaded before
-    element = {torch.bfloat16: "bf16", torch.float32: "f32"}[dtype]
-    array = lambda rows: f"tensor<{'x'.join(map(str, (rows, *shape[1:])))}x{element}>"
-    module = xla_client._xla.mlir.mlir_module_to_xla_computation(f"""
-      func.func @main(%x: {array(shape[0])}) -> {array(shape[0] // devices)} {{
-        %y = "stablehlo.reduce_scatter"(%x) <{{scatter_dimension = 0 : i64, use_global_device_ids,
-          replica_groups = dense<[{list(range(devices))}]> : tensor<1x{devices}xi64>,
-          channel_handle = #stablehlo.channel_handle<handle = {channel}, type = 1>}}> ({{
-            ^bb0(%a: tensor<{element}>, %b: tensor<{element}>):
-              %sum = stablehlo.add %a, %b : tensor<{element}>
-              stablehlo.return %sum : tensor<{element}>
-          }}) : ({array(shape[0])}) -> {array(shape[0] // devices)}
-        return %y : {array(shape[0] // devices)} }}""", use_tuple_args=False, return_tuple=True)
-    return xb.computation_from_module_proto("reduce_scatter", module.as_serialized_hlo_module_proto())
+    element = {torch.bfloat16: "bf16", torch.float32: "f32", torch.int32: "i32"}[dtype]
+    array = lambda shape: f"tensor<{''.join(f'{n}x' for n in shape)}{element}>"
+    groups = f"""use_global_device_ids, replica_groups = dense<[{list(range(devices))}]> : tensor<1x{devices}xi64>,
+                 channel_handle = #stablehlo.channel_handle<handle = {channel}, type = 1>"""
+    body = dict(
+        reduce_scatter=f"""
+          %y = "stablehlo.reduce_scatter"(%x) <{{scatter_dimension = 0 : i64, {groups}}}> ({{
+              ^bb0(%a: tensor<{element}>, %b: tensor<{element}>):
+                %sum = stablehlo.add %a, %b : tensor<{element}>
+                stablehlo.return %sum : tensor<{element}>
+            }}) : ({array(shape)}) -> {array(to)}""",
+        all_gather=f"""
+          %y = "stablehlo.all_gather"(%x) <{{all_gather_dim = 0 : i64, {groups}}}> : ({array(shape)}) -> {array(to)}""",
+        all_to_all=f"""
+          %y = "stablehlo.all_to_all"(%x) <{{split_dimension = 0 : i64, concat_dimension = 0 : i64, split_count = {devices} : i64,
+            {groups.replace("use_global_device_ids, ", "")}}}> : ({array(shape)}) -> {array(to)}""",
+        first_row=f"""
+          %id = stablehlo.partition_id : tensor<ui32>
+          %number = stablehlo.convert %id : (tensor<ui32>) -> tensor<i32>
+          %one = stablehlo.reshape %number : (tensor<i32>) -> {array(to)}
+          %y = stablehlo.multiply %x, %one : {array(to)}""")[kind]
+    module = xla_client._xla.mlir.mlir_module_to_xla_computation(
+        f"func.func @main(%x: {array(shape)}) -> {array(to)} {{ {body} \n return %y : {array(to)} }}",
+        use_tuple_args=False, return_tuple=True)
+    return xb.computation_from_module_proto(kind, module.as_serialized_hlo_module_proto())

@@ -1,5 +1,5 @@
 """
-Record #60 of KellerJordan/modded-nanogpt (train_gpt.py at 0a43716d: 2026-01-16, 1.765 minutes on 8xH100) for TPUs.
+Record #89 of KellerJordan/modded-nanogpt (train_gpt.py at f411b3d3: 2026-07-17, 1.23 minutes on 8xH100) for TPUs.
 Same names, same order, same numbers; each difference is marked D1, D2, ... at its place and explained in DIFFERENCES.md.
 
     bash run_tpu.sh                               the real run on a TPU, the rehearsal anywhere else
@@ -10,7 +10,7 @@ Same names, same order, same numbers; each difference is marked D1, D2, ... at i
 One process drives all chips with one program (SPMD). Upstream's 8 ranks are 8 rows of a batch: on 8 devices each has one, on fewer
 they take turns (D24), and 1, 2, 4 or 8 compute the same thing. Forward and backward run on each device by itself; the optimizers' state
 is split over all.
-Shapes: B rows, T tokens, H heads, D head dim, V vocabulary.
+Shapes: B rows, T tokens, d model dim, H heads, D head dim, V vocabulary.
 """
 import argparse
 import contextlib
@@ -45,16 +45,44 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
+import vocabulary
 from checkpoint import Checkpoints
 from chips import this_chip
-from gradients import Gradients
-from kernels import fused_attention, lm_head_losses, lookup, residual_mlp, takes_block, takes_lm_head, window_attention
+from gradients import Gradients, Shared
+from kernels import (
+    dc_attention,
+    fused_attention,
+    fused_dc,
+    lm_head_losses,
+    lookup,
+    residual_mlp,
+    takes_layers,
+    takes_lm_head,
+    window_attention,
+)
 from kernels.dispatch import Kept, what_to_keep
 from kernels.lm_head import SOFTCAP_A, SOFTCAP_B, SOFTCAP_C
-from muon_xla import DistAdam, NorMuon
+from muon_xla import NorMuonAndAdam
 from replay import Replay
 from shards import find_shards, more, read_tokens, way_out
-from spmd import ROWS, assign, begin_program, device_count, enter, is_split, leave, setup_devices, shard, to_device, to_host, turns
+from spmd import (
+    FUSE_ONCE,
+    ROWS,
+    assign,
+    begin_program,
+    device_count,
+    enter,
+    exchange,
+    first_row,
+    gather_rows,
+    is_split,
+    leave,
+    setup_devices,
+    shard,
+    to_device,
+    to_host,
+    turns,
+)
 from wandb_run import WandbRun, get_client
 
 warnings.filterwarnings("ignore", message="Use torch_xla.sync", category=DeprecationWarning)
@@ -74,12 +102,13 @@ def scaled(factor: Tensor, x: Tensor):
     """
     return (factor * x.float()).type_as(x)
 
-def mixed(x: Tensor, lambdas: tuple[Tensor, ...], x0: Tensor | None):
-    """The residual stream as a block finds it: lambdas[0] * x + lambdas[1] * x0, or x."""
-    return x if x0 is None else (lambdas[0] * x.float() + lambdas[1] * x0.float()).type_as(x)
+def weighted(*terms: tuple[Tensor | float, Tensor]):
+    """The sum of factor * x over terms (factor, x), in float32 (D22), rounded once to x's dtype."""
+    return sum(factor * x.float() for factor, x in terms).type_as(terms[0][1])
 
 class CastedLinear(nn.Linear):
     # D1: no FP8. The v6e's matrix unit has no FP8 mode, so lm_head multiplies in bfloat16 like everything else.
+    # D23: [out, in], where upstream's CastedLinearT is [in, out]; state_dict has upstream's
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
 
@@ -90,6 +119,29 @@ class CastedLinear(nn.Linear):
     def forward(self, x: Tensor):
         return F.linear(x, self.weight.type_as(x))
 
+class FusedLinearReLUSquareFunction(torch.autograd.Function):
+    """
+    relu(x @ W1.T)^2 @ W2, whose backward pass keeps one [.., 4d] tensor instead of two and forms dpre in x's dtype. D1: upstream's forward
+    pass is in FP8.
+    """
+    @staticmethod
+    def forward(ctx, x, W1, W2):
+        pre = x @ W1.T
+        ctx.save_for_backward(x, W1, W2, pre)
+        return pre.relu().square() @ W2
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        x, W1, W2, pre = ctx.saved_tensors
+        post = pre.relu()
+        dW2 = post.square().flatten(0, -2).T @ grad_output.flatten(0, -2)
+        dpre = 2 * (grad_output @ W2.T) * post
+        dW1 = dpre.flatten(0, -2).T @ x.flatten(0, -2)
+        return dpre @ W1, dW1, dW2
+
+# squared ReLU (arXiv:2109.08668): @SKYLINEZ007, @Grad62304977
+ReLUSqrdMLP = FusedLinearReLUSquareFunction.apply
+
 def half_split(head_dim: int) -> Tensor:
     """
     D5: rotary pairs (2i, 2i + 1) stored as (i, i + D/2): index of upstream's dim for each of ours. Lanes 2i and 2i + 1 cannot
@@ -98,19 +150,19 @@ def half_split(head_dim: int) -> Tensor:
     return torch.cat([torch.arange(0, head_dim, 2), torch.arange(1, head_dim, 2)])
 
 def still_dims(head_dim: int, device=None) -> Tensor:
-    """Which of our dims, [D] bool, rotary embedding leaves alone: upstream's [D/4 : D/2] and [3D/4 : D]. Computed: no buffer is needed."""
+    """Which of our dims, [D] bool, rotary embedding leaves alone: upstream's second half. Computed: no buffer is needed."""
     i = torch.arange(head_dim, device=device)
-    return (2 * i % head_dim + 2 * i // head_dim) % (head_dim // 2) >= head_dim // 4  # upstream's number of dim i comes first
+    return 2 * i % head_dim + 2 * i // head_dim >= head_dim // 2  # upstream's number of dim i comes first
 
 class Yarn(nn.Module):
     """
     Half-truncated RoPE with YaRN. angular_freq [D] (in upstream's order) and attn_scale are the host's state; each step's graph
     gets them as numbers and computes its own tables (D6: upstream keeps 2 x max_seq_len rows of them, 134 MB each).
     """
-    def __init__(self, head_dim: int, block_size: int):
+    def __init__(self, head_dim: int, paired: bool = False):
         super().__init__()
         self.head_dim = head_dim
-        self.block_size = block_size
+        self.paired = paired
         self.reset()
 
     @staticmethod
@@ -127,7 +179,8 @@ class Yarn(nn.Module):
         self.attn_scale = 0.1
 
     def apply(self, old_window: int, new_window: int, alpha: int = 1, beta: int = 32):
-        rotations = self.block_size * old_window * self.angular_freq / (2 * torch.pi)
+        """Windows in tokens."""
+        rotations = old_window * self.angular_freq / (2 * torch.pi)
         scaling_factor = old_window / new_window
         interpolation_weight = torch.clamp((rotations - alpha) / (beta - alpha), 0, 1)
         self.angular_freq *= scaling_factor + interpolation_weight * (1 - scaling_factor)
@@ -137,81 +190,72 @@ class Yarn(nn.Module):
         """What a step's graph needs: the D/4 frequencies that differ, then the scale of the scores."""
         return self.angular_freq[:self.head_dim//2:2].tolist() + [self.attn_scale]
 
-    @staticmethod
-    def tables(t: Tensor, freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """factor1, factor2 [..., T, D] for positions t [..., T] and frequencies [D/4], in half-split order."""
+    def factors(self, T: int, freq: Tensor, dtype: torch.dtype, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """
+        factor1, factor2 in half-split order, from frequencies [D/4]: [T, D], or [B, 1, T, D] at positions [B, T]. Paired: [2, T, D] or
+        [B, 1, 2, T, D], where heads of even number rotate by positions 2t, of odd number by 2t + 1.
+        """
+        t = torch.arange(T, dtype=torch.float32, device=freq.device) if positions is None else positions.unsqueeze(1)
+        if self.paired:
+            t = torch.stack([2 * t, 2 * t + 1], dim=-2)
         zero = torch.zeros_like(freq)
-        theta = t.reshape(*t.shape, 1) * torch.cat([freq, zero, -freq, zero])
+        theta = t.unsqueeze(-1) * torch.cat([freq, zero, -freq, zero])
         return theta.cos().to(dtype), theta.sin().to(dtype)
-
-    def factors(self, T: int, freq: Tensor, dtype: torch.dtype, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[T, D] each, for all heads; [B, 1, T, D] at positions [B, T]."""
-        t = torch.arange(T, dtype=torch.float32, device=freq.device) if positions is None else positions.unsqueeze(1)
-        return self.tables(t, freq, dtype)
-
-class YarnPairedHead(Yarn):
-    def factors(self, T: int, freq: Tensor, dtype: torch.dtype, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """[2, T, D] each, or [B, 1, 2, T, D]: heads of even number rotate by positions 2t, of odd number by 2t + 1."""
-        t = torch.arange(T, dtype=torch.float32, device=freq.device) if positions is None else positions.unsqueeze(1)
-        even, odd = self.tables(2 * t, freq, dtype), self.tables(2 * t + 1, freq, dtype)
-        return torch.stack([even[0], odd[0]], dim=-3), torch.stack([even[1], odd[1]], dim=-3)
 
 @dataclass
 class AttnArgs:
-    mix: tuple[tuple[Tensor, Tensor], Tensor] | tuple[tuple[()], None]
-    ve: Tensor
-    sa_lambdas: tuple[Tensor, Tensor]
-    documents: Tensor
-    bm_size: int
-    factors: tuple[Tensor, Tensor]
+    layer: int  # of those with attention: 0 .. 9
+    sa_lambdas: tuple[Tensor, Tensor]  # float32: on the weights of Q, K and V, and of O
+    documents: Tensor  # [B, T] int32
+    bm_size: int  # tokens
+    factors: tuple[Tensor, Tensor]  # rotary
     attn_scale: Tensor
     key_offset: bool
-    attn_gate_w: Tensor
-    ve_gate_w: Tensor
-    keep_mlp: bool = True
-    attention: Callable | None = None
+    attn_gate_w: Tensor | None = None  # [B, T, H]
+    ve: Tensor | None = None  # value embeddings [B, T, 5d], the layer's table, and its gate's weights
+    table: int = 0
+    ve_gate_w: Tensor | None = None
+    ve_sum: Shared | None = None  # where kernels add up the gradients of ve
+    aux_v: Tensor | None = None  # [B, T, d], added to V as it is
+    xsa_alpha: Tensor | None = None  # [B, T, H]
+    dc_w: tuple[Tensor, Tensor] | None = None  # [B, T, H] each
+    dc_window: int = 0  # keys
+    by_kernels: bool = False
+    attention: tuple[Callable, Callable] = (window_attention, dc_attention)
+
+def dc_gate(dc_w: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """[B, T, H] float32 each, rounded as they come: the first is normed over the heads."""
+    dc_w1, dc_w2 = (w.float() for w in dc_w)
+    normed = dc_w1 * torch.rsqrt(dc_w1.square().mean(-1, keepdim=True) + 1e-6)
+    return normed.type_as(dc_w[0]).float(), dc_w2
 
 class CausalSelfAttention(nn.Module):
-    paired = False
-
-    def __init__(self, dim: int, head_dim: int, num_heads: int, layer_idx: int):
+    def __init__(self, dim: int, head_dim: int, num_heads: int, paired: bool = False):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.dim = dim
-        self.hdim = num_heads * head_dim
+        self.paired = paired
+        assert num_heads * head_dim == dim, "num_heads * head_dim must equal model_dim"
+        # the weights are in GPT's banks
 
-        assert self.hdim == self.dim, "num_heads * head_dim must equal model_dim"
-        std = self.dim ** -0.5
-        bound = (3 ** 0.5) * std # uniform with this bound has the deviation std: @YouJiacheng
-        # Q, K, V and O in one tensor: many asked for it, @fernbear.bsky.social and @YouJiacheng built it, @chrisjmccormick laid it out
-        self.qkvo_w = nn.Parameter(torch.empty(self.dim * 4, self.hdim, dtype=torch.bfloat16))
-        self.qkvo_w.label = 'attn'
-
-        with torch.no_grad():
-            self.qkvo_w[:self.dim * 3].uniform_(-bound, bound)
-            self.qkvo_w[self.dim * 3:].zero_() # each block starts as the identity
-
-    def to_upstream(self, qkvo_w: Tensor) -> Tensor:
-        """qkvo_w with the dims of Q and K in upstream's order (D5)."""
-        return self.reorder(qkvo_w, half_split(self.head_dim).argsort())
-
-    def from_upstream(self, qkvo_w: Tensor) -> Tensor:
-        return self.reorder(qkvo_w, half_split(self.head_dim))
-
-    def reorder(self, qkvo_w: Tensor, index: Tensor) -> Tensor:
-        qk = qkvo_w[:self.dim * 2].unflatten(0, (-1, self.head_dim))[:, index].flatten(0, 1)
-        return torch.cat([qk, qkvo_w[self.dim * 2:]])
-
-    def forward(self, x: Tensor, attn_args: AttnArgs):
-        B, T = x.size(0), x.size(1) # rows, tokens a row
-        assert T % 16 == 0
-        ve, sa_lambdas, (factor1, factor2) = attn_args.ve, attn_args.sa_lambdas, attn_args.factors
-        # a gate on every head lets it opt out of a token: @classiclarryd. Value embeddings, where a layer has one, have theirs
-        gate = lambda w: torch.sigmoid(F.linear(x[..., :12], w).float()).mT.unsqueeze(-1)  # [B, H, T, 1]
+    def forward(self, x: Tensor, attn_args: AttnArgs, qk_bank: Tensor, vo_bank: Tensor):
+        """
+        x [B, T, d], before its norm -> all heads' results [B, T, d], and x for whoever else reads it: kernels add what comes back to it.
+        D16: attention's last projection is in GPT.second_half, because on a TPU it is in the kernel of the MLP.
+        Pairs (D8): heads h and h + H/2 form one sequence of twice the tokens; upstream interleaves the two, here window_attention does
+        whatever its device likes best, and only the rotary tables differ.
+        """
+        if attn_args.by_kernels:
+            return self.by_kernels(x, attn_args, qk_bank, vo_bank)
+        H, D, j = self.num_heads, self.head_dim, attn_args.layer
+        by_head = lambda x: x.unflatten(-1, (H, D)).transpose(1, 2)  # [B, T, d] -> [B, H, T, D]
+        to_heads = lambda gate: gate.float().mT.unsqueeze(-1)  # [B, T, H] -> [B, H, T, 1]
+        x_, x, (factor1, factor2) = x, norm(x), attn_args.factors
 
         # D7: heads before tokens, [B, H, T, D]. A TPU tiles the last two dims, so each head's [T, D] must lie together.
-        w = scaled(sa_lambdas[0], self.qkvo_w[:self.dim * 3].type_as(x)).view(3 * self.num_heads, self.head_dim, self.dim)
+        w = torch.cat([qk_bank[j * H:(j + 1) * H].reshape(2 * self.dim, self.dim), vo_bank[2 * j]]).type_as(x)
+        w = scaled(attn_args.sa_lambdas[0], w).view(3 * H, D, self.dim)
         q, k, v = torch.einsum('btc,hdc->bhtd', x, w).chunk(3, dim=1)
         q, k = norm(q), norm(k) # @Grad62304977
         if self.paired:
@@ -221,92 +265,40 @@ class CausalSelfAttention(nn.Module):
             q, k = Yarn.rotary(q, factor1, factor2), Yarn.rotary(k, factor1, factor2)
         if attn_args.key_offset:
             # in the dims that stand still a key carries its predecessor's content, so one layer can do induction
-            k = torch.where(still_dims(self.head_dim, x.device), torch.cat([k[:, :, :1], k[:, :, :-1]], dim=2), k)
-        if ve is not None:
-            ve = ve.view(B, T, self.num_heads, self.head_dim).transpose(1, 2)
-            v = v + scaled(2 * gate(attn_args.ve_gate_w), ve) # @KoszarskyB, @Grad62304977
-        attention = attn_args.attention or window_attention
+            k = torch.where(still_dims(D, x.device), torch.cat([k[:, :, :1], k[:, :, :-1]], dim=2), k)
+        if attn_args.ve is not None:
+            # the gate reads x and the embedding: @photomz, after @KoszarskyB and @Grad62304977
+            ve = attn_args.ve.chunk(5, dim=-1)[attn_args.table]
+            gate = 2 * torch.sigmoid(F.linear(torch.cat([x[..., :6], ve[..., :6]], dim=-1), attn_args.ve_gate_w).float())
+            v = v + scaled(to_heads(gate), by_head(ve))
+        if attn_args.aux_v is not None:
+            v = v + by_head(attn_args.aux_v)
+        attention, dc = attn_args.attention
         y = attention(q, k, v, attn_args.documents, attn_args.bm_size, attn_args.attn_scale, self.paired)
-        y = scaled(gate(attn_args.attn_gate_w), y).transpose(1, 2).flatten(2)
-        return F.linear(y, scaled(sa_lambdas[1], self.qkvo_w[self.dim * 3:].type_as(y))) # lambda on O's weights, not its output: @shenberg
+        if attn_args.dc_w is not None:
+            flat = y.transpose(1, 2).flatten(2)
+            flat = dc(torch.cat([q, k, v], dim=1), flat, *dc_gate(attn_args.dc_w), attn_args.documents, attn_args.dc_window,
+                      attn_args.attn_scale)
+            y = by_head(flat)
+        if attn_args.xsa_alpha is not None:
+            # XSA (arXiv:2603.09078): y loses a learned part of what lies along its own value
+            along = (y.float() * v.float()).sum(-1, keepdim=True) / v.float().square().sum(-1, keepdim=True).clamp_min(1e-8)
+            y = weighted((1.0, y), (-torch.tanh(to_heads(attn_args.xsa_alpha)) * along, v))
+        if attn_args.attn_gate_w is not None:
+            y = scaled(to_heads(attn_args.attn_gate_w), y)
+        return y.transpose(1, 2).flatten(2), x_
 
-class PairedHeadCausalSelfAttention(CausalSelfAttention):
-    """
-    Pairs up heads h and h + H/2: a query of one attends to the keys of both. Upstream interleaves the two into a sequence of
-    2T; here window_attention does whatever its device likes best, and only the rotary tables differ (D8).
-    """
-    paired = True
-
-class FusedLinearReLUSquareFunction(torch.autograd.Function):
-    """relu(x @ W1.T)^2 @ W2, whose backward pass keeps one [.., 4d] tensor instead of two and forms dpre in x's dtype."""
-    @staticmethod
-    def forward(ctx, x, W1, W2):
-        pre = x @ W1.T
-        ctx.save_for_backward(x, W1, W2, pre)
-        return pre.relu().square() @ W2
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        x, W1, W2, pre = ctx.saved_tensors
-        post = pre.relu()
-        dW2 = post.square().flatten(0, -2).T @ grad_output.flatten(0, -2)
-        dpre = 2 * (grad_output @ W2.T) * post
-        dW1 = dpre.flatten(0, -2).T @ x.flatten(0, -2)
-        return dpre @ W1, dW1, dW2
-
-class MLP(nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        hdim = 4 * dim
-        # both 4d x d, so that one stack holds them
-        self.c_fc = nn.Parameter(torch.empty(hdim, dim, dtype=torch.bfloat16))
-        self.c_proj = nn.Parameter(torch.empty(hdim, dim, dtype=torch.bfloat16))
-        self.c_fc.label = 'mlp'
-        self.c_proj.label = 'mlp'
-        self.c_proj.lr_mul = 2.
-
-        std = 0.5 * (dim ** -0.5)
-        bound = (3 ** 0.5) * std # @YouJiacheng
-        with torch.no_grad():
-            self.c_fc.uniform_(-bound, bound)
-            self.c_proj.zero_() # @Grad62304977
-
-    def forward(self, x: Tensor):
-        # squared ReLU (arXiv:2109.08668): @SKYLINEZ007, @Grad62304977
-        return FusedLinearReLUSquareFunction.apply(x, self.c_fc, self.c_proj)
-
-class Block(nn.Module):
-    def __init__(self, dim: int, head_dim: int, num_heads: int, layer_idx: int, use_paired_head: bool):
-        super().__init__()
-        # no attention in the seventh block: @YouJiacheng
-        if use_paired_head:
-            self.attn = PairedHeadCausalSelfAttention(dim, head_dim, num_heads, layer_idx)
-        else:
-            self.attn = CausalSelfAttention(dim, head_dim, num_heads, layer_idx) if layer_idx != 6 else None
-        self.mlp = MLP(dim)
-
-    def forward(self, x: Tensor, attn_args: AttnArgs):
-        lambdas, x0 = attn_args.mix  # D20: upstream mixes before the block
-        attn = self.attn and (self.attn.num_heads, attn_args.bm_size, self.attn.paired)
-        if attn_args.attention is None and takes_block(x, self.mlp.c_fc, self.mlp.c_proj, attn):
-            return self.by_kernels(x, attn_args)
-        x = mixed(x, lambdas, x0)
-        if self.attn is not None:
-            x = x + self.attn(norm(x), attn_args)
-        return x + self.mlp(norm(x))
-
-    def by_kernels(self, x: Tensor, attn_args: AttnArgs):
-        """What forward does, on a TPU, where it is three kernels: up to q, k and v (D15), attention (D15), what comes after it (D16)."""
-        (lambdas, x0), attn = attn_args.mix, self.attn
-        if attn is None:
-            return residual_mlp(mixed(x, lambdas, x0), self.mlp.c_fc, self.mlp.c_proj, keep=attn_args.keep_mlp)
-        lambda_x, lambda_x0 = (lambdas[0].view(1), lambdas[1].view(1)) if lambdas else (None, None)
-        lambda_qkv, lambda_o = (factor.view(1) for factor in attn_args.sa_lambdas)
-        y, x = fused_attention(
-            x, lambda_x, x0, lambda_x0, attn.qkvo_w, lambda_qkv, attn_args.attn_gate_w, attn_args.ve, attn_args.ve_gate_w,
-            *attn_args.factors, still_dims(attn.head_dim, x.device) if attn_args.key_offset else None, attn_args.documents,
-            attn_args.bm_size, attn_args.attn_scale, attn.paired)
-        return residual_mlp(x, self.mlp.c_fc, self.mlp.c_proj, y, attn.qkvo_w, lambda_o, keep=attn_args.keep_mlp)
+    def by_kernels(self, x: Tensor, attn_args: AttnArgs, qk_bank: Tensor, vo_bank: Tensor):
+        """What forward does, on a TPU, where it is two kernels or, with DC, three (D15)."""
+        dc, gate = attn_args.dc_w is not None, attn_args.attn_gate_w
+        y, qkv, x = fused_attention(
+            x, qk_bank, vo_bank, attn_args.layer, attn_args.sa_lambdas[0].view(1), attn_args.ve, attn_args.ve_gate_w, attn_args.aux_v,
+            *attn_args.factors, still_dims(self.head_dim, x.device) if attn_args.key_offset else None, attn_args.documents,
+            attn_args.bm_size, attn_args.attn_scale, self.paired, attn_args.xsa_alpha, None if dc else gate, attn_args.table,
+            attn_args.ve_sum)
+        if dc:
+            y = fused_dc(qkv, y, gate.float(), *dc_gate(attn_args.dc_w), attn_args.documents, attn_args.dc_window, attn_args.attn_scale)
+        return y, x
 
 # -----------------------------------------------------------------------------
 # Fused Softcapped Cross Entropy
@@ -319,55 +311,63 @@ def softcapped_logits(x: Tensor, weight: Tensor, A=SOFTCAP_A, B=SOFTCAP_B, C=SOF
     logits = weight.type_as(x) @ x.flatten(0, 1).T
     return logits, A * torch.sigmoid((logits.float() + B) / C)
 
-def token_weights(targets: Tensor, mtp_weights: Tensor, start: int, stop: int, vocab: Tensor) -> tuple[Tensor, Tensor]:
+def token_weights(targets: Tensor, mtp_weights: Tensor, prefix: Tensor | None, prefix_weight: Tensor | None, start: int, stop: int,
+                  vocab: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
-    For positions start..stop-1 of targets [B, T]: the weight of each vocabulary entry as a target, [V, B * (stop - start)],
-    and their sum, [1, B * (stop - start)]. Position i has targets i, i + 1, ... with mtp_weights; none beyond the row's end.
+    For positions start..stop-1 of targets [B, T]: the weight of each vocabulary entry as a target, [V, B * (stop - start)], their sum,
+    [1, B * (stop - start)], and the sum by which the gradient multiplies the softmax. Position i has targets i, i + 1, ... with
+    mtp_weights, none beyond the row's end, and its prefix [B, T] with prefix_weight [1], where that is not -1. Upstream's gradient counts
+    the targets beyond the row's end in the last of these sums.
     """
     B, T = targets.shape
-    each, total = 0.0, 0.0
+    each, total, factor = 0.0, 0.0, mtp_weights.sum()
     for k, weight in enumerate(mtp_weights.unbind()):
         exists = torch.arange(start + k, stop + k, device=targets.device) < T
         target = torch.where(exists, F.pad(targets, (0, k))[:, start + k:stop + k], -1).flatten()
         each = each + torch.where(vocab == target, weight, 0.0)
         total = total + (exists * weight).expand(B, -1).reshape(1, -1)
-    return each, total
+    if prefix is not None:
+        prefix = prefix[:, start:stop].reshape(1, -1)
+        exists = (prefix >= 0) * prefix_weight
+        each = each + torch.where(vocab == prefix, prefix_weight, 0.0)
+        total, factor = total + exists, factor + exists
+    return each, total, factor
 
 class FusedSoftcappedCrossEntropy(torch.autograd.Function):
     """
-    Softcapped cross entropy with multi-token prediction, lm_head included, LOGITS_CHUNK tokens at a time.
-    x [B, T, d], weight [V, d], targets [B, T] int32, mtp_weights [n] -> losses [B, T] float32.
-    No maximum is subtracted: the softcap bounds the logits by 23, and exp(23) * V is far inside float32.
+    Softcapped cross entropy with multi-token and prefix token prediction, lm_head included, LOGITS_CHUNK tokens at a time.
+    x [B, T, d], targets [B, T] int32, mtp_weights [n], prefix [B, T] int32 and prefix_weight [1] or None, weight [V, d] -> losses [B, T]
+    float32. No maximum is subtracted: the softcap bounds the logits by 23, and exp(23) * V is far inside float32.
     """
     @staticmethod
-    def forward(ctx, x, weight, targets, mtp_weights):
+    def forward(ctx, x, targets, mtp_weights, prefix, prefix_weight, weight):
         vocab = torch.arange(weight.size(0), device=x.device, dtype=targets.dtype).unsqueeze(1)
         losses, saved = [], []
         for start in range(0, x.size(1), LOGITS_CHUNK):
             stop = min(start + LOGITS_CHUNK, x.size(1))
             logits, z = softcapped_logits(x[:, start:stop], weight)
-            each, total = token_weights(targets, mtp_weights, start, stop, vocab)
+            each, total, _ = token_weights(targets, mtp_weights, prefix, prefix_weight, start, stop, vocab)
             lse = z.exp().sum(0, keepdim=True).log()
             losses.append((total * lse - (each * z).sum(0, keepdim=True)).view(x.size(0), -1))
             saved += [logits, lse]
-        ctx.save_for_backward(x, weight, targets, mtp_weights, vocab, *saved)
+        ctx.save_for_backward(x, weight, targets, mtp_weights, prefix, prefix_weight, vocab, *saved)
         return torch.cat(losses, dim=1)
 
     @staticmethod
     def backward(ctx, grad_output):
-        x, weight, targets, mtp_weights, vocab, *saved = ctx.saved_tensors
+        x, weight, targets, mtp_weights, prefix, prefix_weight, vocab, *saved = ctx.saved_tensors
         A, B, C = SOFTCAP_A, SOFTCAP_B, SOFTCAP_C
         dx, dw = [], 0.0
         for start, logits, lse in zip(range(0, x.size(1), LOGITS_CHUNK), saved[::2], saved[1::2], strict=True):
             stop = min(start + LOGITS_CHUNK, x.size(1))
             sigmoid_u = torch.sigmoid((logits.float() + B) / C)
             z = A * sigmoid_u
-            each, total = token_weights(targets, mtp_weights, start, stop, vocab)
-            grad_z = grad_output[:, start:stop].reshape(1, -1) * (total * (z - lse).exp() - each)
+            each, _, factor = token_weights(targets, mtp_weights, prefix, prefix_weight, start, stop, vocab)
+            grad_z = grad_output[:, start:stop].reshape(1, -1) * (factor * (z - lse).exp() - each)
             grad_x = (grad_z * (1 / C) * z * (1 - sigmoid_u)).type_as(x)  # [V, B * T]
             dx.append((grad_x.T @ weight.type_as(x)).view(x.size(0), -1, x.size(2)))
             dw = dw + grad_x @ x[:, start:stop].flatten(0, 1)
-        return torch.cat(dx, dim=1), dw, None, None
+        return torch.cat(dx, dim=1), None, None, None, None, dw
 
 def softcapped_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Validation's loss: next-token cross entropy [B, T] float32, no gradient, LOGITS_CHUNK tokens at a time."""
@@ -386,222 +386,480 @@ def softcapped_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tens
 def next_multiple_of_n(v: float | int, *, n: int):
     return max(n, math.ceil(v / n) * n)
 
+def build_prefix_table(vocab_size: int, byte_to_id: dict[bytes, int]) -> Tensor:
+    """
+    [vocab_size] int32: for each token the longest other token that its bytes begin with; -1 where there is none. From the vocabulary alone
+    (byte_to_id: the bytes of each token), never from the data.
+    """
+    table = torch.full((vocab_size,), -1, dtype=torch.int32)
+    open_tokens: list[bytes] = []  # sorted, what a token begins with comes before it: those that may go on, each a part of the next
+    for token in sorted(byte_to_id):
+        while open_tokens and not token.startswith(open_tokens[-1]):
+            open_tokens.pop()
+        if open_tokens:
+            table[byte_to_id[token]] = byte_to_id[open_tokens[-1]]
+        open_tokens.append(token)
+    return table
+
 @dataclass
 class ForwardScheduleConfig:
     mtp_weights: Tensor  # [n] float32
-    ws_short: int  # in blocks
+    prefix_weight: Tensor | None  # [1] float32; None where there is no such term
+    ws_short: int  # in tokens
     ws_long: int
     yarn: Tensor  # [D/4 + 1] float32: Yarn.numbers()
     yarn_paired_head: Tensor
     keep: Kept | None = None  # for the backward pass (D25)
-    attention: Callable | None = None  # in place of window_attention, with its arguments; the blocks' kernels do not run then
+    attention: tuple[Callable, Callable] | None = None  # in place of window_attention and dc_attention; no kernels of layers run then
     positions: Tensor | None = None  # [B, T] float32, in the row, by which heads rotate; 0 .. T-1 where there are none
 
+class Exchange(torch.autograd.Function):
+    """
+    What each device has found for the ids of all, [devices * B * T, d], and owner [B, T] -> what their owners have found for its own ids,
+    [B, T, d].
+    An all-to-all, because XLA runs that beside other work, and a reduce-scatter not.
+    """
+    @staticmethod
+    def forward(ctx, x, owner):
+        place = torch.arange(owner.numel(), dtype=torch.int32, device=x.device).view(owner.shape)
+        return F.embedding(owner * owner.numel() + place, exchange(x))
+
+    @staticmethod
+    def backward(ctx, dy):
+        return gather_rows(dy.flatten(0, 1)), None
+
+def lookup_owned(ids: Tensor, weight: Tensor) -> Tensor:
+    """
+    F.embedding of ids [B, T] in a table of which each device has rows of its own, weight [rows / devices, d] (D4): every device looks up
+    what it has for the ids of all. Backward, the gradients of all come to it, and nothing is left to reduce.
+    """
+    if device_count() == 1:
+        return lookup(ids, weight)
+    rows = weight.size(0)
+    local = gather_rows(ids.flatten()) - first_row(rows, ids)  # [devices * B * T]
+    x = lookup(local.unsqueeze(0), weight, ((local >= 0) & (local < rows)).unsqueeze(0))
+    return Exchange.apply(x.squeeze(0), ids // rows)
+
+class Tables(torch.autograd.Function):
+    """
+    The value embeddings of five tables, [B, T, 5d], for kernels, and of the first and the last one apart, [B, T, d], for all else: a kernel
+    leaves its own table's share of the gradient, and of the last table there is none.
+    """
+    @staticmethod
+    def forward(ctx, ve):
+        return ve.view_as(ve), *ve.chunk(5, dim=-1)[::4]
+
+    @staticmethod
+    def backward(ctx, dve, dfirst, dlast):
+        d = dfirst.size(-1)
+        dve = torch.slice_scatter(dve, dve[..., :d] + dfirst, -1, 0, d)
+        return torch.slice_scatter(dve, dlast, -1, 4 * d, 5 * d)
+
 class GPT(nn.Module):
-    def __init__(self, vocab_size: int, num_layers: int, num_heads: int, head_dim: int, model_dim: int, block_size: int = 128):
+    def __init__(self, vocab_size: int, num_layers: int, num_heads: int, head_dim: int, model_dim: int, block_size: int = 128,
+                 dc_window: int = 112, bigram_vocab_size: int = 50304 * 15 // 2, bigram_sign_table_rows: int = 8192):
         super().__init__()
         self.num_layers = num_layers
+        self.num_heads = num_heads
+        self.head_dim = head_dim
         self.block_size = block_size
-        vocab_size = next_multiple_of_n(vocab_size, n=128)
+        # the vocabulary is padded to a multiple of 128 (@Grad62304977, after Karpathy); the padding is in the softmax too
+        self.vocab_size = next_multiple_of_n(vocab_size, n=128)
 
-        self.smear_gate = CastedLinear(12, 1)
-        self.smear_gate.weight.label = 'smear_gate'
-        self.smear_gate.weight.lr_mul = 0.01
-        self.smear_gate.weight.wd_mul = 0.0
+        # -1: no such token, which is what warm-up runs with; set_prefix_table fills it on the clock
+        self.register_buffer("prefix_table", torch.full((self.vocab_size,), -1, dtype=torch.int32), persistent=False)
 
-        self.skip_gate = CastedLinear(12, 1)
-        self.skip_gate.weight.label = 'skip_gate'
-        self.skip_gate.weight.lr_mul = 0.05
-        self.skip_gate.weight.wd_mul = 0.0
+        self.lm_head = CastedLinear(model_dim, self.vocab_size)
+        nn.init.normal_(self.lm_head.weight, mean=0, std=0.005)
 
-        # tables of values added to V: @KoszarskyB, after @Grad62304977's value residual (arXiv:2410.17897); @ragulpr simplified them
-        self.value_embeds = nn.ModuleList([nn.Embedding(vocab_size, model_dim) for _ in range(3)])
-        for embed in self.value_embeds:
-            nn.init.zeros_(embed.weight)
-        for ve in self.value_embeds:
-            ve.weight.label = 'value_embed'
+        # D23: tied to lm_head until the split: until then it is not read, and state_dict gives lm_head's
+        self.embed = nn.Embedding(self.vocab_size, model_dim)
+        with torch.no_grad():
+            self.embed.weight.copy_(self.lm_head.weight)
+        self.split_embed = False
 
-        self.attn_gate_bank = nn.Parameter(torch.zeros(10, num_heads, 12)) # a gate a head for the 10 layers with attention
-        self.attn_gate_bank.label = 'attn_gate_bank'
-        self.ve_gate_bank = nn.Parameter(torch.zeros(5, num_heads, 12)) # and for the 5 with a value embedding
-        self.ve_gate_bank.label = 've_gate_bank'
+        self.init_attn(model_dim, head_dim, num_heads, num_layers)
+        self.init_mlp(model_dim)
+        self.init_misc(model_dim, num_layers, bigram_vocab_size, bigram_sign_table_rows)
+        self.init_mudd(num_layers, model_dim)
+
+        self.xsa_layers = [1, 3, 4, 7]
+        self.dc_layers = [10]
+        self.dc_window = dc_window
+        self.attn_gate_layers = [3, 10]
+        self.init_mudd_gate(model_dim)
+
+        for name, param in self.named_parameters():
+            param.label = name.replace('.weight', '')
+
+    def init_attn(self, model_dim: int, head_dim: int, num_heads: int, num_layers: int):
+        self.cache_layers = [3, 7]
 
         self.paired_head_layers = [0, 2, 5, 9]
-        self.blocks = nn.ModuleList([Block(model_dim, head_dim, num_heads, i, i in self.paired_head_layers) for i in range(num_layers)])
-        self.yarn = Yarn(head_dim, block_size)
-        self.yarn_paired_head = YarnPairedHead(head_dim, block_size)
-        # the vocabulary is padded to a multiple of 128 (@Grad62304977, after Karpathy); the padding is in the softmax too
-        self.lm_head = CastedLinear(model_dim, vocab_size)
-        nn.init.normal_(self.lm_head.weight, mean=0, std=0.005)
-        self.lm_head.weight.label = 'lm_head'
+        self.attn = CausalSelfAttention(model_dim, head_dim, num_heads, paired=False)
+        self.attn_paired = CausalSelfAttention(model_dim, head_dim, num_heads, paired=True)
+        self.yarn = Yarn(head_dim)
+        self.yarn_paired_head = Yarn(head_dim, paired=True)
 
-        self.embed = nn.Embedding(vocab_size, model_dim)
-        self.embed.weight.label = 'embed'
+        # values added to V: @KoszarskyB, after @Grad62304977's value residual (arXiv:2410.17897); @ragulpr simplified them, @photomz chose
+        # their start. D29: a token's five rows lie side by side, [V, 5d], where upstream has table after table: one lookup finds them all
+        self.value_embeds = nn.Parameter(0.01 * torch.randn(self.vocab_size, 5 * model_dim))
+        self.ve_gate_bank = nn.Parameter(torch.zeros(5, num_heads, 12))
 
-        # apart from the other scalars because Adam treats them differently
-        self.x0_lambdas = nn.Parameter(torch.zeros(num_layers))
-        self.x0_lambdas.label = 'x0_lambdas'
-        self.x0_lambdas.lr_mul = 5.0
-        self.x0_lambdas.wd_mul = 0.0
+        # banks, so that whole matrices can be split over the devices: @chrisjmccormick. No attention in layer 6: @YouJiacheng
+        num_attn_layers = num_layers - 1
+        # Q and K in pairs of heads, which NorMuon takes for one matrix each
+        used = num_attn_layers * 2 * (num_heads // 2)
+        self.qk_bank = nn.Parameter(torch.zeros(next_multiple_of_n(used, n=ROWS), head_dim * 2, model_dim))
+        self.qk_bank.reshape, self.qk_bank.used = self.qk_bank.shape, used
+        # V and O
+        used = num_attn_layers * 2
+        self.vo_bank = nn.Parameter(torch.zeros(next_multiple_of_n(used, n=ROWS), model_dim, model_dim))
+        self.vo_bank.reshape, self.vo_bank.used = self.vo_bank.shape, used
 
-        pad = (-num_layers * 3 - 3) % ROWS
+        std = 0.5 * model_dim ** -0.5
+        bound = (3 ** 0.5) * std # @YouJiacheng, @srashedll
+        with torch.no_grad():
+            for bank in (self.qk_bank, self.vo_bank):
+                bank[:bank.used].uniform_(-bound, bound)
+
+    def init_mlp(self, model_dim: int):
+        # a layer of padding, so that 24 matrices divide by 8
+        mlp_hdim = 4 * model_dim
+        self.mlp_bank = nn.Parameter(torch.zeros(12, 2, mlp_hdim, model_dim))
+        self.mlp_bank.reshape, self.mlp_bank.used = (24, mlp_hdim, model_dim), 2 * self.num_layers
+        std = 0.5 * model_dim ** -0.5
+        bound = (3 ** 0.5) * std # @YouJiacheng, @srashedll
+        with torch.no_grad():
+            self.mlp_bank[:, 0].uniform_(-bound, bound)  # c_fc; c_proj starts at zero: @Grad62304977
+
+    def init_misc(self, model_dim: int, num_layers: int, bigram_vocab_size: int, bigram_sign_table_rows: int):
+        self.smear_gate = CastedLinear(12, 1)
+
+        self.bigram_embed = nn.Embedding(bigram_vocab_size, model_dim)
+        nn.init.zeros_(self.bigram_embed.weight)
+        self.register_buffer('bigram_sign_table', torch.randn(bigram_sign_table_rows, model_dim).sign())
+
+        self.post_lambdas = nn.Parameter(torch.ones(num_layers, 2))
+
+        # for attention and MLP: both together scale a layer's x by 1.1
+        self.resid_lambdas = nn.Parameter(torch.full((num_layers, 2), 1.1**0.5))
+
+        pad = (-num_layers * 2 - 2) % ROWS
         self.scalars = nn.Parameter(
             torch.cat(
                 [
-                    1.1 * torch.ones(num_layers),  # residual lambdas
                     *[torch.tensor([0.5, 1.0]) for _ in range(num_layers)],  # attention lambdas, on QKV and on O
                     torch.zeros(1), # smear
-                    0.5 * torch.ones(1), # backout
                     -1.5 * torch.ones(1), # skip, through a sigmoid: 0.18
                     torch.ones(pad),
                 ]
             )
         )
 
-        self.scalars.label = 'scalars'
-        for param in self.value_embeds.parameters():
-            param.lr_mul = 75.
-            param.wd_mul = 5.
-        for param in self.embed.parameters():
-            param.wd_mul = 150.
-        for param in self.lm_head.parameters():
-            param.wd_mul = 150.
-        self.scalars.lr_mul = 5.0
-        self.scalars.wd_mul = 0.0
+    def init_mudd(self, num_layers: int, model_dim: int):
+        """
+        Multiway Dynamic Dense Connections (arXiv:2502.12170), @lishengping: a small MLP's numbers, for each token, weigh what skips layers.
 
-        self.split_embed = False
+        Before layer 10, 14 of them:
+          0 .. 2    cache[0], cache[7], x into V
+          3 .. 5    cache[0], cache[7], x into x
+          6, 7      gate of the value embedding, for the first and the second half of the heads
+          8 .. 11   x, attention, cache[0], bigram after attention
+          12, 13    x, MLP after the MLP
+        After the last layer, 5: cache[0], cache[7], cache[9], the first value embedding, cache[3].
+        """
+        num_mudd_layers = 2
+        self._mudd_scale = 0.1
+        mudd_dim = 64
+        max_num_coef = 14
+
+        self.mudd_w1 = nn.Parameter(torch.empty(num_mudd_layers, mudd_dim, model_dim))
+        for j in range(num_mudd_layers):
+            nn.init.kaiming_uniform_(self.mudd_w1.data[j], a=math.sqrt(5))
+        self.mudd_w2 = nn.Parameter(torch.zeros(num_mudd_layers, max_num_coef, mudd_dim))
+
+        start = torch.zeros(num_mudd_layers, max_num_coef)  # the constants that earlier records had in these places
+        start[0, 6:8] = 2.0
+        start[0, [8, 12]] = 1.1**0.5
+        start[0, [9, 13]] = 1.0
+        start[0, 11] = 0.05
+        start[1, 1] = -0.5  # what the first layers wrote for later ones to read, not for the prediction, is taken out again
+        self.mudd_b2 = nn.Parameter(start / self._mudd_scale)
+
+    def forward_mudd(self, x: Tensor, id: int, num_coef: int) -> list[Tensor]:
+        """Numbers of block id (0 or 1) for each token of x [B, T, d], [B, T, 1] each."""
+        x = F.gelu(F.linear(x, self.mudd_w1[id]))
+        # the bias in float32, as its gradient is a sum over all tokens (D22)
+        x = (F.linear(x, self.mudd_w2[id, :num_coef]).float() + self.mudd_b2[id, :num_coef].float()) * self._mudd_scale
+        return x.type_as(self.mudd_w1).split(1, dim=-1)
+
+    def init_mudd_gate(self, model_dim: int):
+        self._mudd_gate_scale = nn.Parameter(torch.tensor(0.1))
+        mudd_gate_dim = 64
+        assert self.num_heads == 6
+        # before layer 0: XSA of layers 1 and 3 (12), gate of layer 3 (6), x0 and bigram of layers 0 to 3 (8)
+        # before layer 4: XSA of 4 and 7 (12), gate of 10 (6), x0 and bigram of 4, 5, 7, 8, 9 (10), skip (1), DC of 10 (12)
+        self._mudd_gate_pre_num_coef = 26
+        self._mudd_gate_post_num_coef = 41
+        max_num_coef = 41
+        self.mudd_gate_w1 = nn.Parameter(torch.empty(2, mudd_gate_dim, model_dim))
+        self.mudd_gate_w2 = nn.Parameter(torch.zeros(2, max_num_coef, mudd_gate_dim))
+        for j in range(2):
+            nn.init.kaiming_uniform_(self.mudd_gate_w1.data[j], a=math.sqrt(5))
+
+        start = torch.zeros(2, max_num_coef)
+        start[:, 12:18] = 0.25  # gates of attention
+        start[0, 19:26:2] = start[1, 19:28:2] = 0.05  # bigram
+        start[1, 28] = 0.5  # skip
+        start[1, 29:35] = 1.0  # DC's first weights
+        self.mudd_gate_b2 = nn.Parameter(start / 0.1)
+
+    def forward_mudd_gate(self, x: Tensor, id: int, num_coef: int) -> Tensor:
+        """[B, T, num_coef] gates."""
+        h = F.gelu(F.linear(x, self.mudd_gate_w1[id]))
+        gate = F.linear(h, self.mudd_gate_w2[id, :num_coef]).float() + self.mudd_gate_b2[id, :num_coef].float()
+        return (gate * self._mudd_gate_scale).type_as(x)
+
+    def unpack_pre_mudd_gate(self, gate, xsa_alphas, attn_gates, x0_gates, bigram_gates):
+        xsa_alphas[1] = gate[..., 0:6] # 6 heads
+        xsa_alphas[3] = gate[..., 6:12]
+        attn_gates[3] = gate[..., 12:18]
+        for layer, offset in zip((0, 1, 2, 3), range(18, 26, 2)):
+            x0_gates[layer] = gate[..., offset:offset + 1]
+            bigram_gates[layer] = gate[..., offset + 1:offset + 2]
+
+    def unpack_post_mudd_gate(self, gate, xsa_alphas, attn_gates, x0_gates, bigram_gates):
+        xsa_alphas[4] = gate[..., 0:6]
+        xsa_alphas[7] = gate[..., 6:12]
+        attn_gates[10] = gate[..., 12:18]
+        for layer, offset in zip((4, 5, 7, 8, 9), range(18, 28, 2)):
+            x0_gates[layer] = gate[..., offset:offset + 1]
+            bigram_gates[layer] = gate[..., offset + 1:offset + 2]
+        return gate[..., 28:29]
+
+    # -----------------------------------
+    # On devices, and in upstream's form
 
     def to_devices(self, dtype: torch.dtype = torch.bfloat16):
-        """Moves the parameters to the mesh, replicated: matrices, embeddings and gates in dtype, scalars in float32."""
+        """Moves the parameters to the mesh: in dtype but for scalars and lambdas, replicated but for the bigram table's rows (D4)."""
+        exact = self.scalars, self.post_lambdas, self.resid_lambdas, self._mudd_gate_scale
+        exact = {id(p) for p in exact}
         for module in self.modules():
             for name, p in module._parameters.items():
                 if p is None:
                     continue
-                x = p.data if p is self.scalars or p is self.x0_lambdas else p.data.to(dtype)
-                module._parameters[name] = nn.Parameter(to_device(x))
-                module._parameters[name].__dict__.update(p.__dict__)  # label, lr_mul, wd_mul
+                split = ("data",) if p is self.bigram_embed.weight else ()
+                x = p.data if id(p) in exact else p.data.to(dtype)
+                module._parameters[name] = nn.Parameter(to_device(x, *split))
+                module._parameters[name].__dict__.update(p.__dict__)  # label, reshape, used
             for name, b in module._buffers.items():
-                module._buffers[name] = to_device(b)
+                module._buffers[name] = to_device(b if b.dtype == torch.int32 else b.to(dtype))
         return self
+
+    def enter_weights(self) -> dict[str, Tensor]:
+        """The parameters as each device has them, by name."""
+        return {name: enter(p.detach(), *(("data",) if name == "bigram_embed.weight" else ())) for name, p in self.named_parameters()}
+
+    def set_prefix_table(self, table: Tensor):
+        """table: [V] int, build_prefix_table's."""
+        self.prefix_table.data = to_device(table.to(torch.int32))
+
+    def to_upstream(self, name: str, x: Tensor) -> Tensor:
+        """A parameter's value, or gradient, in upstream's layout."""
+        if name == "qk_bank":
+            return self._reorder(x, half_split(self.head_dim).argsort())
+        if name == "value_embeds":
+            return x.unflatten(1, (5, -1)).transpose(0, 1).flatten(0, 1).contiguous()
+        return x.mT.contiguous() if name == "lm_head.weight" else x
+
+    def from_upstream(self, name: str, x: Tensor) -> Tensor:
+        if name == "qk_bank":
+            return self._reorder(x, half_split(self.head_dim))
+        if name == "value_embeds":
+            return x.unflatten(0, (5, -1)).transpose(0, 1).flatten(1)
+        return x.mT if name == "lm_head.weight" else x
+
+    def _reorder(self, qk_bank: Tensor, index: Tensor) -> Tensor:
+        return qk_bank.unflatten(1, (2, self.head_dim))[:, :, index].flatten(1, 2)  # D5
 
     def state_dict(self, *args, **kwargs):
         """On the CPU, under upstream's names, in upstream's layout: a checkpoint of either loads in the other."""
-        state = {name: p.detach().cpu() for name, p in super().state_dict(*args, **kwargs).items()}
-        for i, block in enumerate(self.blocks):
-            if block.attn is not None:
-                state[f"blocks.{i}.attn.qkvo_w"] = block.attn.to_upstream(state[f"blocks.{i}.attn.qkvo_w"])
+        state = {name: self.to_upstream(name, to_host(x)) for name, x in super().state_dict(*args, **kwargs).items()}
+        if not self.split_embed:
+            state["embed.weight"] = state["lm_head.weight"].mT.contiguous()
         return state
 
     def load_state_dict(self, state_dict):
         """Takes upstream's state_dict, with or without torch.compile's prefix. Nothing is changed if it does not fit."""
         state = {name.removeprefix("_orig_mod."): value for name, value in state_dict.items()}
-        params = dict(self.named_parameters())
-        for name in params.keys() ^ state.keys():
-            raise ValueError(f"state_dict: {name} is {'missing' if name in params else 'not a parameter of this model'}")
-        for name, p in params.items():
-            if p.shape != state[name].shape:
-                raise ValueError(f"state_dict: {name} has shape {tuple(state[name].shape)}, this model wants {tuple(p.shape)}")
-        for name, p in params.items():
-            value = state[name].detach().cpu().to(p.dtype)
-            if name.endswith("qkvo_w"):
-                value = self.blocks[int(name.split(".")[1])].attn.from_upstream(value)
-            p.data = to_device(value.contiguous())
+        state = {name: value for name, value in state.items() if not name.startswith("_mlp_down_")}  # scales of upstream's FP8 (D1)
+        mine = dict(self.named_parameters()) | {name: b for name, b in self.named_buffers() if name != "prefix_table"}
+        for name in mine.keys() ^ state.keys():
+            raise ValueError(f"state_dict: {name} is {'missing' if name in mine else 'not a parameter of this model'}")
+        values = {}
+        for name, x in mine.items():
+            wanted = self.to_upstream(name, torch.empty(x.shape, device="meta")).shape
+            if wanted != state[name].shape:
+                raise ValueError(f"state_dict: {name} has shape {tuple(state[name].shape)}, this model wants {tuple(wanted)}")
+            values[name] = self.from_upstream(name, state[name].detach().cpu().to(x.dtype)).contiguous()
+        for name, x in mine.items():
+            assign(x, values[name])
 
-    def forward(self, input_seq: Tensor, target_seq: Tensor | None, documents: Tensor, schedule_cfg: ForwardScheduleConfig):
+    # -----------------------------------
+
+    def second_half(self, i: int, x: Tensor, y: Tensor | None, factors: list[Tensor], sa_lambda: Tensor | None, x0: Tensor | None,
+                    x0_bigram: Tensor | None, by_kernels: bool, keep: bool, x0_sum: Shared | None, bigram_sum: Shared | None) -> Tensor:
         """
-        input_seq, target_seq, documents: [B, T] int32; documents holds where in its row each token's document starts (D10:
-        upstream passes cu_seqlens). Returns a loss for each row, [B]: summed over tokens in training, their mean otherwise.
-        Without target_seq, what lm_head reads, [B, T, d].
+        What layer i does after attention's y [B, T, d]: its last projection, the sum with x, x0 and the bigram, the MLP, the sum with that.
+        factors: of x, attention, x0 and bigram in the first sum, of x and the MLP in the second, float32, one each or one a token
+        [B, T, 1]. Without y (layer 6): of the second sum alone.
+        """
+        j = i - (i > 6)
+        if by_kernels:  # D16
+            factors = torch.cat([torch.as_tensor(f, device=x.device).float().expand(*x.shape[:2], 1) for f in factors], dim=-1).mT
+            attention = {} if y is None else dict(y=y, vo_bank=self.vo_bank, j=j, lambda_o=sa_lambda.view(1), x0=x0, bigram=x0_bigram,
+                                               x0_sum=x0_sum, bigram_sum=bigram_sum)
+            return residual_mlp(x, self.mlp_bank, i, factors, keep=keep, **attention)
+        *first, resid, post = factors
+        if y is not None:
+            # lambda on O's weights, not its output: @shenberg
+            attn_out = F.linear(y, scaled(sa_lambda, self.vo_bank[2 * j + 1].type_as(y)))
+            x = weighted(*zip(first, (x, attn_out, x0, x0_bigram), strict=True))
+        c_fc, c_proj = self.mlp_bank[i]
+        return weighted((resid, x), (post, ReLUSqrdMLP(norm(x), c_fc, c_proj)))
+
+    def forward(self, input_seq: Tensor, target_seq: Tensor | None, documents: Tensor, bigram_input_seq: Tensor,
+                schedule_cfg: ForwardScheduleConfig):
+        """
+        input_seq, target_seq, documents, bigram_input_seq: [B, T] int32; documents holds where in its row each token's document starts
+        (D10: upstream passes cu_seqlens), bigram_input_seq the bigrams' rows (get_bigram_hash). Returns a loss for each row, [B]: summed
+        over tokens in training, their mean otherwise. Without target_seq, what lm_head reads, [B, T, d].
         """
         assert input_seq.ndim == 2
         T, dtype = input_seq.size(1), self.lm_head.weight.dtype
 
+        # ---- Schedule and layer topology ----
         ws_short, ws_long = schedule_cfg.ws_short, schedule_cfg.ws_long
-
-        skip_connections = []
-        skip_in = [3] # the first layer with a long window
-        skip_out = [6] # which has no attention of its own
-        x_backout = None
-        backout_layer = 7
-
-        scalars = self.scalars.unbind()
-        resid_lambdas = scalars[: 1 * self.num_layers]
-        x0_lambdas = self.x0_lambdas.unbind()
-        sa_lambdas = scalars[1 * self.num_layers: 3 * self.num_layers]
-        sa_lambdas = list(zip(sa_lambdas[::2], sa_lambdas[1::2], strict=True))
-        smear_lambda = scalars[3 * self.num_layers]
-        backout_lambda = scalars[3 * self.num_layers+1]
-        skip_lambda = scalars[3 * self.num_layers+2]
-
-        short_bm = ws_short * self.block_size
-        long_bm = ws_long * self.block_size
-        bm_sizes = [short_bm, short_bm, short_bm, long_bm, short_bm, short_bm, None, short_bm, short_bm, short_bm, long_bm]
+        bm_sizes = [ws_short, ws_short, ws_short, ws_long, ws_short, ws_short, None, ws_short, ws_short, ws_short, ws_long]
         assert len(bm_sizes) == self.num_layers
-        key_offset = [b==long_bm for b in bm_sizes] # where the window is long
+        key_offset = [b==ws_long for b in bm_sizes] # where the window is long
         factors = [yarn.factors(T, cfg[:-1], dtype, schedule_cfg.positions) + (cfg[-1],) for yarn, cfg in
                    ((self.yarn, schedule_cfg.yarn), (self.yarn_paired_head, schedule_cfg.yarn_paired_head))]
 
-        # D19: on a TPU a kernel adds up their gradients
+        # ---- Unbind parameters ----
+        sa_lambdas = self.scalars[: 2 * self.num_layers].view(-1, 2)
+        smear_lambda = self.scalars[2 * self.num_layers]
+        skip_lambda = self.scalars[2 * self.num_layers + 1]
+        in_use = lambda lambdas: lambdas.to(dtype).float().unbind(0)  # rounded as upstream's
+        resid_lambdas_attn, resid_lambdas_mlp = in_use(self.resid_lambdas[:, 0]), in_use(self.resid_lambdas[:, 1])
+        post_lambdas_attn, post_lambdas_mlp = in_use(self.post_lambdas[:, 0]), in_use(self.post_lambdas[:, 1])
+        nones = [None] * (self.num_layers - 6)
+        veg = self.ve_gate_bank.unbind(0)
+        attn_gates = [None] * self.num_layers
+        ve_gates = [None, veg[0], veg[1], *nones, veg[2], veg[3], veg[4]]
+        xsa_alphas = [None] * self.num_layers
+        x0_gates = [None] * self.num_layers
+        bigram_gates = [None] * self.num_layers
+        assert len(ve_gates) == self.num_layers
+
+        # ---- Embeddings and input preparation ----
+        # D19: on a TPU a kernel adds up their gradients. D23: while tied lm_head's weight is what is read, so that no step copies it
         x = lookup(input_seq, self.embed.weight if self.split_embed else self.lm_head.weight)
-        ve = [lookup(input_seq, value_embed.weight) for value_embed in self.value_embeds]
-        # the tables in the order 1 2 ... 0 1 2: @YouJiacheng, after @leloykun's U-net
-        ve = [ve[1], ve[2]] + [None] * (self.num_layers - 5) + [ve[0], ve[1], ve[2]]
-        assert len(ve) == self.num_layers
+
+        # signs tell bigrams apart that share a row: @trianxy
+        sign_idx = F.pad((input_seq[:, :-1] ^ input_seq[:, 1:]) % self.bigram_sign_table.size(0), (1, 0))
+        x0_bigram = lookup_owned(bigram_input_seq, self.bigram_embed.weight) * F.embedding(sign_idx, self.bigram_sign_table)
+
+        ve = lookup(input_seq, self.value_embeds)
+        tables = [None, 0, 1, *nones, 2, 3, 4]  # whose value embeddings a layer takes: @photomz
+        assert len(tables) == self.num_layers
 
         # each token takes a gated share of the one before it: @classiclarryd. D21: the first one takes a share of zeros, where upstream
         # leaves it out, for T - 1 tokens lie askew in a TPU's tiles
-        smear_gate_out = smear_lambda * torch.sigmoid(self.smear_gate(x[..., :self.smear_gate.weight.size(-1)].float()))
+        smear_gate_out = smear_lambda * torch.sigmoid(self.smear_gate(x[..., :self.smear_gate.weight.size(-1)]).float())
         x = x + scaled(smear_gate_out, F.pad(x, (0, 0, 1, -1)))
         x = x0 = norm(x)
 
-        ag = self.attn_gate_bank.unbind(0)
-        veg = self.ve_gate_bank.unbind(0)
-        attn_gates = [*ag[:6], None, *ag[6:]]
-        ve_gates = [veg[0], veg[1]] + [None] * (self.num_layers - 5) + [veg[2], veg[3], veg[4]]
-        assert len(attn_gates) == self.num_layers
-        assert len(ve_gates) == self.num_layers
+        pre_gate = self.forward_mudd_gate(x0, id=0, num_coef=self._mudd_gate_pre_num_coef)
+        self.unpack_pre_mudd_gate(pre_gate, xsa_alphas, attn_gates, x0_gates, bigram_gates)
 
+        x = weighted((1.0, x0), (bigram_gates[0], x0_bigram))
+        cache = {0: x}  # x before layer 0, after layers 3 and 7, and before layer 10
+
+        by_kernels = schedule_cfg.attention is None and takes_layers(x, self.mlp_bank, self.num_heads, self.dc_window, {
+            (window, i in self.paired_head_layers) for i, window in enumerate(bm_sizes) if window is not None})
+        ve, ve_first, ve_last = Tables.apply(ve) if by_kernels else (ve, *ve.chunk(5, dim=-1)[::4])
+        ve_sum, x0_sum, bigram_sum = map(Shared, (4, 9, 10)) if by_kernels and torch.is_grad_enabled() else (None, None, None)
         for i in range(self.num_layers):
-            *yarn, attn_scale = factors[i in self.paired_head_layers]
-            attn_args = AttnArgs(
-                mix=((resid_lambdas[i], x0_lambdas[i]), x0) if i > 0 else ((), None),
-                ve=ve[i],
-                sa_lambdas=sa_lambdas[i],
-                documents=documents,
-                bm_size=bm_sizes[i],
-                factors=yarn,
-                attn_scale=attn_scale,
-                key_offset=key_offset[i],
-                attn_gate_w=attn_gates[i],
-                ve_gate_w=ve_gates[i],
-                keep_mlp=schedule_cfg.keep is None or schedule_cfg.keep.mlp,
-                attention=schedule_cfg.attention
-            )
-            if i in skip_out:
-                skip_gate_out = self.skip_gate(x0[..., :self.skip_gate.weight.size(-1)].float())
-                skip_gate_out = torch.sigmoid(skip_lambda) * 2 * torch.sigmoid(skip_gate_out)
-                x = x + scaled(skip_gate_out, skip_connections.pop())
-            if i == 0:  # the other blocks mix x with x0 themselves (D20)
-                x = scaled(resid_lambdas[0] + x0_lambdas[0], x)
-            x = self.blocks[i](x, attn_args)
-            if i in skip_in:
-                skip_connections.append(x)
-            if i == backout_layer:
-                x_backout = x
+            is_paired = i in self.paired_head_layers
+            *yarn, attn_scale = factors[is_paired]
+            y, mu = None, None
 
-        # what the first blocks wrote for later blocks to read, not for the prediction, is taken out again
-        x = x - scaled(backout_lambda, x_backout)
+            if i == 4:
+                post_gate = self.forward_mudd_gate(x, id=1, num_coef=self._mudd_gate_post_num_coef)
+                skip_gate = self.unpack_post_mudd_gate(post_gate, xsa_alphas, attn_gates, x0_gates, bigram_gates)
+                dc_weights = post_gate[..., 29:35], post_gate[..., 35:41]
+
+            if i == 6:  # no attention: @YouJiacheng
+                x = weighted((1.0, x), (scaled(torch.sigmoid(skip_lambda), skip_gate), cache[3]))
+                mix = [resid_lambdas_mlp[i], post_lambdas_mlp[i]]
+            else:
+                attn_in, aux_v = cache.get(7, x), None
+                if i == self.num_layers - 1:
+                    cache[9] = x
+                    mu = self.forward_mudd(x, id=0, num_coef=14)
+                    first_half = torch.arange(x.size(-1), device=x.device) < x.size(-1) // 2  # of the heads
+                    ve_gate = torch.where(first_half, mu[6].float(), mu[7].float())
+                    aux_v = weighted((ve_gate, ve_last), (mu[0], cache[0]), (mu[1], cache[7]), (mu[2], x))
+                    x = weighted((1 + mu[5].float(), x), (mu[3], cache[0]), (mu[4], cache[7]))
+                    mix = [mu[8], mu[9], mu[10], mu[11], mu[12], mu[13]]
+                else:
+                    mix = [resid_lambdas_attn[i], post_lambdas_attn[i], x0_gates[i], bigram_gates[i] if i > 0 else 0.0,
+                           resid_lambdas_mlp[i], post_lambdas_mlp[i]]
+                attn = self.attn_paired if is_paired else self.attn
+                y, attn_in = attn(attn_in, AttnArgs(
+                    layer=i - (i > 6),
+                    sa_lambdas=sa_lambdas[i],
+                    documents=documents,
+                    bm_size=bm_sizes[i],
+                    factors=yarn,
+                    attn_scale=attn_scale,
+                    key_offset=key_offset[i],
+                    attn_gate_w=attn_gates[i] if i in self.attn_gate_layers else None,
+                    **(dict(ve=ve, table=tables[i], ve_gate_w=ve_gates[i], ve_sum=ve_sum) if mu is None and tables[i] is not None else {}),
+                    aux_v=aux_v,
+                    xsa_alpha=xsa_alphas[i] if i in self.xsa_layers else None,
+                    dc_w=dc_weights if i in self.dc_layers else None,
+                    dc_window=self.dc_window,
+                    by_kernels=by_kernels,
+                    attention=schedule_cfg.attention or (window_attention, dc_attention),
+                ), self.qk_bank, self.vo_bank)
+                if 7 in cache:
+                    cache[7] = attn_in
+                else:
+                    x = attn_in
+            x = self.second_half(i, x, y, mix, sa_lambdas[i, 1] if y is not None else None, x0 if mu is None else cache[0], x0_bigram,
+                                 by_kernels, schedule_cfg.keep is None or schedule_cfg.keep.mlp, x0_sum if mu is None else None,
+                                 bigram_sum)
+            if i in self.cache_layers:
+                cache[i] = x
+
+        mu = self.forward_mudd(x, id=1, num_coef=5)
+        x = weighted((1.0, x), (mu[0], cache[0]), (mu[1], cache[7]), (mu[2], cache[9]), (mu[3], ve_first), (mu[4], cache[3]))
         x = norm(x)
         if target_seq is None:
             return x
         # softcap 23 * sigmoid((logits + 5) / 7.5): Gemma 2's tanh by @Grad62304977, its bound by @KoszarskyB, the sigmoid form
         # by @YouJiacheng, the constants by @classiclarryd
         mtp_weights = schedule_cfg.mtp_weights if self.training else None
+        prefix_weight = schedule_cfg.prefix_weight if self.training else None
+        prefix = None if prefix_weight is None else self.prefix_table[target_seq]
         if takes_lm_head(x, self.lm_head.weight):  # D17: on a TPU lm_head and the loss are one kernel
             p_tokens = schedule_cfg.keep.p_tokens if schedule_cfg.keep else x.size(0) * T
-            losses = lm_head_losses(x, self.lm_head.weight, target_seq, mtp_weights, p_tokens)
+            losses = lm_head_losses(x, self.lm_head.weight, target_seq, mtp_weights, prefix, prefix_weight, p_tokens)
         elif self.training:
-            losses = FusedSoftcappedCrossEntropy.apply(x, self.lm_head.weight, target_seq, mtp_weights)
+            losses = FusedSoftcappedCrossEntropy.apply(x, target_seq, mtp_weights, prefix, prefix_weight, self.lm_head.weight)
         else:
             losses = softcapped_cross_entropy(x, self.lm_head.weight, target_seq)
         return losses.sum(1) if self.training else losses.mean(1)
@@ -622,9 +880,11 @@ def _load_data_shard(file: Path, vocab_size: int) -> np.ndarray:
 
 BOS_ID = 50256
 
-class BOSFinder:
+TRAIN_MAX_NUM_DOCS = {16384: 64, 32768: 96, 49152: 128}
+
+class Shard:
     # Packs whole documents into rows: @varunneal, after @classiclarryd
-    # D11: no quickload. A whole shard is scanned in 50 ms here, so its first 4 million tokens need no scan of their own.
+    # D11: a whole shard is scanned in 50 ms here, so its first 6 million tokens need no scan of their own.
     def __init__(self, tokens: np.ndarray, world_size: int = ROWS, bos_id: int = BOS_ID):
         self.tokens = tokens
         self.size = len(tokens)
@@ -679,11 +939,24 @@ class DataPreloader:
             raise self.data
         return self.data
 
-def distributed_data_generator(filename_pattern: str, num_tokens: int, max_seq_len: int, align_to_bos: bool = True,
-                               bos_id: int = BOS_ID, vocab_size: int = 50257, start: tuple[int, int] = (0, 0)):
+def get_bigram_hash(x: np.ndarray, bigram_vocab_size: int = 50304 * 15 // 2) -> np.ndarray:
     """
-    Yields (inputs, targets, cum_seqlens), int32 arrays [8, T], [8, T] and [8, at least upstream's max_num_docs], T = num_tokens / 8, and
-    with them (shard, place in it) where the batch after this one begins: a generator with that as its start goes on from there.
+    x [8, T] int32 -> for each token, with the one before it, a row of the bigram table, [8, T] int32. The row's first token has the last
+    one. Products wrap as upstream's int32 do, and the second token's predecessor is the number that stands for the first.
+    """
+    rand_int_1, rand_int_2, mod = np.int32(36313), np.int32(27191), bigram_vocab_size - 1
+    out = x.astype(np.int32)
+    out[:, 0] = mod
+    out[:, 1:] = ((rand_int_1 * out[:, 1:]) ^ (rand_int_2 * out[:, :-1])) % np.int32(mod)
+    return out
+
+def distributed_data_generator(filename_pattern: str, num_tokens: int, max_seq_len: int, align_to_bos: bool = True,
+                               bos_id: int = BOS_ID, vocab_size: int = 50257, bigram_vocab_size: int = 50304 * 15 // 2,
+                               max_num_docs: dict[int, int] | None = None, start: tuple[int, int] = (0, 0)):
+    """
+    Yields (inputs, targets, cum_seqlens, bigram_inputs), int32 arrays [8, T], cum_seqlens [8, at least upstream's max_num_docs], T =
+    num_tokens / 8, and with them (shard, place in it) where the batch after this one begins: a generator with that as its start goes on
+    from there. max_num_docs: upstream's room for documents by T, TRAIN_MAX_NUM_DOCS.
     align_to_bos: each row begins with a document, documents are cut to max_seq_len. send((num_tokens, max_seq_len)) changes
     both for the next batch. D12: all 8 rows at once, where each upstream rank reads its own.
     """
@@ -697,7 +970,7 @@ def distributed_data_generator(filename_pattern: str, num_tokens: int, max_seq_l
         if file is None:
             return None
         tokens = _load_data_shard(file, vocab_size)
-        finder = BOSFinder(tokens, world_size, bos_id)
+        finder = Shard(tokens, world_size, bos_id)
         if not len(finder.bos_idx):
             raise no_document_start(file, bos_id)
         return tokens, finder
@@ -719,7 +992,7 @@ def distributed_data_generator(filename_pattern: str, num_tokens: int, max_seq_l
         if num_tokens % (world_size * 16):
             raise ValueError(f"batch size {num_tokens} is not divisible by 8 rows x 16 tokens: take {num_tokens // 128 * 128 or 128}")
         num_tokens_local = num_tokens // world_size
-        max_num_docs = next_multiple_of_n(num_tokens_local // 300, n=128)  # upstream's room for documents
+        room = (max_num_docs or TRAIN_MAX_NUM_DOCS).get(num_tokens_local, next_multiple_of_n(num_tokens_local // 300, n=128))
 
         if align_to_bos:
             try:
@@ -744,28 +1017,31 @@ def distributed_data_generator(filename_pattern: str, num_tokens: int, max_seq_l
             cum_lengths = [np.flatnonzero(row[:-1] == bos_id) for row in buf]
             pos += num_tokens
 
-        max_num_docs = max(max_num_docs, 2 + max(map(len, cum_lengths)))  # many short documents: longer, where upstream fails
-        _cum_lengths = np.full((world_size, max_num_docs), num_tokens_local, dtype=np.int32)
+        room = max(room, 2 + max(map(len, cum_lengths)))  # many short documents: longer, where upstream fails
+        _cum_lengths = np.full((world_size, room), num_tokens_local, dtype=np.int32)
         _cum_lengths[:, 0] = 0
         for row, lengths in zip(_cum_lengths, cum_lengths, strict=True):
             row[1:len(lengths) + 1] = lengths
 
-        new_params = yield (buf[:, :-1].astype(np.int32), buf[:, 1:].astype(np.int32), _cum_lengths), (shard_idx, pos)
+        _inputs = buf[:, :-1].astype(np.int32)
+        _bigram_inputs = get_bigram_hash(_inputs, bigram_vocab_size)
+
+        new_params = yield (_inputs, buf[:, 1:].astype(np.int32), _cum_lengths, _bigram_inputs), (shard_idx, pos)
 
         if new_params is not None:
             # makes it possible for generator to receive new (num_tokens, max_seq_len) via .send()
             num_tokens, max_seq_len = new_params
 
 def get_documents(cum_seqlens: np.ndarray) -> np.ndarray:
-    """cum_seqlens [8, n] -> [8, T] int32, where in its row each token's document starts."""
+    """cum_seqlens [8, n] -> [8, T] int32, where in its row each token's document starts (D10)."""
     return np.stack([np.repeat(row[:-1], np.diff(row)) for row in cum_seqlens])
 
-def pack(inputs: np.ndarray, targets: np.ndarray, cum_seqlens: np.ndarray) -> Tensor:
-    """A batch as the step takes it, in one piece so that it takes one transfer: inputs, targets, documents, [8, 3, T] int32."""
-    return torch.from_numpy(np.stack([inputs, targets, get_documents(cum_seqlens)], axis=1))
+def pack(inputs: np.ndarray, targets: np.ndarray, cum_seqlens: np.ndarray, bigram_inputs: np.ndarray) -> Tensor:
+    """A batch as the step takes it, in one piece so that it takes one transfer: inputs, targets, documents, bigrams, [8, 4, T] int32."""
+    return torch.from_numpy(np.stack([inputs, targets, get_documents(cum_seqlens), bigram_inputs], axis=1))
 
 def to_devices(batch: Tensor) -> list[Tensor]:
-    """[8, 3, T] -> on the devices, a row on each: [devices, 3, T] for each turn."""
+    """[8, 4, T] -> on the devices, a row on each: [devices, 4, T] for each turn."""
     return [to_device(rows, "data") for rows in batch.split(device_count())]
 
 def to_rows(losses: list[Tensor]) -> Tensor:
@@ -774,7 +1050,7 @@ def to_rows(losses: list[Tensor]) -> Tensor:
 
 def prefetch(batches, depth: int = 2):
     """
-    Runs a generator of (inputs, targets, cum_seqlens), position, numbers in a thread, depth batches ahead, and yields each as what a step
+    Runs a generator of the loader's arrays, position, numbers in a thread, depth batches ahead, and yields each as what a step
     takes, on the devices, the packed batch and the numbers, and the position. Its errors are raised here.
     """
     ready, stop = queue.Queue(depth), threading.Event()
@@ -809,36 +1085,130 @@ def prefetch(batches, depth: int = 2):
 # -----------------------------------------------------------------------------
 # Training Management. Upstream's functions read a global args; these take it, so that a test or a tool can pass its own.
 
-def get_bs(step: int, args: "Hyperparameters"):
-    if step >= args.num_scheduled_iterations:
-        return args.train_bs_extension
-    x = step / args.num_scheduled_iterations
-    return args.train_bs_schedule[int(len(args.train_bs_schedule) * x)]
+def of_stages(get: Callable):
+    """A field of Hyperparameters: a number for each of TRAINING_STAGES, the record's by default."""
+    return field(default_factory=lambda: tuple(get(stage) for stage in TRAINING_STAGES))
 
-def get_ws(step: int, args: "Hyperparameters"):
-    """(short, long) windows in blocks; the short one is half of the long one."""
-    if step >= args.num_scheduled_iterations:
-        return args.ws_final // 2, args.ws_final
-    x = step / args.num_scheduled_iterations
-    ws_long = args.ws_schedule[int(len(args.ws_schedule) * x)]
-    return ws_long // 2, ws_long
+@dataclass
+class Hyperparameters:
+    # data
+    train_files: str = "data/fineweb10B/fineweb_train_*.bin" # shards in llm.c's format, read in the order of their names
+    val_files: str = "data/fineweb10B/fineweb_val_*.bin" # the same, for validation
+    val_tokens: int = 10485760 # validation tokens; another number gives losses that compare with nobody's
+    # batch sizes
+    val_batch_size: int = 4 * 64 * 1024 * 8
+    # schedule
+    num_scheduled_iterations: int = 1270  # the schedules are fractions of this
+    num_extension_iterations: int = 15  # steps after that, at the last learning rate and windows
+    cooldown_frac: float = 0.60  # part of the schedule in which the learning rate falls to 0.15
+    # of each stage, in the place of TRAINING_STAGES' own
+    train_bs_schedule: tuple = of_stages(lambda stage: stage.batch_size)
+    train_max_seq_len_schedule: tuple = of_stages(lambda stage: stage.train_max_seq_len)
+    ws_short_schedule: tuple = of_stages(lambda stage: stage.window_sizes[0])  # windows in blocks
+    ws_long_schedule: tuple = of_stages(lambda stage: stage.window_sizes[1])
+    ws_validate_post_yarn_ext: int = 20 # long windows of the last validation, with no further YaRN
+    # evaluation and logging
+    run_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    train_loss_every: int = 25 # steps between reads of the training loss (upstream never reads it); 0: never
+    val_loss_every: int = 250  # steps between validations; 0: only at the end
+    save_checkpoint: bool = False # the last state in upstream's form, logs/RUN_ID/state_stepN.pt
+    save_every: int = 0 # steps between checkpoints to resume from, logs/RUN_ID/checkpoint_stepN.pt; 0: none
+    keep_checkpoints: int = 3 # how many of those are kept
+    # bigram hash embedding
+    bigram_vocab_size: int = 50304 * 15 // 2
+    bigram_dim: int = 768  # model_dim
+    bigram_sign_table_rows: int = 8192
+    # the model: upstream writes these into its call of GPT
+    block_size: int = 128
+    dc_window: int = 112  # keys
+    vocab_size: int = 50257
+    bos_id: int = BOS_ID
+    num_layers: int = 11
+    num_heads: int = 6
+    head_dim: int = 128
+    model_dim: int = 768
+    dtype: str = "bfloat16"
+    seed: int = 0
 
-def get_lr(step: int, args: "Hyperparameters"):
-    """Learning rate factor: tied to the batch size schedule, with a linear cooldown to 0.1."""
-    if step > args.num_scheduled_iterations:
-        return 0.1
-    lr_max = 1.0
-    x = step / args.num_scheduled_iterations
-    if x > 1/3:
-        lr_max = 1.52  # (16/8)**0.6
-    if x > 2/3:
-        lr_max = 1.73  # (24/8)**0.5
-    if x >= 1 - args.cooldown_frac:
-        w = (1 - x) / args.cooldown_frac
-        return lr_max * w + (1 - w) * 0.1
-    return lr_max
+    @property
+    def num_iterations(self) -> int:
+        return self.num_scheduled_iterations + self.num_extension_iterations
 
-def get_muon_momentum(step: int, args: "Hyperparameters", muon_warmup_steps=300, muon_cooldown_steps=50,
+@dataclass(frozen=True)
+class TrainingStage:
+    lr_mul: float
+    batch_size: int
+    window_sizes: tuple[int, int]  # (short, long) in blocks
+    mtp_weights_start: list[float]
+    mtp_weights_end: list[float]
+    train_max_seq_len: int
+    prefix_weight_start: float = 0.0
+    prefix_weight_end: float = 0.0
+    duration: float | None = None
+
+class TrainingSchedule:
+    """
+    The stages of a run, from TRAINING_STAGES and args:
+        1. Weights of the next tokens as targets: [1, 0.5, 0.25->0] -> [1, 0.5->0] -> [1] @varunneal
+        2. Windows (1, 3) -> (3, 7) -> (5, 11) -> (6, 13), and YaRN where the long one changes
+        3. lm_head and embed are one until 2/3 of training
+        4. Batches of 8, 16 and 24 x 16384 tokens
+        5. Long windows of 20 in the last validation
+        6. Documents are cut to 896 tokens in the first stage, to 2048 from then on
+    """
+    def __init__(self, args: Hyperparameters, split_embed_stage: int = 2):
+        self.args = args
+        own = args.train_bs_schedule, args.train_max_seq_len_schedule, args.ws_short_schedule, args.ws_long_schedule
+        self.stages = [replace(stage, batch_size=batch_size, train_max_seq_len=seq_len, window_sizes=(short, long))
+                       for stage, batch_size, seq_len, short, long in zip(TRAINING_STAGES, *own, strict=True)]
+        self.scheduled_iterations = args.num_scheduled_iterations
+        self.cooldown_frac = args.cooldown_frac
+        self.ws_post_yarn_ext = args.ws_validate_post_yarn_ext
+        self.total_steps = args.num_iterations
+
+        # the last stage is the extension
+        ends = [0, *[round(c * self.scheduled_iterations) for c in itertools.accumulate(s.duration for s in self.stages[:-1])],
+                self.total_steps]
+        assert self.scheduled_iterations == ends[-2]
+        self.boundaries = list(itertools.pairwise(ends))
+
+        self.split_step = self.boundaries[split_embed_stage][0] | 1  # after an odd step, which Adam takes
+
+        self.mtp_weights, self.prefix_weights = [], []
+        for step in range(self.total_steps + 1):
+            stage, t = self.lookup(step)
+            self.mtp_weights.append([a + (b - a) * t for a, b in zip(stage.mtp_weights_start, stage.mtp_weights_end, strict=True)])
+            self.prefix_weights.append(stage.prefix_weight_start + (stage.prefix_weight_end - stage.prefix_weight_start) * t)
+
+    def lookup(self, step: int) -> tuple[TrainingStage, float]:
+        """The stage of a step, and which part of it is over."""
+        for stage, (start, end) in zip(self.stages, self.boundaries, strict=True):
+            if step < end:
+                return stage, (step - start) / (end - start)
+        return self.stages[-1], 1.0
+
+    def get_lr(self, step: int) -> float:
+        """Learning rate factor: tied to the batch size, with a linear cooldown to 0.15."""
+        lr = self.lookup(step)[0].lr_mul
+        cd_start = int(self.scheduled_iterations * (1 - self.cooldown_frac))
+        if step >= cd_start:
+            t = min(1.0, (step - cd_start) / max(self.scheduled_iterations - cd_start, 1))
+            lr = lr * (1 - t) + 0.15 * t
+        return lr
+
+TRAINING_STAGES = [
+    TrainingStage(duration=1/3, train_max_seq_len=896, batch_size=8 * 2048 * 8, window_sizes=(1, 3), lr_mul=1.0,
+                  mtp_weights_start=[1.0, 0.5, 0.25], mtp_weights_end=[1.0, 0.5, 0.0], prefix_weight_start=0.25, prefix_weight_end=0.25),
+    TrainingStage(duration=1/3, train_max_seq_len=2048, batch_size=16 * 2048 * 8, window_sizes=(3, 7), lr_mul=1.52,  # (16/8)**0.6
+                  mtp_weights_start=[1.0, 0.5], mtp_weights_end=[1.0, 0.0], prefix_weight_start=0.25, prefix_weight_end=0.0),
+    TrainingStage(duration=1/3, train_max_seq_len=2048, batch_size=24 * 2048 * 8, window_sizes=(5, 11), lr_mul=1.73,  # (24/8)**0.5
+                  mtp_weights_start=[1.0], mtp_weights_end=[1.0], prefix_weight_start=0.0, prefix_weight_end=0.0),
+    # the extension
+    TrainingStage(train_max_seq_len=2048, batch_size=24 * 2048 * 8, window_sizes=(6, 13), lr_mul=1.0,  # lr_mul is not used
+                  mtp_weights_start=[1.0], mtp_weights_end=[1.0], prefix_weight_start=0.0, prefix_weight_end=0.0),
+]
+
+def get_muon_momentum(step: int, args: Hyperparameters, muon_warmup_steps=300, muon_cooldown_steps=50,
                       momentum_min=0.85, momentum_max=0.95):
     momentum_cd_start = args.num_iterations - muon_cooldown_steps
     if step < muon_warmup_steps:
@@ -846,18 +1216,6 @@ def get_muon_momentum(step: int, args: "Hyperparameters", muon_warmup_steps=300,
     if step > momentum_cd_start:
         return momentum_max - (step - momentum_cd_start) / muon_cooldown_steps * (momentum_max - momentum_min)
     return momentum_max
-
-def get_mtp_weights(step: int, args: "Hyperparameters") -> list[float]:
-    """Weights of the next tokens as targets: [1, 0.5, 0.25->0] -> [1, 0.5->0] -> [1], @varunneal."""
-    x = step / args.num_scheduled_iterations
-    if x < 1/3:
-        return [1.0, 0.5, 0.25 * (1 - 3*x)]
-    if x < 2/3:
-        return [1.0, 0.5 * (1 - (3*x - 1))]
-    return [1.0]
-
-def get_split_step(args: "Hyperparameters") -> int:
-    return math.ceil(args.split_embed_frac * args.num_scheduled_iterations) | 1  # after an odd step, which Adam takes
 
 @dataclass(frozen=True)
 class Graph:
@@ -867,6 +1225,7 @@ class Graph:
     ws_short: int
     ws_long: int
     n_mtp: int
+    prefix: bool  # prefix token prediction
     adam: bool  # Adam steps too (odd steps)
     split_embed: bool
     copy_embed: bool  # after this step, embed starts from lm_head
@@ -878,7 +1237,7 @@ class Graph:
         step = "odd" if self.adam else "even"
         if self.part == "update":
             return f"update_{step}_{embed}" if self.adam else f"update_{step}"
-        step = f"{step if self.part == 'whole' else self.part}_mtp{self.n_mtp}" if self.train else "val"
+        step = f"{step if self.part == 'whole' else self.part}_mtp{self.n_mtp}{'_prefix' * self.prefix}" if self.train else "val"
         return f"{step}_{self.tokens}_ws{self.ws_short}_{self.ws_long}_{embed}"
 
     def programs(self, turns: int) -> list[tuple["Graph", int]]:
@@ -886,17 +1245,19 @@ class Graph:
         if turns == 1 or not self.train:
             return [(self, turns)]
         row = replace(self, part="rows", adam=False, copy_embed=False)
-        update = Graph(True, 0, 0, 0, 0, self.adam, self.adam and self.split_embed, self.copy_embed, "update")
+        update = Graph(True, 0, 0, 0, 0, False, self.adam, self.adam and self.split_embed, self.copy_embed, "update")
         return [(row, turns), (update, 1)]
 
-def get_graph(step: int, args: "Hyperparameters", train: bool = True) -> Graph:
+def get_graph(step: int, schedule: TrainingSchedule, train: bool = True) -> Graph:
     """The graph of training step `step`, or of the validation before it."""
-    ws_short, ws_long = get_ws(step, args)
-    if not train and step == args.num_iterations:
-        ws_long = args.ws_validate_post_yarn_ext  # longer still for the last validation, with no further YaRN
-    return Graph(train, (get_bs(step, args) if train else args.val_batch_size) // ROWS, ws_short, ws_long,
-                 len(get_mtp_weights(step, args)) if train else 0, train and step % 2 == 1, step > get_split_step(args),
-                 train and step == get_split_step(args))
+    stage, _ = schedule.lookup(step)
+    ws_short, ws_long = stage.window_sizes
+    if not train and step == schedule.total_steps:
+        ws_long = schedule.ws_post_yarn_ext  # longer still for the last validation, with no further YaRN
+    prefix = train and (stage.prefix_weight_start, stage.prefix_weight_end) != (0.0, 0.0)
+    return Graph(train, (stage.batch_size if train else schedule.args.val_batch_size) // ROWS, ws_short, ws_long,
+                 len(stage.mtp_weights_start) if train else 0, prefix, train and step % 2 == 1, step > schedule.split_step,
+                 train and step == schedule.split_step)
 
 def is_val_step(step: int, args: "Hyperparameters") -> bool:
     return step == args.num_iterations or (args.val_loss_every > 0 and step % args.val_loss_every == 0)
@@ -906,11 +1267,11 @@ def distinct_graphs(args: "Hyperparameters", turns: int = 1) -> dict[Graph, list
     Every graph of a run with the steps that use it, in order of first use. Warm-up, compilation ahead of time and tests go by it.
     turns: how often a device takes its turn in a step, spmd.turns().
     """
-    graphs = {}
+    graphs, schedule = {}, TrainingSchedule(args)
     for step in range(args.num_iterations + 1):
         for train in (False, True):
             if step < args.num_iterations if train else is_val_step(step, args):
-                for graph, _ in get_graph(step, args, train).programs(turns):
+                for graph, _ in get_graph(step, schedule, train).programs(turns):
                     graphs.setdefault(graph, []).append(step)
     return graphs
 
@@ -918,21 +1279,26 @@ def flops_per_token(graph: Graph, args: "Hyperparameters") -> float:
     """
     FLOPs of training on one token with this graph, forward and backward (two products for each one forward): 6 for each weight of
     attention, MLPs and lm_head, 12 x model_dim for each key that a query sees. Those are the keys in its window in a document of
-    train_max_seq_len tokens, which is an upper bound: few documents are that long. Not counted: gates, embeddings, optimizers,
-    whatever the backward pass computes again.
+    the most tokens that a stage with these windows has, which is an upper bound: few documents are that long. Not counted: gates,
+    embeddings, optimizers, whatever the backward pass computes again.
     """
-    d, length, block = args.model_dim, min(args.train_max_seq_len, graph.tokens), args.block_size
+    lengths = [n for n, *windows in zip(args.train_max_seq_len_schedule, args.ws_short_schedule, args.ws_long_schedule, strict=True)
+               if windows == [graph.ws_short, graph.ws_long]]
+    d, length, block = args.model_dim, min(max(lengths, default=graph.tokens), graph.tokens), args.block_size
     weights = (args.num_layers - 1) * 4 * d * d + args.num_layers * 8 * d * d + next_multiple_of_n(args.vocab_size, n=128) * d
     def keys(window, length):
         window = min(window, length - 1)
         return (window + 1) * (1 - window / (2 * length))  # the mean of min(i, window) + 1 over i < length
     short, long = graph.ws_short * block, graph.ws_long * block
-    return 6 * weights + 12 * d * (4 * keys(short, 2 * length) + 4 * keys(short, length) + 2 * keys(long, length))  # 4 of paired heads
+    return 6 * weights + 12 * d * (4 * keys(short, 2 * length) + 4 * keys(short, length) + 2 * keys(long, length)  # 4 of paired heads
+                                   + keys(args.dc_window - 1, length))
 
 def work_until(args: "Hyperparameters") -> tuple[list[int], list[float]]:
     """Tokens and FLOPs of all training steps before step 0, 1, ... num_iterations."""
-    tokens = [get_bs(step, args) for step in range(args.num_iterations)]
-    flops = [n * flops_per_token(get_graph(step, args), args) for step, n in enumerate(tokens)]
+    graphs = [get_graph(step, schedule) for schedule in [TrainingSchedule(args)] for step in range(args.num_iterations)]
+    tokens = [graph.tokens * ROWS for graph in graphs]
+    per_token = {graph: flops_per_token(graph, args) for graph in set(graphs)}
+    flops = [n * per_token[graph] for n, graph in zip(tokens, graphs, strict=True)]
     return list(itertools.accumulate(tokens, initial=0)), list(itertools.accumulate(flops, initial=0.0))
 
 def peak_flops(sys_root: str = "/sys") -> float | None:
@@ -960,6 +1326,7 @@ class StepNumbers:
     that no step has constants of its own to be compiled in.
     """
     mtp_weights: list[float] | Tensor  # [3], zeros at the end
+    prefix_weight: list[float] | Tensor  # [1]
     yarn: list[float] | Tensor  # Yarn.numbers()
     yarn_paired_head: list[float] | Tensor
     muon_lr: float | Tensor
@@ -968,84 +1335,96 @@ class StepNumbers:
 
     def pack(self) -> Tensor:
         """[n] float32."""
-        return torch.tensor([*self.mtp_weights, *self.yarn, *self.yarn_paired_head, self.muon_lr, self.muon_momentum,
+        return torch.tensor([*self.mtp_weights, *self.prefix_weight, *self.yarn, *self.yarn_paired_head, self.muon_lr, self.muon_momentum,
                              *itertools.chain.from_iterable(self.adam.values())])
 
     @classmethod
     def unpack(cls, packed: Tensor, yarn: int, labels: list[str]) -> "StepNumbers":
         """yarn: how many numbers YaRN has; labels: Adam's, in order."""
-        mtp_weights, *yarns, muon, adam = packed.split([3, yarn, yarn, 2, 2 * len(labels)])
+        mtp_weights, prefix_weight, *yarns, muon, adam = packed.split([3, 1, yarn, yarn, 2, 2 * len(labels)])
         adam = adam.unbind()
-        return cls(mtp_weights, *yarns, *muon.unbind(), dict(zip(labels, zip(adam[::2], adam[1::2]))))
+        return cls(mtp_weights, prefix_weight, *yarns, *muon.unbind(), dict(zip(labels, zip(adam[::2], adam[1::2]))))
 
 class TrainingManager():
     """
-    Owns the optimizers and all that changes from step to step.
-        1. NorMuon for matrices, with a linear warm-up and cooldown of its momentum; Adam for the rest, with betas by label
+    Owns NorMuonAndAdam and all that changes from step to step.
+        1. Scalars get more momentum @ChrisJMcCormick
         2. Adam steps on odd steps only, on the sum of two gradients @classiclarryd
-        3. Learning rate, windows, batch size and multi-token prediction follow the schedules above
-        4. YaRN updates to RoPE when the long window changes
-        5. lm_head and embed are one until 2/3 of training, then split @classiclarryd
+        3. NorMuon's momentum rises and falls linearly, as learning rates fall
+        4. lm_head and embed are one until 2/3 of training, then split @classiclarryd
 
     What changes with every step is computed ahead of the run by advance_schedule and get_numbers.
     """
     def __init__(self, model: GPT, args: "Hyperparameters", replay: bool = True):
         self.model = model
         self.args = args
+        self.training_schedule = TrainingSchedule(args)
         # D14: torch.compile's counterpart. Each distinct program is traced once and replayed from then on
         self.replay = Replay(self.program, self.tensors, self.constants, enabled=replay)
-        adam_betas = {
-            'lm_head': [0.5, 0.95],
-            'smear_gate': [0.9, 0.99],
-            'attn_gate_bank': [0.9, 0.99],
-            've_gate_bank': [0.9, 0.99],
-            'skip_gate': [0.9, 0.99],
-            'x0_lambdas': [0.65, 0.95],
-            'scalars': [0.9, 0.99],
-            'embed': [0.5, 0.95],
-            'value_embed': [0.75, 0.95]
-        }
-        adam_labels = list(adam_betas.keys())
-        adam_beta_values = list(adam_betas.values())
-        muon_labels = ['attn', 'mlp']
-        adam_params = [p for p in model.parameters() if getattr(p, 'label', None) in adam_labels]
-        muon_params = [p for p in model.parameters() if getattr(p, 'label', None) in muon_labels]
-        assert set(getattr(p, 'label', None) for p in model.parameters()) == set(adam_labels + muon_labels), "All params must have label"
 
-        self.adam_opt = DistAdam(adam_params, adam_labels, adam_beta_values, lr=0.008, eps=1e-10, weight_decay=0.005)
-        self.muon_opt = NorMuon(muon_params, lr=0.023, momentum=0.95, beta2=0.95, weight_decay=1.2)
-        self.optimizers = [self.adam_opt, self.muon_opt]
-        self.adam_labels = adam_labels
-        self.initial_lr = {opt: opt.defaults["lr"] for opt in self.optimizers}
+        # rates and decay are multiplied by lr_mul and wd_mul
+        self.param_table = {
+            "qk_bank":        {"optim": "normuon", "comms": "sharded"},
+            "vo_bank":        {"optim": "normuon", "comms": "sharded"},
+            "mlp_bank":       {"optim": "normuon", "comms": "sharded"},
+            "scalars":        {"optim": "adam",    "comms": "replicated", "adam_betas": [0.9,  0.99], "lr_mul": 5.0,  "wd_mul": 0.0},
+            "smear_gate":     {"optim": "adam",    "comms": "replicated", "adam_betas": [0.9,  0.99], "lr_mul": 0.01, "wd_mul": 0.0},
+            "ve_gate_bank":   {"optim": "adam",    "comms": "replicated", "adam_betas": [0.9,  0.99]},
+            "lm_head":        {"optim": "adam",    "comms": "sharded",    "adam_betas": [0.5,  0.95], "wd_mul": 150.},
+            "bigram_embed":   {"optim": "adam",    "comms": "owned",      "adam_betas": [0.75, 0.95], "lr_mul": 75.,  "wd_mul": 5.0},
+            "post_lambdas":   {"optim": "adam",    "comms": "replicated", "adam_betas": [0.9,  0.95], "lr_mul": 1.0,  "wd_mul": 0.0},
+            "resid_lambdas":  {"optim": "adam",    "comms": "replicated", "adam_betas": [0.9,  0.95], "lr_mul": 5.0,  "wd_mul": 0.0},
+            "value_embeds":   {"optim": "adam",    "comms": "sharded",    "adam_betas": [0.75, 0.95], "lr_mul": 75.,  "wd_mul": 5.0},
+            "embed":          {"optim": "adam",    "comms": "sharded",    "adam_betas": [0.5,  0.95], "wd_mul": 150.},
+
+            "mudd_w1":        {"optim": "adam",    "comms": "replicated", "adam_betas": [0.9,  0.99], "lr_mul": 0.25},
+            "mudd_w2":        {"optim": "adam",    "comms": "replicated", "adam_betas": [0.9,  0.99], "lr_mul": 0.25},
+            "mudd_b2":        {"optim": "adam",    "comms": "replicated", "adam_betas": [0.9,  0.99], "lr_mul": 0.25, "wd_mul": 0.0},
+            "mudd_gate_w1":   {"optim": "adam",    "comms": "replicated", "adam_betas": [0.9,  0.99], "lr_mul": 0.1},
+            "mudd_gate_w2":   {"optim": "adam",    "comms": "replicated", "adam_betas": [0.9,  0.99], "lr_mul": 0.1},
+            "mudd_gate_b2":   {"optim": "adam",    "comms": "replicated", "adam_betas": [0.9,  0.99], "lr_mul": 0.1,  "wd_mul": 0.0},
+            "_mudd_gate_scale": {"optim": "adam",  "comms": "replicated", "adam_betas": [0.9,  0.99], "lr_mul": 0.1,  "wd_mul": 0.0},
+        }
+        adam_defaults = dict(
+            lr=0.008,
+            eps=1e-10,
+            weight_decay=0.005,
+        )
+        normuon_defaults = dict(
+            lr=0.023,
+            beta2=0.9,
+            weight_decay=1.2,
+        )
+        self.optimizer = NorMuonAndAdam(model.named_parameters(), self.param_table, adam_defaults, normuon_defaults)
+        self.adam_labels = list(self.optimizer.get_numbers(0.0))
         self.reset()
 
     def advance_schedule(self, step: int, train: bool = True):
         """Host only: the graph of this step (or of the validation before it), YaRN where the window changes, Adam's count of its steps."""
-        _, new_ws_long = get_ws(step, self.args)
+        _, new_ws_long = self.training_schedule.lookup(step)[0].window_sizes
         if new_ws_long != self.ws_long:
-            self.model.yarn.apply(self.ws_long, new_ws_long)
-            self.model.yarn_paired_head.apply(self.ws_long, new_ws_long)
+            for yarn in self._yarns().values():
+                yarn.apply(self.ws_long * self.model.block_size, new_ws_long * self.model.block_size)
         self.ws_long = new_ws_long
         self.step = step
-        self.graph = get_graph(step, self.args, train)
+        self.graph = get_graph(step, self.training_schedule, train)
         self.model.split_embed = self.graph.split_embed
         if self.model.training != train:
             self.model.train(train)
         if self.graph.adam:
-            self.adam_opt.advance(self.graph.split_embed)
+            self.optimizer.advance(self.graph.split_embed)
 
     def get_numbers(self) -> Tensor:
         """Host only: StepNumbers of this step, packed."""
-        lr = get_lr(self.step, self.args)
-        for group in self.adam_opt.param_groups:
-            group["lr"] = self.initial_lr[self.adam_opt] * lr
+        lr = self.training_schedule.get_lr(self.step)
         return StepNumbers(
-            mtp_weights = (get_mtp_weights(self.step, self.args) + [0.0, 0.0])[:3],
+            mtp_weights = (self.training_schedule.mtp_weights[self.step] + [0.0, 0.0])[:3],
+            prefix_weight = [self.training_schedule.prefix_weights[self.step]],
             yarn = self.model.yarn.numbers(),
             yarn_paired_head = self.model.yarn_paired_head.numbers(),
-            muon_lr = self.initial_lr[self.muon_opt] * lr,
+            muon_lr = self.optimizer.param_cfgs[self.model.qk_bank].initial_lr * lr,
             muon_momentum = get_muon_momentum(self.step, self.args),
-            adam = self.adam_opt.get_numbers()
+            adam = self.optimizer.get_numbers(lr)
         ).pack()
 
     def precompute(self, steps) -> list[Tensor]:
@@ -1053,14 +1432,15 @@ class TrainingManager():
         Host only: the numbers of these training steps, the next ones. The schedule stays where it is, and the optimizers' settings have to:
         a step raises ValueError where they are no longer what its numbers were made with.
         """
-        schedule, counts = self.get_schedule(), [state["step"] for state in self.adam_opt.state.values()]
+        schedule, counts = self.get_schedule(), [state.get("step") for state in self.optimizer.param_states.values()]
         numbers = []
         for step in steps:
             self.advance_schedule(step)
             numbers.append(self.get_numbers())
         self.set_schedule(schedule)
-        for state, count in zip(self.adam_opt.state.values(), counts, strict=True):
-            state["step"] = count
+        for state, count in zip(self.optimizer.param_states.values(), counts, strict=True):
+            if count is not None:
+                state["step"] = count
         self.precomputed = self.settings()
         return numbers
 
@@ -1070,8 +1450,9 @@ class TrainingManager():
     def get_forward_args(self, numbers: "StepNumbers"):
         return ForwardScheduleConfig(
             mtp_weights = numbers.mtp_weights[:self.graph.n_mtp],
-            ws_short = self.graph.ws_short,
-            ws_long = self.graph.ws_long,
+            prefix_weight = numbers.prefix_weight if self.graph.prefix else None,
+            ws_short = self.graph.ws_short * self.model.block_size,
+            ws_long = self.graph.ws_long * self.model.block_size,
             yarn = numbers.yarn,
             yarn_paired_head = numbers.yarn_paired_head,
             keep = self.what_to_keep() if self.graph.train else None
@@ -1083,61 +1464,58 @@ class TrainingManager():
         return what_to_keep(rows * self.graph.tokens, self.model.num_layers, *reversed(self.model.lm_head.weight.shape), state)
 
     def step_optimizers(self, gradients: Gradients, numbers: "StepNumbers"):
-        if self.graph.adam:
-            self.adam_opt.step(gradients, numbers.adam)
-        elif self.graph.part == "whole":
-            self.adam_opt.keep(gradients)
-        self.muon_opt.step(gradients, numbers.muon_lr, numbers.muon_momentum)
+        if not self.graph.adam and self.graph.part == "whole":
+            self.optimizer.keep(gradients, rows=False)
+        self.optimizer.step(gradients, numbers.muon_lr, numbers.muon_momentum, numbers.adam if self.graph.adam else None)
         if self.graph.copy_embed:
-            self.adam_opt.copy_lm_to_embed()
+            self.optimizer.copy_lm_state_to_embed()
 
     def forward(self, batch: Tensor, numbers: Tensor, weights: dict[str, Tensor], targets: bool = True) -> Tensor:
         """
-        The model on each device's own rows of batch [8, 3, T]: upstream's ranks. weights: on each device, by name. Returns what is on each
+        The model on each device's own rows of batch [8, 4, T]: upstream's ranks. weights: on each device, by name. Returns what is on each
         device: the losses of its rows or, without targets, what lm_head reads.
         """
         # D18: what enters is one device's own, and XLA splits and moves nothing until it leaves
         buffers = {name: enter(b) for name, b in self.model.named_buffers()}
-        input_seq, target_seq, documents = enter(batch, "data").unbind(1)
+        input_seq, target_seq, documents, bigram_input_seq = enter(batch, "data").unbind(1)
         cfg = self.get_forward_args(self.unpack(enter(numbers)))
-        return torch.func.functional_call(self.model, weights | buffers, (input_seq, target_seq if targets else None, documents, cfg))
+        inputs = input_seq, target_seq if targets else None, documents, bigram_input_seq, cfg
+        return torch.func.functional_call(self.model, weights | buffers, inputs)
 
     def backward(self, batch: Tensor, numbers: Tensor) -> tuple[Tensor, Gradients]:
         """
-        Forward and backward pass on batch [8, 3, T], or the rows whose turn it is. Returns what is on each device: the losses of its rows,
+        Forward and backward pass on batch [8, 4, T], or the rows whose turn it is. Returns what is on each device: the losses of its rows,
         and its gradients, in an odd step on top of those that it keeps from the even one, in turns of those of the rows before.
         """
-        weights = {name: enter(p.detach()).requires_grad_() for name, p in self.model.named_parameters()}
+        weights = {name: x.requires_grad_() for name, x in self.model.enter_weights().items()}
         rows = self.graph.part == "rows"
-        gradients = Gradients(self.muon_opt.addresses() | self.adam_opt.addresses(on_top=rows or self.graph.adam, in_place=rows))
+        gradients = Gradients(self.optimizer.addresses(on_top=rows or self.graph.adam, in_place=rows))
         with gradients.receive({p: weights[name] for name, p in self.model.named_parameters()}):
             losses = self.forward(batch, numbers, weights)
             (losses.sum() / ROWS).backward()  # the mean over ranks that upstream's reduce_scatter takes
         return losses.detach(), gradients
 
     def training_step(self, batch: Tensor, numbers: Tensor) -> Tensor:
-        """One whole step on batch [8, 3, T]. Returns the loss of each row, [8]."""
+        """One whole step on batch [8, 4, T]. Returns the loss of each row, [8]."""
         begin_program()
         losses, gradients = self.backward(batch, numbers)
         self.step_optimizers(gradients, self.unpack(numbers))
         return shard(leave(losses).flatten())
 
     def rows_step(self, batch: Tensor, numbers: Tensor) -> Tensor:
-        """D24: on fewer than 8 devices, the turn of one row on each, batch [devices, 3, T]. Returns their losses, [devices]."""
+        """D24: on fewer than 8 devices, the turn of one row on each, batch [devices, 4, T]. Returns their losses, [devices]."""
+        begin_program()
         losses, gradients = self.backward(batch, numbers)
-        for opt in self.optimizers:
-            opt.keep(gradients)
+        self.optimizer.keep(gradients, rows=True)
         return shard(leave(losses).flatten())
 
     @torch.no_grad()
     def update_step(self, numbers: Tensor) -> Tensor:
         """After the turns of all 8 rows: the optimizers' step on their gradients. Returns the numbers."""
         begin_program()
-        gradients = Gradients(self.muon_opt.accumulated() | self.adam_opt.accumulated(self.graph.split_embed))
+        gradients = Gradients(self.optimizer.accumulated(self.graph.split_embed))
         self.step_optimizers(gradients, self.unpack(numbers))
-        self.muon_opt.clear()
-        if self.graph.adam:
-            self.adam_opt.clear(self.graph.split_embed)
+        self.optimizer.clear(self.graph.adam, self.graph.split_embed)
         return shard(numbers.clone())
 
     def program(self, *inputs: Tensor) -> Tensor:
@@ -1148,7 +1526,7 @@ class TrainingManager():
 
     def run(self, batch: list[Tensor], numbers: Tensor) -> list[Tensor]:
         """
-        The training step or slice of validation that advance_schedule has come to, replayed. batch: [devices, 3, T] for each turn
+        The training step or slice of validation that advance_schedule has come to, replayed. batch: [devices, 4, T] for each turn
         (to_devices). Returns the losses of the rows, [devices] for each turn.
         """
         step, losses = self.graph, []
@@ -1166,8 +1544,9 @@ class TrainingManager():
 
     @torch.no_grad()
     def validation_step(self, batch: Tensor, numbers: Tensor) -> Tensor:
-        """The mean loss of each row of batch [8, 3, T], [8]."""
-        losses = self.forward(batch, numbers, {name: enter(p) for name, p in self.model.named_parameters()})
+        """The mean loss of each row of batch [8, 4, T], [8]."""
+        begin_program()
+        losses = self.forward(batch, numbers, self.model.enter_weights())
         return shard(leave(losses).flatten())
 
     def constants(self) -> tuple:
@@ -1177,18 +1556,18 @@ class TrainingManager():
             before, now = next((a, b) for a, b in itertools.zip_longest(self.precomputed, settings) if a != b)
             raise ValueError(f"an optimizer's settings are {now}, but the numbers of the steps to come were made with {before}: set them "
                              "before training, or call precompute() again and send what it returns")
-        return tuple(map(type, self._modules())), tuple(self.model.paired_head_layers), self.model.block_size, settings
+        return (tuple(map(type, self._modules())), tuple(self.model.paired_head_layers), self.model.block_size, self.model.dc_window,
+                settings)
 
     def settings(self) -> tuple:
-        """Of the optimizers: initial learning rates, then weight_decay, beta2, betas and eps of each group that has them."""
-        return (*self.initial_lr.values(), *((group["weight_decay"], group.get("beta2"), *group.get("betas", ()), group.get("eps"))
-                                             for opt in self.optimizers for group in opt.param_groups))
+        """The optimizer's, of each parameter."""
+        return tuple((cfg.label, cfg.initial_lr, cfg.weight_decay, cfg.lr_mul, cfg.wd_mul, cfg.adam_betas, cfg.eps, cfg.beta2)
+                     for cfg in self.optimizer.param_cfgs.values())
 
     def tensors(self) -> list[Tensor]:
         """All tensors on the devices that a step reads or updates: weights and the optimizers' state."""
         return [*(x for m in self._modules() for x in (*m._parameters.values(), *m._buffers.values()) if x is not None),
-                *(x for group in self.muon_opt.param_groups for x in group.values() if isinstance(x, Tensor) and x.ndim),
-                *(x for state in self.adam_opt.state.values() for x in state.values() if isinstance(x, Tensor))]
+                *self.optimizer.tensors()]
 
     def _modules(self) -> list[nn.Module]:
         """Those of the model, for every step: modules() would make up their names each time."""
@@ -1197,21 +1576,18 @@ class TrainingManager():
             modules += filter(None, m._modules.values())
         return list(dict.fromkeys(modules))
 
-    def _state(self) -> list[dict]:
-        names = {p: name for name, p in self.model.named_parameters()}
-        return [{names[p]: state for p, state in self.adam_opt.state.items()},
-                {group["params"][0].label: {k: group[k] for k in ("momentum_buffer", "second_momentum_buffer", "master")}
-                 for group in self.muon_opt.param_groups}]
+    def _state(self) -> dict:
+        return {name: self.optimizer.param_states[p] for name, p in self.model.named_parameters()}
 
-    def get_state(self, lazy: bool = False) -> list[dict]:
+    def get_state(self, lazy: bool = False) -> dict:
         """
-        The optimizers' state on the CPU, as dicts of whole tensors: DistAdam's by parameter name, NorMuon's by label. For the end of an
-        odd step: without the gradients that an even step leaves to the odd one, eight times as large as the model's. lazy: functions
-        that return the tensors, which leaves the joining of their parts to another thread.
+        The optimizer's state on the CPU, as a dict of whole tensors for each parameter's name. For the end of an odd step: without the
+        gradients that an even step leaves to the odd one, eight times as large as the model's. lazy: functions that return the tensors,
+        which leaves the joining of their parts to another thread.
         """
         # one by one: the next copy takes the memory that the last one has just given back, and new memory is dear
         copy = lambda x: to_host(x, lazy) if isinstance(x, Tensor) else x
-        return [{name: {k: copy(x) for k, x in state.items() if k != "grad"} for name, state in states.items()} for states in self._state()]
+        return {name: {k: copy(x) for k, x in state.items() if k != "grad"} for name, state in self._state().items()}
 
     def get_schedule(self) -> dict:
         """What advance_schedule has made of YaRN so far."""
@@ -1227,7 +1603,7 @@ class TrainingManager():
     def _yarns(self) -> dict[str, Yarn]:
         return dict(yarn=self.model.yarn, yarn_paired_head=self.model.yarn_paired_head)
 
-    def set_state(self, optimizers: list[dict], schedule: dict):
+    def set_state(self, optimizer: dict, schedule: dict):
         """Takes get_state's and get_schedule's values back. ValueError for the first that does not fit; then nothing is changed."""
         pairs = []
         def match(name, mine, value):
@@ -1246,72 +1622,27 @@ class TrainingManager():
                     raise ValueError(f"{name} is {tuple(value.shape)} {value.dtype}, this run wants {tuple(mine.shape)} {mine.dtype}")
                 pairs.append((mine, value))
         states = self._state()
-        if len(optimizers) != len(states):
-            raise ValueError(f"optimizers: {len(optimizers)} instead of {len(states)}")
-        for name, mine, value in zip(("DistAdam", "NorMuon"), states, optimizers, strict=True):
-            match(name, mine, value)
+        match("NorMuonAndAdam", states, optimizer)
         match("schedule", self.get_schedule(), schedule)
         for mine, value in pairs:
             if mine.device.type == "xla":
                 assign(mine, value)
-        for name, state in states[0].items():
-            state["step"] = optimizers[0][name]["step"]
+        for name, state in states.items():
+            if "step" in state:
+                state["step"] = optimizer[name]["step"]
         self.set_schedule(schedule)
 
     def reset(self):
         """Back to step 0, with the model's weights as they are."""
         self.precomputed = None
-        for opt in self.optimizers:
-            opt.reset()
+        self.optimizer.reset()
         self.model.split_embed = False
-        _, self.ws_long = get_ws(0, self.args)
+        _, self.ws_long = self.training_schedule.lookup(0)[0].window_sizes
         self.model.yarn.reset()
         self.model.yarn_paired_head.reset()
 
 # -----------------------------------------------------------------------------
 # int main
-
-@dataclass
-class Hyperparameters:
-    # data
-    train_files: str = "data/fineweb10B/fineweb_train_*.bin" # shards in llm.c's format, read in the order of their names
-    val_files: str = "data/fineweb10B/fineweb_val_*.bin" # the same, for validation
-    val_tokens: int = 10485760 # validation tokens; another number gives losses that compare with nobody's
-    # batch sizes
-    train_bs_schedule: tuple = (8 * 2048 * 8, 16 * 2048 * 8, 24 * 2048 * 8)
-    train_bs_extension: int = 24 * 2048 * 8
-    train_max_seq_len: int = 128 * 16
-    val_batch_size: int = 4 * 64 * 1024 * 8
-    # optimization
-    num_scheduled_iterations: int = 1735  # the schedules are fractions of this
-    num_extension_iterations: int = 40  # steps after that, at the last learning rate and windows
-    cooldown_frac: float = 0.50  # part of the schedule in which the learning rate falls to 0.1
-    split_embed_frac: float = 2/3  # part of the schedule before embed and lm_head part
-    # evaluation and logging
-    run_id: str = field(default_factory=lambda: str(uuid.uuid4()))
-    train_loss_every: int = 25 # steps between reads of the training loss (upstream never reads it); 0: never
-    val_loss_every: int = 250  # steps between validations; 0: only at the end
-    save_checkpoint: bool = False # the last state in upstream's form, logs/RUN_ID/state_stepN.pt
-    save_every: int = 0 # steps between checkpoints to resume from, logs/RUN_ID/checkpoint_stepN.pt; 0: none
-    keep_checkpoints: int = 3 # how many of those are kept
-    # attention windows, in blocks
-    block_size: int = 128
-    ws_schedule: tuple = (3, 7, 11)
-    ws_final: int = 13 # in the extension @classiclarryd
-    ws_validate_post_yarn_ext: int = 20 # long windows of the last validation, with no further YaRN
-    # the model: upstream writes these into its call of GPT
-    vocab_size: int = 50257
-    bos_id: int = BOS_ID
-    num_layers: int = 11
-    num_heads: int = 6
-    head_dim: int = 128
-    model_dim: int = 768
-    dtype: str = "bfloat16"
-    seed: int = 0
-
-    @property
-    def num_iterations(self) -> int:
-        return self.num_scheduled_iterations + self.num_extension_iterations
 
 # Where a run's files are, and how it is watched. All other fields are about its result; the data are told apart by what is in them
 WATCHING = ("run_id", "train_files", "val_files", "train_loss_every", "save_checkpoint", "save_every", "keep_checkpoints")
@@ -1324,11 +1655,12 @@ def hyperparameters(args: Hyperparameters) -> dict:
 INT32 = 2**31 - 1
 STEPS = 10**6  # the numbers of all steps are made before the first
 RANGES = dict(
-    val_tokens=(1, INT32), train_bs_schedule=(128, INT32), train_bs_extension=(128, INT32), train_max_seq_len=(2, INT32),
-    val_batch_size=(128, INT32), num_scheduled_iterations=(1, STEPS), num_extension_iterations=(0, STEPS), cooldown_frac=(1e-6, 1),
-    split_embed_frac=(0, 1), train_loss_every=(0, INT32), val_loss_every=(0, INT32), save_every=(0, INT32), keep_checkpoints=(1, INT32),
-    block_size=(1, 2**14), ws_schedule=(2, 2**16), ws_final=(2, 2**16), ws_validate_post_yarn_ext=(2, 2**16),  # short windows are half
-    vocab_size=(2, 2**16), bos_id=(0, 2**16 - 1), num_layers=(11, 11), num_heads=(2, 2**10), head_dim=(4, 2**10), model_dim=(12, 2**20),
+    val_tokens=(1, INT32), train_bs_schedule=(128, INT32), train_max_seq_len_schedule=(2, INT32),
+    val_batch_size=(128, INT32), num_scheduled_iterations=(3, STEPS), num_extension_iterations=(0, STEPS), cooldown_frac=(1e-6, 1),
+    train_loss_every=(0, INT32), val_loss_every=(0, INT32), save_every=(0, INT32), keep_checkpoints=(1, INT32),
+    block_size=(1, 2**14), dc_window=(1, 2**16), ws_short_schedule=(1, 2**16), ws_long_schedule=(1, 2**16),
+    ws_validate_post_yarn_ext=(1, 2**16), bigram_vocab_size=(16, 2**30), bigram_dim=(12, 2**20), bigram_sign_table_rows=(1, 2**20),
+    vocab_size=(2, 2**16), bos_id=(0, 2**16 - 1), num_layers=(11, 11), num_heads=(6, 6), head_dim=(4, 2**10), model_dim=(12, 2**20),
     seed=(0, 2**63 - 1), dtype=("bfloat16|float32", "bfloat16 or float32"), train_files=(".+", "a path, or a pattern of several"),
     val_files=(".+", "a path, or a pattern of several"),
     run_id=(r"(?!\.{1,2}$)[^/\x00-\x1f\x7f]{1,150}", "what a file may be named, without a slash, of 1 to 150 characters"),
@@ -1353,8 +1685,11 @@ def check_args(args: Hyperparameters):
             members = value if f.type is tuple and isinstance(value, tuple) else (value,)
             if not members or not all(number(x, f.type) and low <= x <= high for x in members):
                 refuse(f.name, f"it must be {kind} from {low} to {high}" if low < high else
-                       f"it must be {low}, which the record's wiring (windows, skips, value embeddings) is for")
-    for name in ("train_bs_schedule", "train_bs_extension", "val_batch_size"):
+                       f"it must be {low}, which the record's wiring (windows, skips, gates) is for")
+    for name in ("train_bs_schedule", "train_max_seq_len_schedule", "ws_short_schedule", "ws_long_schedule"):
+        if not isinstance(getattr(args, name), tuple) or len(getattr(args, name)) != len(TRAINING_STAGES):
+            refuse(name, f"it must be {len(TRAINING_STAGES)} numbers, one for each of TRAINING_STAGES")
+    for name in ("train_bs_schedule", "val_batch_size"):
         value = getattr(args, name)
         if any(bs % (ROWS * 16) for bs in (value if isinstance(value, tuple) else (value,))):
             refuse(name, "batch sizes must be multiples of 8 rows x 16 tokens = 128")
@@ -1362,13 +1697,15 @@ def check_args(args: Hyperparameters):
         refuse("val_tokens", f"it must be a multiple of val_batch_size {args.val_batch_size}")
     if args.bos_id >= args.vocab_size:
         refuse("bos_id", f"it must be a token of the vocabulary, less than vocab_size {args.vocab_size}")
-    if args.num_heads * args.head_dim != args.model_dim or args.num_heads % 2 or args.head_dim % 4:
+    if args.num_heads * args.head_dim != args.model_dim or args.head_dim % 4:
         raise ValueError(f"num_heads {args.num_heads} x head_dim {args.head_dim} must be model_dim {args.model_dim}, "
-                         "with an even number of heads and head_dim a multiple of 4")
-    windows = (*args.ws_schedule, args.ws_final)
-    if list(windows) != sorted(windows):
-        raise ValueError(f"ws_schedule is {args.ws_schedule} and ws_final {args.ws_final}: long windows may only grow, as YaRN stretches "
-                         "the rotary frequencies from each to the next")
+                         "with head_dim a multiple of 4")
+    if args.bigram_dim != args.model_dim:
+        refuse("bigram_dim", f"it must be model_dim {args.model_dim}")
+    if args.bigram_vocab_size % ROWS:
+        refuse("bigram_vocab_size", "it must be a multiple of 8, as the devices share its rows")
+    if list(args.ws_long_schedule) != sorted(args.ws_long_schedule):
+        refuse("ws_long_schedule", "long windows may only grow, as YaRN stretches the rotary frequencies from each to the next")
 
 def read_data(args: Hyperparameters) -> dict[str, list[tuple[str, int, int]]]:
     """
@@ -1381,27 +1718,29 @@ def read_data(args: Hyperparameters) -> dict[str, list[tuple[str, int, int]]]:
                          "would be that of training data")
     data = dict(train_files=[], val_files=[])
 
-    steps, documents, usable = 0, 0, 0  # steps that the shards so far suffice for; tokens of documents cut to train_max_seq_len
+    schedule, most = TrainingSchedule(args), max(args.train_max_seq_len_schedule)
+    steps, documents, usable = 0, 0, 0  # steps that the shards so far suffice for; tokens of documents cut to `most`
     for file in train:
         if steps == args.num_iterations:
             break
         tokens = _load_data_shard(file, args.vocab_size)
-        finder = BOSFinder(tokens, bos_id=args.bos_id)
+        finder = Shard(tokens, bos_id=args.bos_id)
         if not len(finder.bos_idx):
             raise no_document_start(file, args.bos_id)
         data["train_files"].append((file.name, len(tokens), zlib.crc32(tokens)))
         documents += len(finder.bos_idx)
-        usable += int(np.minimum(np.diff(finder.bos_idx, append=len(tokens)), args.train_max_seq_len).sum())
+        usable += int(np.minimum(np.diff(finder.bos_idx, append=len(tokens)), most).sum())
         with contextlib.suppress(StopIteration):
             while steps < args.num_iterations:
-                finder.next_batch(get_bs(steps, args) // ROWS, args.train_max_seq_len)
+                stage, _ = schedule.lookup(steps)
+                finder.next_batch(stage.batch_size // ROWS, stage.train_max_seq_len)
                 steps += 1
     if steps < args.num_iterations:
-        held, needed = sum(n for _, n, _ in data["train_files"]), sum(get_bs(step, args) for step in range(args.num_iterations))
+        held, needed = sum(n for _, n, _ in data["train_files"]), work_until(args)[0][-1]
         raise ValueError(
             f"train_files {args.train_files}: {held:,} tokens in {documents:,} documents and {len(train)} shard{'s' * (len(train) > 1)} "
             f"last for {steps} of {args.num_iterations} steps, which take {needed:,} tokens and more at the ends of rows and shards. Of a "
-            f"document, train_max_seq_len {args.train_max_seq_len} tokens are read, so {usable:,} in all: {more(train)}, "
+            f"document, at most {most} tokens are read (train_max_seq_len_schedule), so {usable:,} in all: {more(train)}, "
             + ("cut long documents, " if 2 * usable < held else "") + "or choose fewer steps or smaller batches")
 
     batches = total = args.val_tokens // args.val_batch_size
@@ -1422,6 +1761,17 @@ def read_data(args: Hyperparameters) -> dict[str, list[tuple[str, int, int]]]:
             "choose a smaller val_tokens or val_batch_size")
     return data
 
+def prefix_vocabulary(args: Hyperparameters) -> dict[bytes, int]:
+    """
+    What build_prefix_table takes: GPT-2's vocabulary, or nothing where the tokens are single bytes, which have no prefixes, or another
+    vocabulary's. OSError where tiktoken cannot get it.
+    """
+    gpt2 = args.vocab_size == 50257 and args.bos_id == BOS_ID
+    files = find_shards(args.train_files) if gpt2 else []
+    if not any(((tokens >= 256) & (tokens != BOS_ID)).any() for tokens in (_load_data_shard(file, args.vocab_size) for file in files)):
+        return {}
+    return vocabulary.gpt2()._mergeable_ranks
+
 def build(args: Hyperparameters, replay: bool = True) -> TrainingManager:
     """The model of args and its optimizers, on the devices."""
     model = GPT(
@@ -1431,6 +1781,9 @@ def build(args: Hyperparameters, replay: bool = True) -> TrainingManager:
         head_dim=args.head_dim,
         model_dim=args.model_dim,
         block_size=args.block_size,
+        dc_window=args.dc_window,
+        bigram_vocab_size=args.bigram_vocab_size,
+        bigram_sign_table_rows=args.bigram_sign_table_rows,
     )
     return TrainingManager(model.to_devices(getattr(torch, args.dtype)), args, replay)
 
@@ -1439,21 +1792,14 @@ presets = {
     "record": Hyperparameters,
     "rehearsal": lambda **kwargs: Hyperparameters(**{**dict(
         train_files="data/demo/demo_train_*.bin", val_files="data/demo/demo_val_*.bin", val_tokens=8 * 2048,
-        train_bs_schedule=(8 * 128, 8 * 256, 8 * 384), train_bs_extension=8 * 384, train_max_seq_len=128, val_batch_size=8 * 1024,
-        num_scheduled_iterations=87, num_extension_iterations=9, val_loss_every=48, block_size=16,
-        num_heads=4, head_dim=16, model_dim=64), **kwargs}),
+        train_bs_schedule=(8 * 128, 8 * 256, 8 * 384, 8 * 384), train_max_seq_len_schedule=(64, 128, 128, 128), val_batch_size=8 * 1024,
+        num_scheduled_iterations=87, num_extension_iterations=9, val_loss_every=48, block_size=16, dc_window=14,
+        bigram_vocab_size=4096, bigram_dim=48, bigram_sign_table_rows=512, num_heads=6, head_dim=8, model_dim=48), **kwargs}),
 }
 
-# Validation losses of the CUDA record's own log, by step
-RECORD_VAL_LOSS = {0: 10.8309, 250: 4.6062, 500: 4.2740, 750: 4.0061, 1000: 3.7358, 1250: 3.5104, 1500: 3.3792, 1750: 3.2870, 1775: 3.2807}
-
-def is_record(args: Hyperparameters) -> bool:
-    """Whether losses of a run with args compare with RECORD_VAL_LOSS."""
-    return hyperparameters(args) | dict(seed=0, val_loss_every=250) == hyperparameters(Hyperparameters())
-
-# Flags of libtpu, for the run and for compilation ahead of time (tools/aot.py), beyond those that torch_xla sets: none saves a
-# millisecond now. The record's README has those tried, with what each did.
-LIBTPU_INIT_ARGS = ""
+# Flags of libtpu, for the run and for compilation ahead of time (tools/aot.py), beyond those that torch_xla sets: the bigram table's
+# exchange runs beside other work, and what an all-gather replaces is not copied first.
+LIBTPU_INIT_ARGS = "--xla_tpu_enable_async_all_to_all=true --xla_tpu_async_collective_fusion_with_start_done_only=true"
 
 def first_and_number(s: str) -> tuple[int, int]:
     first, number = map(int, s.split(":"))
@@ -1573,8 +1919,9 @@ class Meter:
         self.timed = start, training_time_ms  # steps that had finished when a loss was last read, and the training time then
 
     def read(self) -> float:
-        """The loss of the last step, per token, with the weights of multi-token prediction."""
-        read = lambda step, losses: to_rows(losses).mean().item() / (get_bs(step, self.args) // ROWS)
+        """The loss of the last step, per token, with the weights of multi-token and prefix token prediction."""
+        tokens = lambda step: self.work[0][step + 1] - self.work[0][step]
+        read = lambda step, losses: to_rows(losses).mean().item() / (tokens(step) // ROWS)
         loss = read(*self.unread[-1]) if self.unread else 0.0
         if not math.isfinite(loss):
             for step, losses in self.unread:  # the first such step is the one to look at
@@ -1594,18 +1941,20 @@ class Meter:
 
 def train_batches(args: Hyperparameters, steps, numbers: list[Tensor], start: tuple[int, int] = (0, 0)):
     """The batches of these steps, from a place in the data on, each with where the next one starts and with its step's numbers."""
-    loader = None
+    loader, schedule = None, TrainingSchedule(args)
     for step, n in zip(steps, numbers, strict=True):
-        send_args = (get_bs(step, args), args.train_max_seq_len)
+        stage, _ = schedule.lookup(step)
+        send_args = stage.batch_size, stage.train_max_seq_len
         if loader is None:
-            loader = distributed_data_generator(args.train_files, *send_args, bos_id=args.bos_id, vocab_size=args.vocab_size, start=start)
+            loader = distributed_data_generator(args.train_files, *send_args, bos_id=args.bos_id, vocab_size=args.vocab_size,
+                                                bigram_vocab_size=args.bigram_vocab_size, start=start)
             yield *next(loader), n
         else:
             yield *loader.send(send_args), n
 
 def val_batches(args: Hyperparameters, val_steps: int, numbers: Tensor):
     loader = distributed_data_generator(args.val_files, args.val_batch_size, -1, align_to_bos=False, bos_id=args.bos_id,
-                                        vocab_size=args.vocab_size)
+                                        vocab_size=args.vocab_size, bigram_vocab_size=args.bigram_vocab_size)
     for batch in itertools.islice(loader, val_steps):
         yield *batch, numbers
 
@@ -1638,7 +1987,7 @@ def validate(args: Hyperparameters, training_manager: TrainingManager) -> float:
 
 def get_checkpoint(args: Hyperparameters, training_manager: TrainingManager, step: int, code: str, **rest) -> dict:
     """What it takes to go on bit for bit (checkpoint.KEYS), upstream's four entries first; rest is what the training loop alone knows."""
-    return dict(step=step, code=code, model=training_manager.model.state_dict(), optimizers=training_manager.get_state(lazy=True),
+    return dict(step=step, code=code, model=training_manager.model.state_dict(), optimizer=training_manager.get_state(lazy=True),
                 version=checkpoint.VERSION, run_id=args.run_id, hyperparameters=hyperparameters(args),
                 schedule=training_manager.get_schedule(), rng=torch.get_rng_state(), time=time.time(), **rest)
 
@@ -1683,13 +2032,16 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
         print0(code)
     print0("="*100)
     entropy = unigram_entropy(args)
+    byte_to_id = prefix_vocabulary(args)
+    if not byte_to_id:
+        print0("no prefix token prediction: the training data are single bytes or not of GPT-2's vocabulary", console=True)
 
     torch.manual_seed(args.seed)
     if xr.device_type() == "TPU":
         os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {LIBTPU_INIT_ARGS}".strip()
         xr.initialize_cache(os.path.expanduser("~/.cache/modded-nanogpt-xla"))
     # on a CPU most of a rehearsal is compilation: LLVM's level 1 takes three quarters of the time, and steps run as fast
-    setup_devices("--xla_backend_optimization_level=1")
+    setup_devices(f"{FUSE_ONCE} --xla_backend_optimization_level=1")
 
     print0(f"Running Python {sys.version}")
     print0(f"Running PyTorch {torch.__version__} with torch_xla {torch_xla.__version__}")
@@ -1725,7 +2077,7 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
         model.load_state_dict(initial_state)
         training_manager.reset()
         if saved:
-            training_manager.set_state(saved["optimizers"], saved["schedule"])
+            training_manager.set_state(saved["optimizer"], saved["schedule"])
     def preempted():
         return checkpoints is not None and checkpoints.preempted.is_set()
     def stop(where):
@@ -1775,6 +2127,7 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
     xm.wait_device_ops()
     t0 = time.perf_counter()
     clock = lambda: training_time_ms + 1000 * (time.perf_counter() - t0)
+    model.set_prefix_table(build_prefix_table(model.vocab_size, byte_to_id))
     # begin training
     train_steps, due = args.num_iterations, False
     for step in range(start, train_steps + 1):
@@ -1788,10 +2141,8 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
             training_manager.advance_schedule(step, train=False)
             val_loss = validate(args, training_manager)
             check_finite(val_loss, f"the validation at step {step}")
-            record = RECORD_VAL_LOSS.get(step) if is_record(args) and not init_from else None
-            record = "" if record is None else f" record:{record:.4f} ({val_loss - record:+.4f})"
             print0(f"step:{step}/{train_steps} val_loss:{val_loss:.4f} train_time:{training_time_ms:.0f}ms "
-                   f"step_avg:{training_time_ms/max(step, 1):.2f}ms{record}", console=True)
+                   f"step_avg:{training_time_ms/max(step, 1):.2f}ms", console=True)
             if log.wandb:
                 log.wandb.log(step, val_loss=val_loss, train_time_ms=training_time_ms)
             # start the clock again
@@ -1800,7 +2151,7 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
 
         if last_step:
             if args.save_checkpoint:
-                state = dict(step=step, code=code, model=model.state_dict(), optimizers=training_manager.get_state(),
+                state = dict(step=step, code=code, model=model.state_dict(), optimizer=training_manager.get_state(),
                              run_id=run_id, hyperparameters=hyperparameters(args), data=data)  # these tell tools whose it is
                 os.makedirs(f"logs/{run_id}", exist_ok=True)
                 torch.save(state, f"logs/{run_id}/state_step{step:06d}.pt")

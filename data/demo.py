@@ -25,7 +25,7 @@ from tools import command
 
 SHARDS = "demo_train_000001.bin", "demo_train_000002.bin", "demo_val_000000.bin"
 SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages"}  # some distributions leave the tests out, anyone adds packages
-MEAN_CHARS = 1000  # of a document: near FineWeb's 400 tokens in GPT-2's, well below max_seq_len in bytes
+MEAN_CHARS = 1000  # of a document: near FineWeb's 400 tokens in GPT-2's, half of the longest that is read in bytes
 
 def documents(stdlib):
     """Texts [str], shuffled: source files cut at line ends into documents of log-normal length."""

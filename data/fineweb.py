@@ -20,7 +20,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 from collections import defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -33,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 from text import COMPRESSED, JSON_TYPES, parse_row, read_lines
 
+import vocabulary
 from shards import write_shard
 from tools import command
 
@@ -56,24 +56,8 @@ def encoder(single_bytes=False, timeout=60):
     if single_bytes:
         table = byte_tokens()
         return lambda text: np.concatenate(([np.uint16(BOS_ID)], table[np.frombuffer(text.encode(errors="replace"), np.uint8)]))
-    loaded = []
-
-    def load():
-        try:
-            import tiktoken
-            loaded.append(tiktoken.get_encoding("gpt2"))
-        except Exception as error:  # noqa: BLE001 (requests, ssl and tiktoken raise what they like)
-            loaded.append(error)
-
-    # tiktoken downloads without a timeout; a daemon thread may be left behind
-    thread = threading.Thread(target=load, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    gpt2 = loaded[0] if loaded else TimeoutError(f"no answer in {timeout} s")
-    if isinstance(gpt2, Exception):
-        raise OSError(f"tiktoken cannot get GPT-2's vocabulary ({type(gpt2).__name__}: {' '.join(str(gpt2).split())[:120]}); "
-                      "go online once, set TIKTOKEN_CACHE_DIR to a folder that has it, or use single bytes (--bytes)") from gpt2
-    return lambda text: np.array([BOS_ID, *gpt2.encode_ordinary(text)], dtype=np.uint16)
+    encoding = vocabulary.gpt2(timeout)
+    return lambda text: np.array([BOS_ID, *encoding.encode_ordinary(text)], dtype=np.uint16)
 
 # -----------------------------------------------------------------------------
 # Documents: each reader yields (text, a function that tells how many bytes of the file are read)
@@ -282,7 +266,8 @@ def write_shards(files, out, key="text", shard_size=10**8, val_tokens=10_500_000
     mean = total / documents
     print(f"{out}: {documents:,} documents, {total:,} tokens ({mean:.0f} a document), 1 validation and {index - 1} train shards")
     if mean > 2048:
-        print("training reads the first 2048 tokens of a document (train_max_seq_len): cut long ones with <|endoftext|> or into rows")
+        print("training reads the first 2048 tokens of a document, in its first third 896 (train_max_seq_len_schedule): cut long ones with "
+              "<|endoftext|> or into rows")
 
 def main(argv=None):
     def positive(text):

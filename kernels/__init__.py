@@ -3,6 +3,7 @@ The TPU kernels, each beside its plain-torch twin or a pointer to it; tests hold
 Importing it imports neither JAX nor torch_xla.
 
     attention.py    up to q, k and v, and attention itself       tpu/projection.py, tpu/attention.py
+    dc.py           what DC adds to attention in layer 10        tpu/dc.py
     mlp.py          attention's last projection and the MLP      tpu/mlp.py
     lm_head.py      lm_head and the loss                         tpu/lm_head.py
     embedding.py    the gradient of embeddings                   tpu/embedding.py
@@ -11,14 +12,22 @@ Importing it imports neither JAX nor torch_xla.
 from torch import Tensor
 
 from kernels.attention import attention_refuses, fused_attention, window_attention
+from kernels.dc import dc_attention, dc_refuses, fused_dc
 from kernels.dispatch import takes
 from kernels.embedding import lookup
 from kernels.lm_head import lm_head_losses, takes_lm_head
 from kernels.mlp import mlp_refuses, residual_mlp
 
-__all__ = ["fused_attention", "lm_head_losses", "lookup", "residual_mlp", "takes_block", "takes_lm_head", "window_attention"]
+__all__ = ["dc_attention", "fused_attention", "fused_dc", "lm_head_losses", "lookup", "residual_mlp", "takes_layers", "takes_lm_head",
+           "window_attention"]
 
 
-def takes_block(x: Tensor, W1: Tensor, W2: Tensor, attention: tuple[int, int, bool] | None) -> bool:
-    """Whether a block's kernels, fused_attention and residual_mlp, run here. attention: heads, window, paired."""
-    return takes(x, f"a block of {tuple(x.shape)}", lambda: mlp_refuses(x, W1, W2) or (attention and attention_refuses(x, *attention)))
+def takes_layers(x: Tensor, mlp_bank: Tensor, heads: int, dc_window: int, attentions: set[tuple[int, bool]]) -> bool:
+    """
+    Whether the layers' kernels run here, those of all layers or none: they share stacks of gradients. x: [B, T, d]. dc_window: keys.
+    attentions: (window, paired) of the layers.
+    """
+    def refuses() -> str | None:
+        reasons = (attention_refuses(x, heads, *attention) for attention in sorted(attentions))
+        return mlp_refuses(x, mlp_bank) or next(filter(None, reasons), None) or dc_refuses(x, heads, dc_window)
+    return takes(x, f"layers of {tuple(x.shape)}", refuses)

@@ -1,6 +1,6 @@
 """
-Attention: what comes before it in a block (the mix of x with x0, norm, projection, gates, QK norm, rotary embedding, key offset, value
-embedding), and sliding-window attention within documents. The plain-torch twin of all of it is Block.forward and
+Attention: what comes before it in a block (norm, projection, QK norm, rotary embedding, key offset, value embedding), sliding-window
+attention within documents, and what comes after it (exclusive self-attention, a gate). The plain-torch twin of all of it is
 CausalSelfAttention.forward in train_gpt_xla.py, with window_attention below; the TPU kernels are tpu/projection.py and tpu/attention.py.
 Upstream's counterpart is FlashAttention-3 (flash_attn_varlen_func with cu_seqlens and window_size=(window, 0)).
 """
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradients import slots
+from gradients import stack_of
 from kernels.dispatch import call_kernel, largest_fitting
 
 # -----------------------------------------------------------------------------
@@ -93,6 +93,10 @@ class Band:
     window: int  # in positions: two to a token if paired
     paired: bool
     block: int  # C, tokens
+    xsa: bool = False  # exclusive self-attention follows
+    gate: bool = False  # then a gate
+    keep: bool = True  # store what the backward pass reads: y before these two
+    more: bool = False  # backward, other gradients of q, k and v are added
 
     @property
     def streams(self) -> int:
@@ -122,29 +126,34 @@ class Projection:
     tokens: int  # T
     dim: int  # D, of a head
     paired: bool
+    banks: tuple[int, int]  # matrices in qk_bank and vo_bank
     key_offset: bool
-    ve: bool  # value embeddings
-    mix: bool  # x is mixed with x0 first
+    tables: int  # of value embeddings, side by side; 0 without any
+    aux_v: bool  # something else that is added to v
     keep: bool  # store what the backward pass reads: q and k before their norm
-    gate: int  # features that gates read
     block: int  # bt, tokens
-    on_top: bool = False  # W's gradient is added to a float32 sum
+    gate: int = 12  # features that the gate of value embeddings reads
+    on_top: bool = False  # weights' gradients are added to float32 sums
+    dve: str = "one"  # value embeddings' gradient: this table's; "new": memory for all tables' with it; "on": in such memory, which goes on
+    dx_on_top: bool = False  # x's gradient is added to what came back to it by other ways
 
 
-def get_band(B: int, H: int, T: int, D: int, window: int, paired: bool) -> Band | None:
-    """None where no block fits in VMEM."""
+def get_band(B: int, H: int, T: int, D: int, window: int, paired: bool, xsa=False, gate=False, keep=True) -> Band | None:
+    """None where no block fits in VMEM. Which operands there are doesn't change the block."""
     from kernels.tpu.attention import vmem_bytes
-    choices = [Band(B, H, T, D, window, paired, block) for block in (256, 128) if T % block == 0]
-    return largest_fitting(choices, lambda band: vmem_bytes(band, "bfloat16"))
+    choices = [Band(B, H, T, D, window, paired, block, *(not paired,) * 2, True, not paired) for block in (256, 128) if T % block == 0]
+    largest = largest_fitting(choices, lambda band: vmem_bytes(band, "bfloat16"))
+    return largest and dataclasses.replace(largest, xsa=xsa, gate=gate, keep=keep, more=False)
 
 
-def get_projection(B: int, H: int, T: int, D: int, paired: bool, key_offset: bool, ve: bool, mix: bool, keep: bool,
-                   gate: int = 12) -> Projection | None:
+def get_projection(B: int, H: int, T: int, D: int, paired: bool, banks: tuple[int, int], key_offset: bool, tables: int, aux_v: bool,
+                   keep: bool, gate: int = 12) -> Projection | None:
     """None where no block fits in VMEM. All calls of a step take the same, that of the largest."""
     from kernels.tpu.projection import vmem_bytes
-    choices = [Projection(B, H, T, D, paired, key_offset, True, True, True, gate, block) for block in (512, 256, 128) if T % block == 0]
+    choices = [Projection(B, H, T, D, paired, banks, key_offset, 1, True, True, block, gate, dx_on_top=True)
+               for block in (512, 256, 128) if T % block == 0]
     largest = largest_fitting(choices, lambda shapes: vmem_bytes(shapes, "bfloat16"))
-    return largest and dataclasses.replace(largest, ve=ve, mix=mix, keep=keep)
+    return largest and dataclasses.replace(largest, tables=tables, aux_v=aux_v, keep=keep, dx_on_top=False)
 
 
 def attention_refuses(x: Tensor, heads: int, window: int, paired: bool) -> str | None:
@@ -157,74 +166,94 @@ def attention_refuses(x: Tensor, heads: int, window: int, paired: bool) -> str |
         return "they take heads of 128"
     if T % 128:
         return "they take a multiple of 128 tokens"
-    if heads < 2 or (paired and heads % 2):
-        return "they take two heads or more, paired ones even in number"
+    if heads < 2 or heads % 2:
+        return "they take pairs of heads"
     if get_band(B, heads, T, D, window, paired) is None:
         return f"a window of {window} does not fit in VMEM"
-    if get_projection(B, heads, T, D, paired, True, True, True, True) is None:
+    if get_projection(B, heads, T, D, paired, (heads, 2), True, 1, True, True) is None:
         return f"a dimension of {C} does not fit in VMEM"
     return None
 
 
 def fused_attention(
         x: Tensor,  # [B, T, C]
-        lambda_x: Tensor | None,  # [1] float32
-        x0: Tensor | None,  # [B, T, C]
-        lambda_x0: Tensor | None,
-        W: Tensor,  # [4C, C], of which it takes the first 3C rows
-        lambda_w: Tensor,
-        gate_w: Tensor,  # [H, n], of the result's gate, which reads n features
-        ve: Tensor | None,  # value embeddings [B, T, C]
-        ve_gate_w: Tensor | None,  # [H, n]
+        qk_bank: Tensor,  # [n, 2D, C], of a layer H of them: H/2 pairs of heads of Q, then of K
+        vo_bank: Tensor,  # [m, C, C], V and O of each layer
+        layer: int,
+        lambda_w: Tensor,  # [1] float32, multiplies Q, K and V
+        ve: Tensor | None,  # value embeddings [B, T, tables * C]
+        ve_gate_w: Tensor | None,  # [H, n], of their gate, which reads n/2 features of norm(x) and n/2 of the embedding
+        aux_v: Tensor | None,  # [B, T, C], added to v
         factor1: Tensor,  # rotary, [T, D] or, paired, [2, T, D]
         factor2: Tensor,
         still: Tensor | None,  # [D] bool, the dims of the key offset; None without one
-        documents: Tensor,  # the rest as window_attention
+        documents: Tensor,  # as window_attention, with the next three
         window: int,
         scale: Tensor,
-        paired: bool) -> tuple[Tensor, Tensor]:
+        paired: bool,
+        xsa: Tensor | None,  # [B, T, H] float32, how much of y along v is taken away: its tanh
+        gate: Tensor | None,  # [B, T, H] float32, multiplies y then
+        table: int = 0,  # whose embeddings these are
+        ve_sum=None) -> tuple[Tensor, Tensor, Tensor]:
     """
-    All that comes before attention, window_attention and its gate, by two kernels.
-    Returns y [B, T, C], tokens before heads, as matmuls want it, and lambda_x * x + lambda_x0 * x0, or x.
+    norm(x) @ W.T and all else that comes before attention, window_attention, XSA and the gate, by two kernels.
+    Returns y [B, T, C], tokens before heads, as matmuls want it, what attention has read, qkv [B, 3H, T, D], and x for whoever else reads
+    it: what comes back to it is added in the kernel.
+
+    ve_sum: where the gradient of ve goes. so_far() -> memory as ve with the other tables' share, or None if this is the first one: then
+    in what is stored only this table's share means something. store(tensor) -> what autograd gets. None: all of it goes to autograd.
     """
-    (into,) = slots(W)
-    return FusedAttention.apply(x, lambda_x, x0, lambda_x0, W, lambda_w, gate_w, ve, ve_gate_w, factor1, factor2, still, documents, window,
-                                scale, paired, torch.is_grad_enabled(), into)
+    into, grad = (stack_of(qk_bank), stack_of(vo_bank), None if ve is None else ve_sum), torch.is_grad_enabled()
+    return FusedAttention.apply(x, qk_bank, vo_bank, layer, lambda_w, ve, ve_gate_w, aux_v, factor1, factor2, still, documents, window,
+                                scale, paired, xsa, gate, table, grad, into)
 
 
 class FusedAttention(torch.autograd.Function):
-    """fused_attention. keep: there will be a backward pass. into: where the gradient of W goes (gradients.Slot)."""
+    """fused_attention. keep: there will be a backward pass. into: where the gradients of qk_bank, vo_bank (gradients.Stack) and ve go."""
     @staticmethod
-    def forward(ctx, x, lambda_x, x0, lambda_x0, W, lambda_w, gate_w, ve, ve_gate_w, factor1, factor2, still, documents, window, scale,
-                paired, keep, into):
+    def forward(ctx, x, qk_bank, vo_bank, layer, lambda_w, ve, ve_gate_w, aux_v, factor1, factor2, still, documents, window, scale, paired,
+                xsa, gate, table, keep, into):
         from kernels.tpu import attention, projection
-        (B, T, _), H, D = x.shape, gate_w.size(0), factor1.size(-1)
-        shapes = ctx.shapes = get_projection(B, H, T, D, paired, still is not None, ve is not None, x0 is not None, keep, gate_w.size(1))
-        band = ctx.band = get_band(B, H, T, D, window, paired)
-        ctx.into, scale = into, scale.float().reshape(1)
-        factor1, factor2 = factor1.view(-1, T, D), factor2.view(-1, T, D)
-        still = None if still is None else still.view(1, D).float()
-        inputs = dict(x=x, W=W, lambda_w=lambda_w, lambda_x=lambda_x, lambda_x0=lambda_x0, gate_w=gate_w, factor1=factor1, factor2=factor2,
-                      still=still, ve=ve, ve_gate_w=ve_gate_w, x0=x0)
+        ctx.set_materialize_grads(False)
+        (B, T, C), D = x.shape, factor1.size(-1)
+        number = lambda n: torch.full((1,), n, dtype=torch.int32, device=x.device)
+        by_head = lambda x: None if x is None else x.float().transpose(1, 2)
+        tables, banks = 0 if ve is None else ve.size(2) // C, (len(qk_bank), len(vo_bank))
+        shapes = get_projection(B, C // D, T, D, paired, banks, still is not None, tables, aux_v is not None, keep,
+                                12 if ve is None else ve_gate_w.size(1))
+        band = get_band(B, C // D, T, D, window, paired, xsa is not None, gate is not None, keep)
+        inputs = dict(
+            layer=number(layer), table=None if ve is None else number(table), x=x, qk=qk_bank, vo=vo_bank, lambda_w=lambda_w,
+            factor1=factor1.view(-1, T, D), factor2=factor2.view(-1, T, D), still=None if still is None else still.view(1, D).float(),
+            ve=ve, ve_gate_w=ve_gate_w, aux_v=aux_v)
+        then = dict(documents=documents, scale=scale.float().reshape(1), xsa=by_head(xsa), gate=by_head(gate))
         before = call_kernel(projection.project, shapes, **inputs)
-        qkv = before.qkv
-        after = call_kernel(attention.attention_forward, band, qkv=qkv, documents=documents, gate=before.gate, scale=scale)
-        saved = inputs | dict(documents=documents, scale=scale, qkv=qkv, gate=before.gate, y=after.y, sums=after.sums, raw=before.raw)
-        ctx.names = list(saved)
-        ctx.save_for_backward(*saved.values())
-        return after.y, before.x_mixed if shapes.mix else x
+        after = call_kernel(attention.attention_forward, band, qkv=before.qkv, **then)
+        ctx.shapes, ctx.band, ctx.part, ctx.into, ctx.names = shapes, band, (layer, table), into, (list(inputs), list(then))
+        ctx.save_for_backward(*inputs.values(), *then.values(), before.raw, before.qkv, after.y if after.y_raw is None else after.y_raw,
+                              after.sums)
+        return after.y, before.qkv, x
 
     @staticmethod
-    def backward(ctx, dy, dx_mixed):
+    def backward(ctx, dy, dqkv, dx):
         from kernels.tpu import attention, projection
-        s = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        documents, scale, qkv, gate, y, sums, raw = (s.pop(name) for name in ("documents", "scale", "qkv", "gate", "y", "sums", "raw"))
-        ve, ve_gate_w, x0 = (s.pop(name) for name in ("ve", "ve_gate_w", "x0"))
-        d = call_kernel(attention.attention_backward, ctx.band, qkv=qkv, documents=documents, gate=gate, scale=scale, y=y, sums=sums, dy=dy)
-        shapes = dataclasses.replace(ctx.shapes, on_top=ctx.into.stack.on_top)
+        names, (layer, table), (into_qk, into_vo, into_ve) = ctx.names, ctx.part, ctx.into
+        *saved, raw, qkv, y, sums = ctx.saved_tensors
+        inputs, then = dict(zip(names[0], saved)), dict(zip(names[1], saved[len(names[0]):], strict=True))
+        band = dataclasses.replace(ctx.band, more=dqkv is not None)
+        after = call_kernel(attention.attention_backward, band, qkv=qkv, **then, y=y, sums=sums, dy=dy, dqkv=dqkv)
+        assert into_qk.on_top == into_vo.on_top
+        so_far = None if into_ve is None else into_ve.so_far()
+        shapes = dataclasses.replace(ctx.shapes, on_top=into_qk.on_top, dve="one" if into_ve is None else "new" if so_far is None else "on",
+                                     dx_on_top=dx is not None)
         d = call_kernel(
-            projection.project_backward, shapes, slot=ctx.into.index(dy), stack=ctx.into.so_far(s["W"]), **s, raw=raw, dq=d.dq, dk=d.dk,
-            dv=d.dv, gate=gate, delta=d.delta, ve=ve, ve_gate_w=ve_gate_w, x0=x0, dx_mixed=dx_mixed if ctx.shapes.mix else None)
-        dx = d.dx if ctx.shapes.mix else d.dx + dx_mixed
-        dW = ctx.into.store(d.stack, "qkv")
-        return dx, d.dlambda_x, d.dx0, d.dlambda_x0, dW, d.dlambda_w, d.dgate_w, d.dve, d.dve_gate_w, *[None] * 9
+            projection.project_backward, shapes, **inputs, qk_stack=into_qk.so_far(inputs["qk"]), vo_stack=into_vo.so_far(inputs["vo"]),
+            dve_so_far=so_far, dx_so_far=dx, raw=raw, dq=after.dq, dk=after.dk, dv=after.dv)
+        dve, by_token = d.dve, lambda x: None if x is None else x.transpose(1, 2)
+        if into_ve is not None:
+            dve = into_ve.store(dve)
+        elif shapes.tables > 1:
+            C = dy.size(2)
+            dve = F.pad(dve, (table * C, (shapes.tables - 1 - table) * C))
+        return (d.dx, into_qk.store(d.qk_stack, ("qk", layer)), into_vo.store(d.vo_stack, ("v", layer)), None, d.dlambda_w, dve,
+                d.dve_gate_w, d.daux_v, *[None] * 7, by_token(after.dxsa), by_token(after.dgate), *[None] * 3)

@@ -23,12 +23,12 @@ class EmbeddingShapes:
 
 
 class Embedding(torch.autograd.Function):
-    """F.embedding of ids [B, T] int32 in weight [V, d]. into: where the gradient of weight goes (gradients.Sum)."""
+    """lookup. into: where the gradient of weight goes (gradients.Sum)."""
     @staticmethod
-    def forward(ctx, ids, weight, into):
-        ctx.save_for_backward(ids)
+    def forward(ctx, ids, weight, mine, into):
         ctx.vocab, ctx.into = weight.size(0), into
-        return F.embedding(ids, weight)
+        ctx.save_for_backward(ids if mine is None else torch.where(mine, ids, ctx.vocab))  # of which the kernel finds no block
+        return F.embedding(ids if mine is None else torch.where(mine, ids, 0), weight)
 
     @staticmethod
     def backward(ctx, dy):
@@ -36,14 +36,19 @@ class Embedding(torch.autograd.Function):
         (ids,), before = ctx.saved_tensors, ctx.into.so_far()
         shapes = EmbeddingShapes(*ids.shape, ctx.vocab, dy.size(2), before is not None, ctx.into.in_place)
         d = call_kernel(embedding.embedding_scatter, shapes, ids=ids, dy=dy, before=before)
-        return None, ctx.into.store(d.dw.sum(0)), None
+        return None, ctx.into.store(d.dw.sum(0)), None, None
 
 
-def lookup(ids: Tensor, weight: Tensor) -> Tensor:
-    """F.embedding of ids [B, T] in weight [V, d], on a TPU with the kernel's gradient."""
+def lookup(ids: Tensor, weight: Tensor, mine: Tensor | None = None) -> Tensor:
+    """
+    F.embedding of ids [B, T] in weight [V, d], on a TPU with the kernel's gradient. mine [B, T] bool: only these ids are of this weight,
+    the rows for the others mean nothing, and no gradient comes from them.
+    """
     if takes(weight, f"the gradient of an embedding {tuple(weight.shape)}", lambda: embedding_refuses(ids, weight)):
-        return Embedding.apply(ids, weight, sum_of(weight))
-    return F.embedding(ids, weight)
+        return Embedding.apply(ids, weight, mine, sum_of(weight))
+    if mine is None:
+        return F.embedding(ids, weight)
+    return torch.where(mine.unsqueeze(-1), F.embedding(torch.where(mine, ids, 0), weight), 0.0)
 
 
 def embedding_refuses(ids: Tensor, weight: Tensor) -> str | None:

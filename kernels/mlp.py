@@ -1,6 +1,6 @@
 """
-A block's second half: x + relu(norm(x) @ W1.T)^2 @ W2, where x, in blocks with attention, first gets y @ W_o.T, attention's last
-projection. The plain-torch twin is the end of Block.forward in train_gpt_xla.py (upstream: norm and FusedLinearReLUSquareFunction); the
+A layer's second half: the residual stream with attention's result, x0 and the bigram embedding, each times a factor of the token, then the
+MLP. The plain-torch twin is GPT.second_half in train_gpt_xla.py (upstream: the end of GPT.forward's loop and ReLUSqrdMLP); the
 TPU kernels are tpu/mlp.py.
 """
 import dataclasses
@@ -9,79 +9,114 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradients import slots
+from gradients import Sum, stack_of
 from kernels.dispatch import call_kernel, largest_fitting
+
+# Of each token, in this order. Without attention it has the last two only.
+FACTORS = ("resid_a", "post_a", "g_x0", "g_bigram", "resid_m", "post_m")
 
 
 @dataclass(frozen=True)
 class MLPShapes:
     """The shapes of one call on one device, and which operands there are. A key: each is lowered once."""
-    tokens: int  # T, of all rows
+    rows: int  # R
+    tokens: int  # T
     dim: int  # d
     hidden: int  # h, 4d
-    keep: bool  # the forward pass stores relu(norm(x) @ W1.T) and the backward pass reads it
-    attention: bool  # its last projection comes first
+    keep: bool  # the forward pass stores relu(norm(x) @ fc.T) and the backward pass reads it
+    attention: bool  # its last projection, x0 and the bigram embedding come first
     block: int  # C, tokens
     on_top: bool = False  # weights' gradients are added to float32 sums
+    x0_on_top: bool = False  # x0's gradient is added to what other layers have found
+    bigram_on_top: bool = False
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        return FACTORS if self.attention else FACTORS[-2:]
 
 
-def get_mlp(x: Tensor, W1: Tensor, keep: bool, attention: bool) -> MLPShapes | None:
+def get_mlp(x: Tensor, mlp_bank: Tensor, keep: bool, attention: bool) -> MLPShapes | None:
     """None where no block fits in VMEM. All calls of a step take the same, that of the largest."""
     from kernels.tpu.mlp import vmem_bytes
-    (B, T, d), h = x.shape, W1.size(0)
-    choices = [MLPShapes(B * T, d, h, True, True, block) for block in (512, 256, 128) if B * T % block == 0]
+    (B, T, d), h = x.shape, mlp_bank.size(2)
+    choices = [MLPShapes(B, T, d, h, True, True, block, x0_on_top=True, bigram_on_top=True) for block in (512, 256, 128) if T % block == 0]
     largest = largest_fitting(choices, lambda shapes: vmem_bytes(shapes, "bfloat16"))
-    return largest and dataclasses.replace(largest, keep=keep, attention=attention)
+    return largest and dataclasses.replace(largest, keep=keep, attention=attention, x0_on_top=False, bigram_on_top=False)
 
 
-def mlp_refuses(x: Tensor, W1: Tensor, W2: Tensor) -> str | None:
+def mlp_refuses(x: Tensor, mlp_bank: Tensor) -> str | None:
     """What keeps these tensors from ResidualMLP, or None."""
-    (_, T, d), h = x.shape, W1.size(0)
-    if {x.dtype, W1.dtype, W2.dtype} != {torch.bfloat16}:
+    (_, T, d), h = x.shape, mlp_bank.size(2)
+    if {x.dtype, mlp_bank.dtype} != {torch.bfloat16}:
         return "they take bfloat16"
-    if not W1.shape == W2.shape == (h, d):
-        return f"they take two weights [4d, {d}], not {tuple(W1.shape)} and {tuple(W2.shape)}"
+    if mlp_bank.shape[1:] != (2, h, d):
+        return f"they take pairs of weights [4d, {d}], not a bank of {tuple(mlp_bank.shape)}"
     if T % 128 or d % 128 or h % 256:
         return "they take multiples of 128 tokens and features, and of 256 hidden ones"
-    if get_mlp(x, W1, True, True) is None:
+    if get_mlp(x, mlp_bank, True, True) is None:
         return f"weights of {h} x {d} do not fit in VMEM"
     return None
 
 
-def residual_mlp(x: Tensor, W1: Tensor, W2: Tensor, y: Tensor | None = None, W: Tensor | None = None, factor: Tensor | None = None,
-                 keep: bool = True) -> Tensor:
+def residual_mlp(
+        x: Tensor,  # [B, T, d]
+        mlp_bank: Tensor,  # [layers, 2, 4d, d], of which it takes fc and proj of `layer`
+        layer: int,
+        factors: Tensor,  # [B, 6, T] float32, as FACTORS; without y the last two, [B, 2, T]
+        y: Tensor | None = None,  # [B, T, d]
+        vo_bank: Tensor | None = None,  # [n, d, d], of which it takes O of attention j, 2j + 1
+        j: int | None = None,
+        lambda_o: Tensor | None = None,  # [1] float32
+        x0: Tensor | None = None,  # [B, T, d]
+        bigram: Tensor | None = None,  # [B, T, d]
+        keep: bool = True,
+        x0_sum: Sum | None = None,
+        bigram_sum: Sum | None = None) -> Tensor:
     """
-    x + relu(norm(x) @ W1.T)^2 @ W2 by the TPU kernels. x: [B, T, d]; W1, W2: [4d, d].
-    y [B, T, d], W [4d, d] and factor [1] float32, if given: x + y @ (factor * W_o).T takes the place of x, W_o being W's last d rows.
-    keep: store relu(norm(x) @ W1.T), [4d, B * T], for the backward pass, which otherwise computes it again.
+    By the TPU kernels, x_sum being x without y:
+
+        x_sum = resid_a * x + post_a * (y @ (lambda_o * W_o).T) + g_x0 * x0 + g_bigram * bigram
+        out = resid_m * x_sum + post_m * (relu(norm(x_sum) @ fc.T)^2 @ proj)
+
+    keep: store relu(norm(x_sum) @ fc.T), [4d, B * T], for the backward pass, which otherwise computes it again.
+    x0_sum, bigram_sum: what the gradient of x0 or bigram is added to, in its memory. Without one autograd gets it.
     """
-    into = (*slots(W1, W2), *((None,) if W is None else slots(W)))
-    return ResidualMLP.apply(x, W1, W2, y, W, factor, keep and torch.is_grad_enabled(), into)
+    into = stack_of(mlp_bank), None if vo_bank is None else stack_of(vo_bank), x0_sum, bigram_sum
+    return ResidualMLP.apply(x, mlp_bank, factors, y, vo_bank, lambda_o, x0, bigram, layer, j, keep and torch.is_grad_enabled(), into)
+
+
+def index(place: int, like: Tensor) -> Tensor:
+    """A number as a kernel takes it, on the device of `like`."""
+    return torch.full((1,), place, dtype=torch.int32, device=like.device)
 
 
 class ResidualMLP(torch.autograd.Function):
-    """
-    residual_mlp. into: where the gradients of W1, W2 and W go (gradients.Slot); W1 and W2 share a stack, in which W1's slot is even and
-    W2's the next.
-    """
+    """residual_mlp. into: where the gradients of the banks go (gradients.Stack), and those of x0 and bigram (gradients.Sum, or None)."""
     @staticmethod
-    def forward(ctx, x, W1, W2, y, W, factor, keep, into):
+    def forward(ctx, x, mlp_bank, factors, y, vo_bank, lambda_o, x0, bigram, layer, j, keep, into):
         from kernels.tpu import mlp
-        ctx.shapes, ctx.into, shape = get_mlp(x, W1, keep, y is not None), into, x.shape
-        y = None if y is None else y.flatten(0, 1)
-        r = call_kernel(mlp.mlp_forward, ctx.shapes, x=x.flatten(0, 1), W1=W1, W2=W2, y=y, W=W, factor=factor)
-        ctx.save_for_backward(x.flatten(0, 1) if y is None else r.x_sum, W1, W2, r.act, y, W, factor)
-        return r.out.view(shape)
+        ctx.shapes, ctx.into, ctx.places = get_mlp(x, mlp_bank, keep, y is not None), into, (layer, j)
+        inputs = dict(x=x, mlp_bank=mlp_bank, factors=factors, y=y, vo_bank=vo_bank, lambda_o=lambda_o, x0=x0, bigram=bigram)
+        r = call_kernel(mlp.mlp_forward, ctx.shapes, layer=index(layer, x), o=None if j is None else index(2 * j + 1, x), **inputs)
+        saved = inputs | dict(x_sum=r.x_sum, act=r.act)
+        ctx.names = list(saved)
+        ctx.save_for_backward(*saved.values())
+        return r.out
 
     @staticmethod
     def backward(ctx, dout):
         from kernels.tpu import mlp
-        x, W1, W2, act, y, W, factor = ctx.saved_tensors
-        slot1, slot2, slot_o = ctx.into
-        assert slot1.stack is slot2.stack and slot2.number == slot1.number + 1 and slot1.number % 2 == 0
-        shapes = dataclasses.replace(ctx.shapes, on_top=slot1.stack.on_top)
-        d = call_kernel(
-            mlp.mlp_backward, shapes, pair=slot1.index(x, pairs=True), slot_o=slot_o and slot_o.index(x), stack=slot1.so_far(W1),
-            stack_o=slot_o and slot_o.so_far(W), x=x, W1=W1, W2=W2, dout=dout.flatten(0, 1), act=act, y=y, W=W, factor=factor)
-        dW, dy = slot_o and slot_o.store(d.stack_o, "o"), None if y is None else d.dy.view_as(dout)
-        return d.dx.view_as(dout), slot1.store(d.stack), slot2.store(d.stack), dy, dW, d.dfactor, None, None
+        saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        (layer, j), (stack, stack_o, *sums), mlp_bank, vo_bank = ctx.places, ctx.into, saved["mlp_bank"], saved["vo_bank"]
+        before = [None if into is None else into.so_far() for into in sums]
+        shapes = dataclasses.replace(ctx.shapes, on_top=stack.on_top, x0_on_top=before[0] is not None, bigram_on_top=before[1] is not None)
+        here = {} if j is None else dict(o=index(2 * j + 1, dout), stack_o=stack_o.so_far(vo_bank))
+        d = call_kernel(mlp.mlp_backward, shapes, layer=index(layer, dout), stack=stack.so_far(mlp_bank), **here, **saved, dout=dout,
+                        x0_before=before[0], bigram_before=before[1])
+        as_bank = lambda found, bank: found if found is None else found.view_as(bank)
+        dmlp_bank = as_bank(stack.store(d.stack, ("mlp", layer)), mlp_bank)
+        if j is None:
+            return d.dx, dmlp_bank, d.dfactors, *[None] * 9
+        dvo_bank = as_bank(stack_o.store(d.stack_o, ("o", j)), vo_bank)
+        dx0, dbigram = (found if into is None else into.store(found) for found, into in zip((d.dx0, d.dbigram), sums))
+        return d.dx, dmlp_bank, d.dfactors, d.dy, dvo_bank, d.dlambda_o, dx0, dbigram, *[None] * 4

@@ -58,9 +58,9 @@ def corpus(tmp_path_factory) -> Path:
     write_shard(folder / "val_000.bin", make_tokens(6_000, 3))
     return folder
 
-TOY = dict(vocab_size=301, bos_id=BOS, num_heads=4, head_dim=8, model_dim=32, block_size=8, train_bs_schedule="256,512,768",
-           train_bs_extension=768, train_max_seq_len=32, val_batch_size=1024, val_tokens=2048, num_scheduled_iterations=24,
-           num_extension_iterations=4, val_loss_every=14, train_loss_every=5, run_id="toy")
+TOY = dict(vocab_size=301, bos_id=BOS, head_dim=8, model_dim=48, bigram_vocab_size=1024, bigram_dim=48, bigram_sign_table_rows=37,
+           block_size=8, dc_window=14, train_bs_schedule="256,512,768,768", train_max_seq_len_schedule="24,32,32,32", val_batch_size=1024,
+           val_tokens=2048, num_scheduled_iterations=24, num_extension_iterations=4, val_loss_every=14, train_loss_every=5, run_id="toy")
 
 def toy_options(corpus: Path, **fields) -> list[str]:
     fields = TOY | dict(train_files=corpus / "train_*.bin", val_files=corpus / "val_*.bin") | fields

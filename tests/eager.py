@@ -20,9 +20,9 @@ import muon_xla
 import spmd
 import train_gpt_xla as train
 from chips import CHIPS, Chip
-from kernels import attention, dispatch, embedding, lm_head, mlp
+from kernels import attention, dc, dispatch, embedding, lm_head, mlp
 
-PRODUCT = gradients, kernels, attention, dispatch, embedding, lm_head, mlp, muon_xla, spmd, train
+PRODUCT = gradients, kernels, attention, dc, dispatch, embedding, lm_head, mlp, muon_xla, spmd, train
 
 def replace(patch: pytest.MonkeyPatch, name: str, value):
     """In every module of the product that has it: it may have been imported by name."""
@@ -40,7 +40,7 @@ def eager(kernels: bool, turns: int = 1, chip: str = "v6e"):
     with pytest.MonkeyPatch.context() as patch:
         same = lambda x, *spec: x
         for name, value in dict(to_device=lambda x, *spec: x.clone(), to_host=lambda x, lazy=False: x.clone(), shard=same, enter=same,
-                                leave=lambda x: x.unsqueeze(0), reduce_scatter=same, device_count=lambda: 1,
+                                leave=lambda x: x.unsqueeze(0), leave_rows=same, reduce_scatter=same, device_count=lambda: 1,
                                 turns=lambda: turns, is_split=lambda x: False).items():
             replace(patch, name, value)
         patch.setattr(xm, "optimization_barrier_", lambda tensors: None)
@@ -48,7 +48,7 @@ def eager(kernels: bool, turns: int = 1, chip: str = "v6e"):
         if kernels:
             patch.setattr(dispatch, "target", CHIPS[chip])
             replace(patch, "for_tpu", lambda x: True)
-            for name in ("attention_refuses", "mlp_refuses", "lm_head_refuses", "embedding_refuses"):
+            for name in ("attention_refuses", "dc_refuses", "mlp_refuses", "lm_head_refuses", "embedding_refuses"):
                 replace(patch, name, lambda *args: None)
             replace(patch, "call_kernel", call_kernel)
         calls.clear()

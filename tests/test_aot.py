@@ -23,7 +23,7 @@ import aot
 import hlo_cost
 from hlo_cost import Estimate, Module
 
-from chips import CHIPS, TPUS
+from chips import CHIPS, RECORD, TPUS
 
 V6E = CHIPS["v6e"]
 MS = 1_750_000  # cycles of a millisecond
@@ -407,7 +407,7 @@ def test_totals_are_steps_times_milliseconds():
     assert report["total_est_s_calibrated"] == pytest.approx([24 / 1.3, 24 / 1.1])
     assert report["step_est_ms"] == {"16384": pytest.approx(55), "49152": pytest.approx(200)}
     text = aot.table(report)
-    assert all(x in text for x in ["24.0 s est.", "18.5 to 21.8 s", "32.5", "86.0", "105.8", "31.25", "1.75 GHz", "1638 GB/s"])
+    assert all(x in text for x in ["24.0 s est.", "18.5 to 21.8 s", "31.6", "82.7", "73.8", "31.25", "1.75 GHz", "1638 GB/s"])
     graphs[2]["times"] = 8  # a step in eighths
     assert aot.build_report(graphs, TPUS["v6e-1"], "record", [], complete=True)["total_est_s"] == pytest.approx(15 + 7 + 16)
     missing = [*graphs, entry("d", "train", 1, 49152, 0, compiled=False)]
@@ -446,6 +446,27 @@ def test_the_table_of_all_tpus():
     full = aot.build_report(two, TPUS["v5e-8"], "record", [], complete=True)
     assert full["hbm_gib_with_all_code"] == 16 and not full["fits"]  # each fits, but not with the code of the other
 
+@pytest.mark.parametrize("gates", [(), ("xsa",), ("xsa", "gate")])
+def test_attentions_calls_can_be_made_again(monkeypatch, gates):
+    """Through JSON, and with the operands that they had; those of other kernels are not noted."""
+    import jax
+
+    from kernels import dispatch
+    from kernels.attention import Band
+    from kernels.tpu import attention
+    monkeypatch.setattr(dispatch, "lowered", lambda call, shapes, operands, chip: "lowered")
+    monkeypatch.setattr(dispatch, "target", None)
+    calls = aot.kernels_for(TPUS["v6e-8"])
+    band = Band(2, 2, 512, 128, 200, False, 128, **dict.fromkeys(gates, True))
+    operands = (("qkv", (2, 6, 512, 128), "bfloat16"), ("documents", (2, 512), "int32"), ("scale", (1,), "float32"),
+                *((name, (2, 2, 512), "float32") for name in gates))
+    assert dispatch.lowered(attention.attention_forward, band, operands, None) == "lowered"
+    dispatch.lowered(attention.attention_forward, "shapes of another kernel", operands, None)
+    [call] = json.loads(json.dumps(calls))
+    function, arguments, blocks = aot.attention_program(*call)
+    found = jax.eval_shape(function, **{name: jax.ShapeDtypeStruct(*x) for name, x in arguments.items()})
+    assert call[0] == "attention_forward" and blocks == 2 and found["y"].shape == (2, 512, 256)
+
 # -----------------------------------------------------------------------------
 # Fingerprints
 
@@ -460,9 +481,9 @@ def test_fingerprints_say_which_graphs_changed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(aot, "trace", lambda *_: {"flags": ["--f"], "fingerprints": prints})
     key = lambda n: aot.key_of(n, TPUS["v6e-8"], ["--f"])
     path = tmp_path / "report.json"
-    def write(graphs, topology="v6e:2x4"):
+    def write(graphs, topology="v6e:2x4", record=RECORD):
         graphs = [{"name": n, "key": k} for n, k in graphs.items()]
-        path.write_text(json.dumps({"preset": "record", "topology": topology, "graphs": graphs}))
+        path.write_text(json.dumps({"preset": "record", "topology": topology, "graphs": graphs} | ({"record": record} if record else {})))
     def compare(*names, complete=True, against=path):
         changed = aot.compare([graph(n) for n in names], TPUS["v6e-8"], "record", tmp_path, against, complete)
         return changed, dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
@@ -472,8 +493,12 @@ def test_fingerprints_say_which_graphs_changed(tmp_path, monkeypatch, capsys):
     changed, told = compare("a", "b", "new")
     assert changed == 3 and told.items() >= {"a": "same", "b": "changed", "new": "not there before", "old": "gone"}.items()
     assert compare("a", complete=False)[0] == 0  # graphs that were not asked for are not gone
-    for graphs, topology, words in (({"a": None}, "v6e:2x4", "has no keys"), ({"a": "k"}, "v5e:2x4", "not of record on v6e:2x4")):
-        write(graphs, topology)
+    for graphs, topology, record, words in (
+            ({"a": None}, "v6e:2x4", RECORD, "has no keys"),
+            ({"a": "k"}, "v5e:2x4", RECORD, f"is of #{RECORD}'s record on v5e:2x4, not of #{RECORD}'s record on v6e:2x4"),
+            ({"a": "k"}, "v6e:2x4", 60, f"is of #60's record on v6e:2x4, not of #{RECORD}'s"),
+            ({"a": "k"}, "v6e:2x4", None, f"is of #60's record on v6e:2x4, not of #{RECORD}'s")):  # before reports named it
+        write(graphs, topology, record)
         with pytest.raises(aot.Refused, match=words):
             compare("a")
     for text in ("{half", "[]", '{"graphs": [{}]}', '{"graphs": 3}'):
@@ -482,10 +507,20 @@ def test_fingerprints_say_which_graphs_changed(tmp_path, monkeypatch, capsys):
             compare("a")
     with pytest.raises(aot.Refused, match="no-such.json is no report.*No such file"):
         compare("a", against=tmp_path / "no-such.json")
-    report, keys = aot.baseline(None, TPUS["v6e-8"], "record")  # of records/, whatever else lies there
-    assert report.parent.parent == ROOT / "records" and len(keys) == 14
-    with pytest.raises(aot.Refused, match="no report of rehearsal on v6e-8.*--against"):
-        aot.baseline(None, TPUS["v6e-8"], "rehearsal")
+
+def test_the_baseline_is_the_newest_report_of_this_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(aot, "ROOT", tmp_path)
+    ours = dict(record=RECORD)
+    for day, content in enumerate((ours | dict(mark="old"), ours | dict(mark="new"), ours | dict(preset="rehearsal"),
+                                   ours | dict(topology="v5e:2x4"), dict(record=60), {})):
+        folder = tmp_path / f"records/2026-01-0{day}_Some"
+        folder.mkdir(parents=True)
+        graphs = [{"name": "a", "key": content.pop("mark", "another's")}]
+        (folder / "report.json").write_text(json.dumps(dict(preset="record", topology="v6e:2x4", graphs=graphs) | content))
+    report, keys = aot.baseline(None, TPUS["v6e-8"], "record")
+    assert report.parent.name == "2026-01-01_Some" and keys == {"a": "new"}
+    with pytest.raises(aot.Refused, match=f"no report of #{RECORD}'s rehearsal on v5e-8 in records/.*--against"):
+        aot.baseline(None, TPUS["v5e-8"], "rehearsal")
 
 # -----------------------------------------------------------------------------
 # Bad input
@@ -670,4 +705,4 @@ def test_a_graph_of_the_rehearsal(tmp_path, monkeypatch, capsys):
     _, out, _ = run("--explain", name)
     assert "dearest operations" in out and "largest buffers" in out and "muon_xla.py:" in out
     status, out, _ = run("--graphs", name, "--fingerprints", "--against", str(tmp_path / "report.json"))
-    assert status == 0 and f"{name:28} same" in out and "1 of 1 graphs" in out
+    assert status == 0 and f"{name:34} same" in out and "1 of 1 graphs" in out

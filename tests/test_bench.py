@@ -23,14 +23,15 @@ def test_bench_prints_every_stage():
         assert all(x["n"] >= 5 and x["low"] <= x["median"] <= x["high"] for x in stage["spread"].values())
 
 def test_checkpoints_bench_saves_and_says_what_it_took(tmp_path):
-    """At a narrow width, where the state is the tables of the vocabulary: five of them, each with float32 moments."""
+    """At a narrow width, where the state is tables with a row of each token, seven, and of each bigram, all with float32 moments."""
     process = subprocess.run([sys.executable, ROOT / "tools" / "bench_checkpoint.py", "--model_dim", "48", "--saves", "2", "--json",
                               "--folder", tmp_path], capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr[-2000:]
     saves = [json.loads(line) for line in process.stdout.splitlines()]
     assert [s["save"] for s in saves] == [1, 2] and not list(tmp_path.iterdir())
     for save in saves:
-        assert 5 * 50304 * 48 * (2 + 4 + 4) < 1e9 * save["gigabytes"] < 1.1 * 5 * 50304 * 48 * (2 + 4 + 4)
+        tables = (7 * 50304 + 377280) * 48 * (2 + 4 + 4)
+        assert tables < 1e9 * save["gigabytes"] < 1.1 * tables
         assert save["stall_s"] > 0 and save["write_s"] > 0
 
 def test_too_few_steps_are_refused():
@@ -50,7 +51,8 @@ def test_a_bench_that_measured_nothing_fails(monkeypatch):
             return self.fn(*inputs)
     class Manager:
         graph, tensors, constants = None, None, None
-        def __init__(self, model, args, replay): ...
+        def __init__(self, model, args, replay):
+            self.training_schedule = port.TrainingSchedule(args)
         def advance_schedule(self, step): ...
         def precompute(self, steps):
             return [port.torch.zeros(1)]
@@ -59,6 +61,6 @@ def test_a_bench_that_measured_nothing_fails(monkeypatch):
     monkeypatch.setattr(port, "Replay", Traces)
     monkeypatch.setattr(port, "TrainingManager", Manager)
     monkeypatch.setattr(port.GPT, "to_devices", lambda model, dtype: model)
-    args = port.Hyperparameters(vocab_size=128, num_heads=2, head_dim=8, model_dim=16)
+    args = port.Hyperparameters(vocab_size=128, head_dim=8, model_dim=48, bigram_vocab_size=16)
     with pytest.raises(AssertionError, match="nothing was measured"):
         bench_step.bench_step(port, args, [0], 4, replay=True)

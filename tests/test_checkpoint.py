@@ -53,10 +53,9 @@ def test_state_comes_back_with_its_sharding():
     manager = t.build(args)
     before, generator = signature(manager.tensors()), torch.Generator().manual_seed(1)
     state = manager.get_state()
-    for i, states in enumerate(state):
-        for values in states.values():
-            values.update({k: torch.randn(x.shape, generator=generator).to(x.dtype) if isinstance(x, torch.Tensor) else 5 + i
-                           for k, x in values.items()})
+    for i, values in enumerate(state.values()):
+        values.update({k: torch.randn(x.shape, generator=generator).to(x.dtype) if isinstance(x, torch.Tensor) else 5 + i
+                       for k, x in values.items()})
     manager.advance_schedule(20)
     schedule = manager.get_schedule()
     manager.reset()
@@ -76,9 +75,9 @@ def test_numbers_made_ahead():
     for step, numbers in enumerate(ahead, start=9):
         manager.advance_schedule(step)
         assert torch.equal(manager.get_numbers(), numbers), step
-    assert {state["step"] for state in manager.adam_opt.state.values()} == {args.num_iterations // 2}
+    assert {state["step"] for state in manager.optimizer.param_states.values() if "step" in state} == {args.num_iterations // 2}
     manager.constants()
-    manager.adam_opt.param_groups[0]["weight_decay"] *= 2
+    manager.optimizer.param_cfgs[manager.model.lm_head.weight].weight_decay *= 2
     with pytest.raises(ValueError, match="call precompute"):
         manager.constants()
 
@@ -86,7 +85,7 @@ def test_numbers_made_ahead():
 # Weights to start with: which files are taken, and what the others are called
 
 def weights(dtype=torch.float32) -> dict:
-    return {name: torch.arange(3, dtype=dtype) for name in ("lm_head.weight", "attn_gate_bank", "x0_lambdas")}
+    return {name: torch.arange(3, dtype=dtype) for name in ("embed.weight", "qk_bank", "mudd_w1", "mudd_gate_w1")}
 
 def save_safetensors(path: Path, **config):
     from safetensors.torch import save_file
@@ -101,8 +100,8 @@ TAKEN = {
     "a resumable one": (lambda path: checkpoint.write(path, small(7) | dict(model=weights())), dict(step=7)),
     "a state_dict": (lambda path: torch.save(weights(), path), {}),
     "of torch before 1.6": (lambda path: torch.save(weights(), path, _use_new_zipfile_serialization=False), {}),
-    "hub.py's": (lambda path: save_safetensors(path, model_type="modded-nanogpt", step=7, ws_schedule=[3, 7]),
-                 dict(step=7, hyperparameters=dict(ws_schedule=(3, 7)))),
+    "hub.py's": (lambda path: save_safetensors(path, model_type="modded-nanogpt", step=7, ws_long_schedule=[3, 7]),
+                 dict(step=7, hyperparameters=dict(ws_long_schedule=(3, 7)))),
     "safetensors beside another's config": (lambda path: save_safetensors(path, model_type="gpt2", step=7), {}),
 }
 
@@ -119,7 +118,7 @@ def cut_safetensors(path: Path):
     cut(path)
 
 def poisoned(value, dtype=torch.bfloat16):
-    return lambda path: torch.save(dict(model=weights(dtype) | {"blocks.3.mlp.c_fc": torch.tensor([1, value], dtype=dtype)}), path)
+    return lambda path: torch.save(dict(model=weights(dtype) | {"mlp_bank": torch.tensor([1, value], dtype=dtype)}), path)
 
 REFUSED = {
     "a web page": (lambda path: path.write_text("<!DOCTYPE html>"), "web page"),
@@ -139,12 +138,14 @@ REFUSED = {
     "half": (lambda path: (torch.save(weights(), path), cut(path)), "cut short"),
     "half of safetensors": (cut_safetensors, "safetensors that are cut short"),
     "a list": (lambda path: torch.save([1], path), "a list"),
-    "another model": (lambda path: torch.save(dict(model={"wte.weight": torch.ones(3)}), path), "no attn_gate_bank"),
+    "another model": (lambda path: torch.save(dict(model={"wte.weight": torch.ones(3)}), path), "no embed.weight, so .* not record #89's"),
+    "record #60's": (lambda path: torch.save(dict(model=weights() | {"_orig_mod.blocks.0.attn.qkvo_w": torch.ones(3)}), path),
+                     "blocks.0.attn.qkvo_w, so it is record #60's, whose folder in records/ says which commit"),
     "no tensor": (lambda path: torch.save(dict(model=weights() | dict(x=1)), path), "x holds int"),
-    "integers": (lambda path: torch.save(dict(model=weights(torch.int8)), path), "attn_gate_bank|lm_head.weight holds torch.int8"),
-    "nan": (poisoned(float("nan")), "blocks.3.mlp.c_fc holds a number that is not finite"),
-    "inf": (poisoned(float("-inf"), torch.float32), "blocks.3.mlp.c_fc holds a number that is not finite"),
-    "beyond float32": (poisoned(1e300, torch.float64), "blocks.3.mlp.c_fc holds a number that is not finite"),
+    "integers": (lambda path: torch.save(dict(model=weights(torch.int8)), path), "embed.weight holds torch.int8"),
+    "nan": (poisoned(float("nan")), "mlp_bank holds a number that is not finite"),
+    "inf": (poisoned(float("-inf"), torch.float32), "mlp_bank holds a number that is not finite"),
+    "beyond float32": (poisoned(1e300, torch.float64), "mlp_bank holds a number that is not finite"),
 }
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -160,6 +161,19 @@ def test_other_files_are_named(tmp_path, case):
 
 def small(step: int, x=0.0) -> dict:
     return dict.fromkeys(checkpoint.KEYS, 0) | dict(version=checkpoint.VERSION, step=step, model=dict(x=torch.as_tensor(x)))
+
+@pytest.mark.parametrize("content, words", [
+    (dict(version=2), "of version 2, this script reads 3: it is record #60's, whose folder in records/ says which commit reads it"),
+    (dict(version=4), "of version 4, this script reads 3: resume with the script that wrote it"),
+    (dict(version=None), "of version None"), (dict(optimizers=[]), "optimizers is unknown to this script"),
+])
+def test_another_versions_are_refused(tmp_path, content, words):
+    """And not passed over for an older one, whose steps would then be run again."""
+    with checkpoint.Checkpoints(tmp_path, 2) as checkpoints:
+        checkpoint.write(tmp_path / "checkpoint_step000001.pt", small(1))
+        checkpoint.write(tmp_path / "checkpoint_step000002.pt", small(2) | content)
+        with pytest.raises(ValueError, match=f"^{tmp_path}/checkpoint_step000002.pt: .*{words}"):
+            checkpoints.find("latest")
 
 def test_sigkill_loses_nothing(tmp_path):
     """28 of 28: a whole checkpoint is there, nothing half written is taken for one, and the resumed run ends in the same bits."""
@@ -282,11 +296,11 @@ def test_nohup(tmp_path):
         signal.signal(signal.SIGHUP, before)
 
 # -----------------------------------------------------------------------------
-# Real processes, with one device and one stage: what is slow is starting them
+# Real processes, with one device and stages that differ in little: what is slow is starting them
 
-ONE_STAGE = dict(train_bs_schedule="512", ws_schedule="3", ws_final=3, ws_validate_post_yarn_ext=3, num_extension_iterations=0,
-                 split_embed_frac=1.0, train_loss_every=1)
-SHORT = ONE_STAGE | dict(val_tokens=2048, save_checkpoint=True)
+ALIKE = dict(train_bs_schedule="512,512,512,512", ws_short_schedule="1,1,1,1", ws_long_schedule="3,3,3,3", ws_validate_post_yarn_ext=3,
+             num_extension_iterations=0, train_loss_every=1)
+SHORT = ALIKE | dict(val_tokens=2048, save_checkpoint=True)
 
 def start(folder: Path, corpus: Path, *options: str, program: str = "", **fields) -> subprocess.Popen:
     """The script, or a program that calls it, in a process of its own, on one device, its output in folder/output."""
@@ -374,7 +388,7 @@ def test_soak(tmp_path, long_corpus):
 @pytest.mark.slow
 def test_another_number_of_devices(tmp_path, corpus):
     """In float32, stopped on 8 devices, gone on with on 4, 2, 1 and 8: the losses of the run on 8 to 1e-6."""
-    fields = ONE_STAGE | dict(dtype="float32", num_scheduled_iterations=18, val_loss_every=0, save_every=4, keep_checkpoints=99)
+    fields = ALIKE | dict(dtype="float32", num_scheduled_iterations=18, val_loss_every=0, save_every=4, keep_checkpoints=99)
     assert run_train(tmp_path, corpus, run_id="whole", **fields).returncode == 0
     (tmp_path / "logs/moved").mkdir()
     shutil.copy(tmp_path / TEMPLATE.format("whole", 4), tmp_path / "logs/moved")

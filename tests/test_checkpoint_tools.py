@@ -28,10 +28,11 @@ import hellaswag
 import hub
 import sample
 
-FIELDS = dict(vocab_size=301, bos_id=BOS, num_heads=4, head_dim=8, model_dim=32, block_size=16, num_scheduled_iterations=24,
-              num_extension_iterations=4, dtype="float32", ws_schedule=(2, 2, 3), ws_final=4, ws_validate_post_yarn_ext=6)
+FIELDS = dict(vocab_size=301, bos_id=BOS, num_heads=6, head_dim=8, model_dim=48, bigram_dim=48, bigram_vocab_size=512,
+              bigram_sign_table_rows=64, block_size=16, dc_window=20, num_scheduled_iterations=24, num_extension_iterations=4,
+              dtype="float32", ws_short_schedule=(1, 1, 2, 2), ws_long_schedule=(2, 2, 3, 4), ws_validate_post_yarn_ext=6)
 OPTIONS = [f"--{name}={value}" for name, value in FIELDS.items()]
-PARAMETERS = dict(num_layers=11, num_heads=4, head_dim=8, model_dim=32, block_size=16)
+PARAMETERS = dict(num_layers=11, num_heads=6, head_dim=8, model_dim=48, block_size=16, bigram_vocab_size=512, bigram_sign_table_rows=64)
 
 VOCABULARY = OPTIONS[:2]
 GPT2S = ["--vocab_size=50257", "--bos_id=50256"]
@@ -40,7 +41,8 @@ def save(folder, vocab_size):
     """A checkpoint of upstream's form, as torch.compile names its parameters. No weight is zero, so each part matters."""
     torch.manual_seed(0)
     model = t.GPT(vocab_size=vocab_size, **PARAMETERS)
-    state = {name: p.detach() + 0.2 * torch.randn(p.shape) for name, p in model.named_parameters()}
+    state = {name: model.to_upstream(name, x.detach() + 0.2 * torch.randn(x.shape))
+             for name, x in torch.nn.Module.state_dict(model).items()}
     path = folder / "toy" / "state_step000028.pt"
     path.parent.mkdir()
     torch.save(dict(step=28, code="", model={f"_orig_mod.{name}": x.float() for name, x in state.items()}, optimizers=[{}, {}]), path)
@@ -74,7 +76,8 @@ def test_model_is_that_of_the_last_validation(manager):
     args = t.Hyperparameters(**FIELDS, val_batch_size=8 * 128)
     rng = np.random.default_rng(0)
     tokens, documents = rng.integers(0, 301, (8, 129)), np.repeat([[0, 40]], [40, 88], axis=1).repeat(8, axis=0)
-    batch = torch.from_numpy(np.stack([tokens[:, :-1], tokens[:, 1:], documents], axis=1).astype(np.int32))
+    bigrams = t.get_bigram_hash(tokens[:, :-1], args.bigram_vocab_size)
+    batch = torch.from_numpy(np.stack([tokens[:, :-1], tokens[:, 1:], documents, bigrams], axis=1).astype(np.int32))
     losses = manager("losses", batch)
     trained = t.TrainingManager(manager.model, args)  # puts the model back to step 0
     for step in range(args.num_iterations):
@@ -91,14 +94,15 @@ PROMPTS = [[BOS, *np.random.default_rng(i).integers(0, 256, 3 + 9 * i).tolist()]
 
 def full_logits(manager, rows) -> torch.Tensor:
     """[8, 128, V]: of all positions, by a forward pass over all of them."""
-    batch = torch.zeros(8, 3, 128, dtype=torch.int32)
+    batch = np.zeros((8, 4, 128), dtype=np.int32)
     for i, row in enumerate(rows):
-        batch[i, 0] = torch.from_numpy(np.random.default_rng(i).integers(0, 301, 128))  # whatever follows
-        batch[i, 0, :len(row)] = torch.tensor(row)
+        batch[i, 0] = np.random.default_rng(i).integers(0, 301, 128)  # whatever follows
+        batch[i, 0, :len(row)] = row
+    batch[:, 3] = t.get_bigram_hash(batch[:, 0], FIELDS["bigram_vocab_size"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(t, "softcapped_cross_entropy", lambda x, weight, _: t.softcapped_logits(x, weight)[1].T)
         patch.setattr(manager, "replay", t.Replay(manager.step_fn, manager.tensors, manager.constants))
-        return manager("losses", batch).view(8, 128, -1)
+        return manager("losses", torch.from_numpy(batch)).view(8, 128, -1)
 
 def test_greedy_is_the_full_forwards_argmax(manager, capsys):
     texts = sample.generate(manager, PROMPTS, 20, temperature=0, top_k=0, seed=0)
@@ -110,18 +114,23 @@ def test_greedy_is_the_full_forwards_argmax(manager, capsys):
             assert row[len(prompt) - 1:len(prompt) + 19] == text
 
 def test_logits_at_each_position(manager):
-    """Rows shorter than a chunk and longer than the windows, of 32 and 96 tokens; the third one ends on the way."""
+    """
+    Rows shorter than a chunk and longer than the windows, of 32 and 96 tokens; the third one ends on the way. Weights that are changed by
+    1e-7 move single logits by 2e-4.
+    """
     rng, ends = np.random.default_rng(1), [24, 25, 20, 39, 40, 41, 123, 60]
     rows = [[BOS, *rng.integers(0, 256, end - 1).tolist()] for end in ends]
-    want = full_logits(manager, rows)
+    want, errors = full_logits(manager, rows), []
     for n in range(24):
         lengths = [min(1 + i + n, end) if i < 3 else end - 24 + n for i, end in enumerate(ends)]
         logits = manager.logits([row[:length] for row, length in zip(rows, lengths)], None if n else 128)
         for i, length in enumerate(lengths):
-            assert torch.allclose(logits[i], want[i, length - 1], rtol=0, atol=1e-4), (i, length)
+            errors.append((logits[i] - want[i, length - 1]).abs())
+            assert errors[-1].max() < 5e-4, (i, length)
         if n == 1:
             compiled = t.graphs_compiled()
     assert t.graphs_compiled() == compiled
+    assert torch.stack(errors).median() < 1e-5
 
 @pytest.mark.parametrize("window, paired", [(7, False), (7, True), (8, True), (100, False), (100, True)])
 def test_cached_attention(window, paired):
@@ -135,6 +144,20 @@ def test_cached_attention(window, paired):
         here = slice(first, first + 16)
         got = sample.cached_attention(q[:, :, here], k, v, documents[:, here], window, scale, paired, positions)
         assert torch.allclose(got, want[:, :, here], atol=1e-5)
+
+@pytest.mark.parametrize("window", [1, 7, 20, 100])
+def test_cached_dc(window):
+    """The same of dc_attention."""
+    torch.manual_seed(0)
+    qkv, y, (w1, w2) = torch.randn(2, 12, 48, 8), torch.randn(2, 48, 32), torch.randn(2, 2, 48, 4)
+    documents, scale = torch.tensor([[0] * 48, [0] * 20 + [20] * 28], dtype=torch.int32), torch.tensor(0.5)
+    want, (q, k, v) = t.dc_attention(qkv, y, w1, w2, documents, window, scale), qkv.chunk(3, dim=1)
+    for first in (0, 16, 25):
+        positions = first + torch.arange(16, dtype=torch.int32).expand(2, -1)
+        here = slice(first, first + 16)
+        rest = (x[:, here] for x in (y, w1, w2, documents))
+        got = sample.cached_dc(q[:, :, here], k, v, *rest, window, scale, positions)
+        assert torch.allclose(got, want[:, here], atol=1e-5)
 
 def test_sampling(manager):
     draw = lambda prompts, seed, temperature=1.0, top_k=50: sample.generate(manager, prompts, 5, temperature, top_k, seed)
@@ -160,19 +183,26 @@ def test_sample_prints_text(gpt2s, capsys):
     sample.main([str(gpt2s), "--bytes", "--tokens", "3", "--prompt", "import os", "été"])
     out, err = capsys.readouterr()
     assert out.startswith("> import os\n") and "\n> été\n" in out
-    assert "step 28 of 28, 32 dims, 4 heads, windows of 32 and 96 tokens, float32" in err
+    assert "step 28 of 28, 48 dims, 6 heads, windows of 32 and 96 tokens, float32" in err
 
 def test_byte_tokens_come_back_as_text():
     encode, decode = sample.tokenizer(single_bytes=True)
     assert decode(encode("naïve\n").tolist()[1:]) == "naïve\n" and encode("")[0] == 50256
 
-def test_presets_are_found_by_size():
-    model = t.GPT(50257, 11, 4, 16, 64)
-    for state, preset in ((dict(model.named_parameters()), "rehearsal"), (None, "record")):
-        state = state or {"x0_lambdas": torch.zeros(11), "attn_gate_bank": torch.zeros(10, 6, 12),
-                          "lm_head.weight": torch.empty(50304, 768, device="meta")}
-        args = sample.get_args("x.pt", dict(model=state), [])
-        assert (args.num_iterations, args.block_size, args.model_dim) == ((96, 16, 64) if preset == "rehearsal" else (1775, 128, 768))
+def tables(vocab_size: int, model_dim: int, bigrams: int, signs: int) -> dict:
+    """Those whose shapes tell a model's sizes."""
+    shapes = {"embed.weight": vocab_size, "bigram_embed.weight": bigrams, "bigram_sign_table": signs}
+    return {name: torch.empty(rows, model_dim, device="meta") for name, rows in shapes.items()}
+
+@pytest.mark.parametrize("sizes, expected", [
+    ((50304, 48, 4096, 512), (96, 16, 14, 4096)), ((50304, 768, 377280, 8192), (1285, 128, 112, 377280)),
+    ((50304, 48, 512, 64), (1285, 128, 112, 512)),
+])
+def test_presets_are_found_by_size(sizes, expected, capsys):
+    args = sample.get_args("x.pt", dict(model=tables(*sizes)), [])
+    assert (args.num_iterations, args.block_size, args.dc_window, args.bigram_vocab_size) == expected
+    preset = "rehearsal" if expected[0] == 96 else "record"
+    assert f"x.pt: nothing tells its run's hyperparameters, so those of --preset {preset} are taken" in capsys.readouterr().err
 
 def broken(tmp_path, name, checkpoint):
     """Path and words of a checkpoint that is none of ours."""
@@ -191,20 +221,29 @@ def broken(tmp_path, name, checkpoint):
         return path, ["bad.pt: not a checkpoint"]
     if name == "another model":
         good["model"] = {"transformer.wte.weight": torch.zeros(4, 4)}
+    if name == "no bigrams":
+        del good["model"]["_orig_mod.bigram_embed.weight"]
+    if name == "no table":
+        good["model"]["_orig_mod.bigram_sign_table"] = torch.zeros(64)
     if name == "lacks one":
-        del good["model"]["_orig_mod.blocks.3.attn.qkvo_w"]
-    if name == "12 layers":
-        good["model"]["_orig_mod.x0_lambdas"] = torch.zeros(12)
+        del good["model"]["_orig_mod.mlp_bank"]
     if name == "shape":
-        good["model"]["_orig_mod.blocks.3.mlp.c_fc"] = torch.zeros(64, 32)
+        good["model"]["_orig_mod.resid_lambdas"] = torch.zeros(12, 2)
+    if name == "not 6 heads":
+        good["model"]["_orig_mod.embed.weight"] = torch.zeros(384, 56)
     if name == "later":
         good["step"] = 29
     torch.save(good, path)
-    return path, dict([("another model", ["bad.pt", "has no attn_gate_bank"]), ("lacks one", ["bad.pt", "blocks.3.attn.qkvo_w is missing"]),
-                       ("12 layers", ["bad.pt", "num_layers is 12"]), ("shape", ["bad.pt", "blocks.3.mlp.c_fc", "(64, 32)", "(128, 32)"]),
+    return path, dict([("another model", ["bad.pt: ", "model has no ", "--save_checkpoint"]),
+                       ("no bigrams", ["bad.pt: ", "bigram_embed.weight", "--save_checkpoint"]),
+                       ("no table", ["bad.pt: bigram_sign_table is of shape (64,)", "--save_checkpoint"]),
+                       ("lacks one", ["bad.pt: ", "mlp_bank is missing"]),
+                       ("shape", ["bad.pt: ", "resid_lambdas", "(12, 2)", "(11, 2)"]),
+                       ("not 6 heads", ["bad.pt: ", "num_heads 6 x head_dim 9 must be model_dim 56"]),
                        ("later", ["bad.pt is from step 29", "28", "--preset"])])[name]
 
-@pytest.mark.parametrize("name", ["no file", "text", "half", "list", "another model", "lacks one", "12 layers", "shape", "later"])
+@pytest.mark.parametrize("name", ["no file", "text", "half", "list", "another model", "no bigrams", "no table", "lacks one", "shape",
+                                  "not 6 heads", "later"])
 def test_broken_checkpoint(tmp_path, checkpoint, name):
     path, words = broken(tmp_path, name, checkpoint)
     one_line(sample.main, [path, "--bytes", *OPTIONS], "sample.py: ", *words)
@@ -236,15 +275,16 @@ def test_packed_losses_are_those_of_each_ending_alone(manager):
     questions = hellaswag.read_questions(QUESTIONS)
     tokenize = lambda text: list(text.encode()[::3])  # a third of the text, so that several fit in a row
     endings = hellaswag.get_endings(questions, lambda text: np.array([BOS, *tokenize(text)]))
-    batches = [places for _, places in hellaswag.pack(endings, 128, BOS)]
+    batches = [places for _, places in hellaswag.pack(endings, 128, manager.args)]
     assert len(batches) > 1 and len({row for _, row, _, _ in batches[0]}) == 8 and len(batches[0]) > 16, "too few to show anything"
     losses = hellaswag.ending_losses(manager, endings, 128)
     for i in range(0, len(endings), 5):
         context, ending = tokenize(questions[i // 4]["ctx"]), tokenize(" " + questions[i // 4]["endings"][i % 4])
-        tokens = [BOS, BOS, BOS, *context, *ending]
-        batch = np.zeros((8, 3, 128), dtype=np.int32)
+        tokens = [BOS, BOS, BOS, BOS, *context, *ending]
+        batch = np.zeros((8, 4, 128), dtype=np.int32)
         batch[3, 0, :len(tokens) - 1], batch[3, 1, :len(tokens) - 1] = tokens[:-1], tokens[1:]
-        batch[3, 2] = np.minimum(np.arange(128), 2)
+        batch[3, 2] = np.minimum(np.arange(128), 3)
+        batch[:, 3] = t.get_bigram_hash(batch[:, 0], FIELDS["bigram_vocab_size"])
         alone = manager("losses", torch.from_numpy(batch))[3].numpy()
         alone = alone[len(tokens) - 1 - len(ending):len(tokens) - 1]
         assert np.allclose(losses[i], [alone.sum(), alone.mean()], rtol=2e-6), questions[i // 4]
@@ -344,9 +384,12 @@ def test_push_and_pull(checkpoint, tmp_path):
     card = server.files["README.md"].decode()
     assert "| validation loss | 5.4321 |" in card and "| training time | 5.6 s |" in card and "| devices | 8 CPU devices |" in card
     config = json.loads(server.files["config.json"])
-    assert config["block_size"] == 16 and config["model_dim"] == 32 and config["step"] == 28 and "train_files" not in config
+    assert "record #89 of" in card and "48 dims,\n6 heads" in card
+    assert config["step"] == 28 and "train_files" not in config
+    assert config.items() >= {k: list(v) if isinstance(v, tuple) else v for k, v in FIELDS.items()}.items()
     pulled = tmp_path / "logs" / "toy" / "state_step000028.pt"
     theirs, ours = torch.load(checkpoint)["model"], load_weights(pulled)
+    assert ours["optimizer"] == {}
     assert ours["model"].keys() == {name.removeprefix("_orig_mod.") for name in theirs}
     assert all(torch.equal(x, ours["model"][name.removeprefix("_orig_mod.")]) for name, x in theirs.items())
     args = sample.get_args(str(pulled), ours, [])  # with no option: what it needs came along
@@ -364,7 +407,8 @@ def test_card_leaves_out_what_is_not_there(checkpoint, tmp_path, monkeypatch, ca
     assert not re.search(r"\b(nan|inf|None|devices|validation loss)\b", card), card
     assert "nothing is sent to someone/toy" in capsys.readouterr().out
 
-TOY_STATE = {"lm_head.weight": torch.zeros(384, 32), "attn_gate_bank": torch.zeros(10, 4, 12), "x0_lambdas": torch.zeros(11)}
+TOY = t.GPT(vocab_size=301, **PARAMETERS)
+TOY_STATE = {name: TOY.to_upstream(name, x.detach()) for name, x in torch.nn.Module.state_dict(TOY).items()}
 
 @pytest.fixture
 def card(tmp_path, capsys):
@@ -372,7 +416,7 @@ def card(tmp_path, capsys):
     path = tmp_path / "toy" / "state_step000014.pt"
     path.parent.mkdir()
     def push(log: str, given=False, options=OPTIONS, **content):
-        content = dict(step=14, code="", model=TOY_STATE, optimizers=[]) | content
+        content = dict(step=14, code="", model=TOY_STATE, optimizer={}) | content
         torch.save({name: x for name, x in content.items() if x is not None}, path)
         file = tmp_path / ("other.txt" if given else "toy.txt")
         file.write_text(log)
@@ -414,26 +458,36 @@ def test_a_checkpoint_that_does_not_say_its_step(card, tmp_path):
 def test_hyperparameters_on_the_hub_are_the_runs(card, tmp_path):
     """Those of the checkpoint, of its log, wherever that is, or of upstream's source; else a preset's, which is said."""
     config = lambda: json.loads((tmp_path / "toy" / "hub" / "config.json").read_text())
-    log = LONG.replace("cooldown_frac=0.5", "cooldown_frac=0.25")
+    log = LONG.replace("cooldown_frac=0.6", "cooldown_frac=0.25")
     for given in (False, True):
         _, said = card(log, given, options=[])
         assert config()["cooldown_frac"] == 0.25 and not said
     (tmp_path / "toy.txt").unlink()
     card(log, given=True, options=VOCABULARY, hyperparameters=RUN["hyperparameters"] | dict(cooldown_frac=0.25))
-    source = UPSTREAM.format("(2, 2, 3)")
-    _, said = card("a letter", options=VOCABULARY, code=source)
-    assert (config()["ws_schedule"], config()["cooldown_frac"]) == ([2, 2, 3], 0.5)
-    assert "nothing tells" not in said and "--train_bs_extension=9 * n" in said and "num_iterations" not in said
-    _, said = card("a letter", options=VOCABULARY, code="import torch_xla\n" + source)
-    assert config()["ws_schedule"] == [3, 7, 11] and "nothing tells its run's hyperparameters, so those of --preset record" in said
-    _, said = card("a letter", options=VOCABULARY, hyperparameters=dict(ws_schedule=(2, 2, 3), of_a_later_version=1, ws_final="x"))
-    assert config()["ws_schedule"] == [2, 2, 3] and "no such: --of_a_later_version=1 --ws_final=x" in said
+    schedules = lambda: [config()[f"ws_{which}_schedule"] for which in ("short", "long")]
+    _, said = card("a letter", options=VOCABULARY, code=UPSTREAM)
+    assert schedules() == [[1, 1, 2, 2], [2, 2, 3, 4]] and config()["cooldown_frac"] == 0.5
+    assert "nothing tells" not in said and "--val_tokens=9 * n" in said and "num_iterations" not in said
+    _, said = card("a letter", options=VOCABULARY, code="import torch_xla\n" + UPSTREAM)
+    assert schedules() == [[1, 3, 5, 6], [3, 7, 11, 13]]
+    assert "nothing tells its run's hyperparameters, so those of --preset record" in said
+    _, said = card("a letter", options=VOCABULARY, hyperparameters=dict(ws_long_schedule=(2, 2, 3, 4), of_a_later_version=1, seed="x"))
+    assert schedules()[1] == [2, 2, 3, 4] and "no such: --of_a_later_version=1 --seed=x" in said
 
 UPSTREAM = """class Hyperparameters:
     train_files: str = "data/fineweb_train_*.bin"
-    ws_schedule: tuple = {}
+    val_tokens: int = 9 * n
+    num_scheduled_iterations: int = 24
+    num_extension_iterations: int = 4
     num_iterations: int = a + b
-    train_bs_extension: int = 9 * n
+
+TRAINING_STAGES = [
+    TrainingStage(duration=1/3, train_max_seq_len=32, batch_size=8 * 128, window_sizes=(1, 2)),
+    TrainingStage(duration=1/3, train_max_seq_len=32, batch_size=8 * 128, window_sizes=(1, 2)),
+    TrainingStage(duration=1/3, train_max_seq_len=32, batch_size=8 * 128, window_sizes=(2, 3)),
+    TrainingStage(train_max_seq_len=32, batch_size=8 * 128, window_sizes=(2, 4)),
+]
+training_schedule = TrainingSchedule(TRAINING_STAGES, 24, 4, cooldown_frac=0.5)
 """
 
 @pytest.mark.parametrize("content, words", [
@@ -447,9 +501,9 @@ RUN = dict(hyperparameters=t.hyperparameters(t.Hyperparameters(**FIELDS)), run_i
 
 @pytest.mark.parametrize("content, log, words", [
     (RUN | dict(run_id="another"), LONG, "run_id is "),
-    (dict(hyperparameters=RUN["hyperparameters"] | dict(cooldown_frac=0.6)), LONG, "cooldown_frac is 0.5 there, 0.6 in the checkpoint"),
+    (dict(hyperparameters=RUN["hyperparameters"] | dict(cooldown_frac=0.7)), LONG, "cooldown_frac is 0.6 there, 0.7 in the checkpoint"),
     (dict(hyperparameters=RUN["hyperparameters"] | dict(seed=1)), LONG, "seed is 0 there, 1"),
-    ({}, LONG.replace("model_dim=32", "model_dim=64"), "model_dim is 64 there, 32"),
+    ({}, LONG.replace("model_dim=48", "model_dim=96"), "model_dim is 96 there, 48"),
     ({}, LONG.replace("vocab_size=301", "vocab_size=50257"), "vocab_size is 50257 there, 384"),
     (dict(code="x = 1\n"), "x = 2\n" + LONG, "another source"),
     (dict(data=dict(train_files=[("a.bin", 9, 7)])), LONG.replace("step:0/28", DATA + "step:0/28"), "the shards of train_files are others"),
@@ -471,7 +525,7 @@ def test_a_log_that_does_not_say_whose_it_is(card):
 
 def test_a_log_of_another_name_is_not_taken_for_the_checkpoints(card):
     """Copied beside it, or renamed with it: who knows gives it with --log. A model is that of its hyperparameters whatever the name."""
-    other = LONG.replace("run_id='toy'", "run_id='other'").replace("cooldown_frac=0.5", "cooldown_frac=0.25")
+    other = LONG.replace("run_id='toy'", "run_id='other'").replace("cooldown_frac=0.6", "cooldown_frac=0.25")
     page, said = card(other, options=[])
     assert "6.0000" not in page and "is of a run called other" in said and "toy.txt if it is the log of" in said
     assert "nothing tells" not in said
@@ -499,7 +553,7 @@ def test_hyperparameters_come_from_the_checkpoints_own_log(tmp_path, capsys):
         assert block_size(log) == 32, log
     assert block_size(run + start(block_size=32, seed=1) + end.replace("5.0", "5.1")) == 32, "two runs, whose models are alike"
     assert not capsys.readouterr().err.count("left out: ")
-    for log, words in ((start(model_dim=64, block_size=64) + end, "model_dim is 64 there, 32"), ("", "is empty"),
+    for log, words in ((start(model_dim=96, block_size=64) + end, "model_dim is 96 there, 48"), ("", "is empty"),
                        (run + other + end.replace("5.0", "5.1"), "more than one run"),
                        (start(block_size=32) + "step:20/28 train_time:9ms step_avg:9ms\n", "it ends at step 20")):
         assert block_size(log) == t.Hyperparameters().block_size and words in capsys.readouterr().err
@@ -601,6 +655,8 @@ def test_pull_refuses(tmp_path, monkeypatch):
     ours()
     weights.write_bytes(b"\x09" + bytes(7) + b"{")
     one_line(hub.main, ["pull", "a/b"], "model.safetensors: safetensors that are cut short")
+    save_file({"blocks.0.attn.qkvo_w": torch.zeros(3)}, weights)
+    one_line(hub.main, ["pull", "a/b"], "blocks.0.attn.qkvo_w, so it is record #60's, whose folder in records/ says")
     save_file(TOY_STATE, weights)
     for fields, words in ((dict(step="14"), "a/b: its step is '14'"), (dict(block_size=0), "a/b: block_size is 0"),
                           (dict(step=29), "from step 29")):

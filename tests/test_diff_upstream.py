@@ -46,24 +46,31 @@ def test_no_long_definition_stands_beside_nothing(monkeypatch):
     assert d.beside_nothing(OURS) == []
     monkeypatch.setitem(OURS, "GPT.__init__", d.Ours("GPT.__init__", "a.py", 0, ["self.make()"]))
     monkeypatch.setitem(d.TABLE, "XXT", d.TABLE["XXT"]._replace(counterpart=""))
-    assert [x.split(":")[0] for x in d.beside_nothing(OURS)] == ["XXT", "GPT.__init__"]
+    assert [x.split(":")[0] for x in d.beside_nothing(OURS)] == ["GPT.__init__", "XXT"]
 
 # -----------------------------------------------------------------------------
-# A source with the definitions of record #60 by name, each with nothing in it: the real one is not ours to keep
+# A source with the definitions of the record by name, each with nothing in it: the real one is not ours to keep
+
+ASSIGNED = {"ReLUSqrdMLP", "rank", "world_size", "grad_accum_steps", "grad_scale", "device", "master_process", "polar_express_coeffs",
+            "flash_attn_interface", "args", "training_schedule", "_dummy_f32", "ce_fwd_bwd_kernel"}
 
 @pytest.fixture(scope="module")
 def source() -> str:
-    lines, script = ["import os", "code = 0", "os.environ['PYTORCH_ALLOC_CONF'] = 0", "dynamo.config.recompile_limit = 0"], False
-    for name in list(d.TABLE)[4:]:
-        script |= name == "args"
+    names = list(d.TABLE)
+    classes = {name.split(".")[0] for name in names if re.match(r"_?[A-Z]\w+\.", name)}
+    lines, script = ["code = 0", "os.environ['PYTORCH_ALLOC_CONF'] = 0", "import os"], False
+    for name in names[3:]:
+        script = (script or name == "logfile") and name != "_pid_to_block"
         if "register_fake" in name:
             lines += ["@" + name[3:-1], "def _(x):", "    return x"]
-        elif not script and "." in name:
+        elif name.split(".")[0] in classes and "." in name:
             lines += [f"    def {name.split('.')[1]}(self):", f"        return '{name}'"]
-        elif script or name in ("polar_express_coeffs", "flash_attn_interface", "BOS_ID"):
+        elif script or name in ASSIGNED or re.fullmatch(r"[A-Z]+(_[A-Z]+)+|.*\..*", name):
             lines += [f"{name} = 0"]
+        elif name in classes or re.match("[A-Z]+[a-z]", name):
+            lines += [f"class {name}:", "    a = '<b>&'"]
         else:
-            lines += [f"class {name}:", "    a = '<b>&'"] if name[0].isupper() and name != "XXT" else [f"def {name}(x):", "    return x"]
+            lines += [f"def {name}(x):", "    return x"]
     return "\n".join(lines) + "\n"
 
 @pytest.fixture
@@ -74,7 +81,7 @@ def upstream(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(d, "MAP_FILE", tmp_path / "map.json")
     monkeypatch.setattr(d, "read_ours", lambda: OURS)
     d.main([str(path), "--update_map"])
-    assert "hashes of 145 definitions" in capsys.readouterr().out
+    assert f"hashes of {len(d.TABLE)} definitions" in capsys.readouterr().out
     monkeypatch.setattr(d, "TABLE", {name: d.Entry(*row) for name, row in json.loads(d.MAP_FILE.read_text())["definitions"].items()})
     return path
 
@@ -84,7 +91,7 @@ def says(upstream, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100000")
     def run(text, encoding="utf-8"):
         upstream.write_bytes(text.encode(encoding))
-        d.main([str(upstream), "--name", "get_bs"])
+        d.main([str(upstream), "--name", "norm"])
         note, *lines = capsys.readouterr().out.split("\n\n")[-1].splitlines()
         named = {head: re.split(r", (?![^(]*\))", names) for head, names in re.findall(r"^\d+ (.+?): (.*)", "\n".join(lines), re.M)}
         return note, named, {status: int(n) for n, status in re.findall(r"^ *(\d+) (\w+)  ", "\n".join(lines), re.M)}
@@ -92,7 +99,7 @@ def says(upstream, capsys, monkeypatch):
 
 def test_the_record_is_told_as_the_record(says, source):
     note, named, tally = says(source)
-    assert "is record #60 (0a43716d): each of its 145 definitions is the one that the map speaks of" in note and not named
+    assert f"is record #89 (f411b3d3): each of its {len(d.TABLE)} definitions is the one that the map speaks of" in note and not named
     statuses = [x.status for x in d.TABLE.values()]
     assert {k: v for k, v in tally.items() if k != "new"} == {k: statuses.count(k) for k in ("same", "differs", "replaced", "dropped")}
     assert tally["new"] > 100
@@ -100,28 +107,28 @@ def test_the_record_is_told_as_the_record(says, source):
 def test_a_changed_definition_is_told_as_changed(says, source):
     _, _, before = says(source)
     note, named, tally = says(source.replace("def norm(x):\n    return x", "def norm(x):\n    return 2 * x"))
-    assert "is not record #60's file (0a43716d)" in note
-    assert named.pop("changed") == ["norm"] and list(named) == ["still #60's"] and len(named["still #60's"]) == 144
+    assert "is not record #89's file (f411b3d3)" in note
+    assert named.pop("changed") == ["norm"] and list(named) == ["still #89's"] and len(named["still #89's"]) == len(d.TABLE) - 1
     assert tally == before | dict(same=before["same"] - 1, changed=1)
 
 def test_another_record_is_told_as_another(says, source):
     """With a definition gone, one under another name, one that is new and an import more."""
     _, _, before = says(source)
-    other = source.replace("def get_bs(x):", "def get_batch_size(x):").replace("def mm_op(x):\n    return x\n", "")
-    other += "import new\nclass New: pass\ndef get_bs_of_new(): pass\n"
-    note, named, tally = says(other.replace("def get_lr(x):", "def get_lr(x, get_bs):") + "def get_bs(): pass\n")
-    assert named["changed"] == ["imports", "get_lr", "get_bs"] and named["gone"] == ["mm_op"]
-    assert named["unknown"] == ["get_batch_size", "New", "get_bs_of_new"] and len(named["still #60's"]) == 141
-    same = sum(d.TABLE[x].status == "same" for x in named["still #60's"])
+    other = source.replace("def dc_gate(x):", "def dc_gates(x):").replace("def mm_t_op(x):\n    return x\n", "")
+    other += "import new\nclass New: pass\ndef dc_gate_of_new(): pass\n"
+    note, named, tally = says(other.replace("def norm(x):", "def norm(x, dc_gate):") + "def dc_gate(): pass\n")
+    assert named["changed"] == ["imports", "norm", "dc_gate"] and named["gone"] == ["mm_t_op"]
+    assert named["unknown"] == ["dc_gates", "New", "dc_gate_of_new"] and len(named["still #89's"]) == len(d.TABLE) - 4
+    same = sum(d.TABLE[x].status == "same" for x in named["still #89's"])
     assert (tally["same"], tally["changed"], tally["unknown"], tally["gone"]) == (same, 3, 3, 1) and same < before["same"]
 
 def test_what_is_gone_stands_beside_our_counterpart(source, upstream):
-    text = source.replace("class BOSFinder:", "class Finder:")
+    text = source.replace("class Shard:", "class Finder:")
     units = {name: unit for unit in d.pair(text, OURS) for name in unit.names}
-    with pytest.raises(ValueError, match="map.json speaks of what .* no longer have: BOSFinder"):
-        d.pair(text, {name: x for name, x in OURS.items() if name != "BOSFinder"})
-    assert units["BOSFinder"].status == "gone" and "D11" in units["BOSFinder"].notes[0]
-    assert [x.name for x in units["BOSFinder"].right] == ["BOSFinder"] and units["Finder"].status == "unknown"
+    with pytest.raises(ValueError, match="map.json speaks of what .* no longer have: Shard"):
+        d.pair(text, {name: x for name, x in OURS.items() if name != "Shard"})
+    assert units["Shard"].status == "gone" and "D11" in units["Shard"].notes[0]
+    assert [x.name for x in units["Shard"].right] == ["Shard"] and units["Finder"].status == "unknown"
 
 def test_another_order_is_told(says, source):
     a, b = "t0 = 0\n", "train_steps = 0\n"
@@ -205,13 +212,13 @@ def test_each_counterpart_is_shown(source, upstream):
 
 def test_text_pairs_by_name(upstream, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    d.main([str(upstream), "--name", "TrainingManager._build_mtp_schedule"])
+    d.main([str(upstream), "--name", "NorMuonAndAdam._init_state"])
     out = capsys.readouterr().out
-    assert "== TrainingManager._build_mtp_schedule\n   replaced by get_mtp_weights: D13: precompute calls it for each step" in out
-    assert "return 'TrainingManager._build_mtp_schedule'" in out and "def get_mtp_weights(" in out and "def get_lr" not in out
+    assert "== NorMuonAndAdam._init_state\n   replaced by NorMuonAndAdam.reset: D12: whole tensors" in out
+    assert "return 'NorMuonAndAdam._init_state'" in out and "def reset(" in out and "def get_numbers(" not in out
     d.main([str(upstream)])
     everything = capsys.readouterr().out
-    assert re.findall(r"^== (\w+)", everything, re.M)[:3] == ["imports", "mm_op", "_"]
+    assert re.findall(r"^== (\w+)", everything, re.M)[:2] == ["imports", "ReLUSqrdMLP"]
     assert everything.count("def step_optimizers") == 2, "once on each side"
 
 def test_align():
@@ -235,9 +242,9 @@ def test_names_that_two_files_have(tmp_path, monkeypatch):
 def test_readme_commands_run(upstream, tmp_path, monkeypatch):
     """Each command of README.md for this tool, on a file made here."""
     monkeypatch.chdir(tmp_path)
-    commands = re.findall(r"^    python tools/diff_upstream\.py ([^#\n]*)", (ROOT / "README.md").read_text(), re.M)
+    commands = re.findall(r"^    python tools/diff_upstream\.py \S*\.py ([^#\n]*)", (ROOT / "README.md").read_text(), re.M)
     for options in commands:
-        d.main(options.replace("/tmp/train_gpt.py", str(upstream)).split())
+        d.main([str(upstream), *options.split()])
     assert commands and (tmp_path / "diff.html").exists()
 
 # -----------------------------------------------------------------------------
@@ -247,29 +254,50 @@ def test_readme_commands_run(upstream, tmp_path, monkeypatch):
 def test_encodings(says, source, encoding):
     """With a mark or without, scripts and logs, with the line ends of Windows."""
     for text in (source, source + "\n" + "=" * 100 + "\nstep:0/4 val_loss:10.8\n"):
-        assert "is record #60" in says("# d’où\n" + text.replace("\n", "\r\n"), encoding)[0]
+        assert "is record #89" in says("# d’où\n" + text.replace("\n", "\r\n"), encoding)[0]
     assert says("# d’où\n" + source.replace("def norm(x)", "def norm(y)"), encoding)[1]["changed"] == ["norm"]
 
 def test_a_log_holds_the_source(says, source):
     rule = "\n" + "=" * 100 + "\n"
     for rest in ("Running Python 3.12" + rule + "step:0/4 val_loss:10.8\n", ""):
-        assert "is record #60" in says(source + rule + rest)[0]
+        assert "is record #89" in says(source + rule + rest)[0]
     # later records have their kernels in further files, which their logs hold too
-    first, kernels = source.split("def get_bs")
-    kernels = "import triton\ndef get_bs" + kernels
+    first, kernels = source.split("def _pid_to_block")
+    kernels = "import triton\ndef _pid_to_block" + kernels
     text = first + "\n\n" + "-" * 40 + "\n# triton_kernels.py\n" + "-" * 40 + "\n\n" + kernels
     assert says(text + rule)[1]["changed"] == ["imports"]
     # logs of 2024 have a rule above the source, too
-    assert "is record #60" in says(rule.lstrip() + source + rule)[0]
+    assert "is record #89" in says(rule.lstrip() + source + rule)[0]
     # a log that breaks off
     assert says(source[:source.index("args = 0")] + rule)[1]["gone"][0] == "args"
 
 def test_files_of_kernels(source, upstream, tmp_path, capsys):
-    first, kernels = source.split("def get_bs")
+    """Each has its name and its lines' numbers, in a log, too; what is in its docstring does not count."""
+    first, kernels = source.split("def _pid_to_block")
+    kernels = '"""Kernels."""\ndef _pid_to_block' + kernels
     (tmp_path / "a.py").write_text(first)
-    (tmp_path / "b.py").write_text("def get_bs" + kernels)
-    d.main([str(tmp_path / "a.py"), str(tmp_path / "b.py"), "--name", "norm"])
-    assert f"{tmp_path / 'a.py'} is record #60" in " ".join(capsys.readouterr().out.split())
+    (tmp_path / "b.py").write_text(kernels)
+    paths = [str(tmp_path / "a.py"), str(tmp_path / "b.py")]
+    d.main([*paths, "--name", "norm"])
+    assert f"{tmp_path / 'a.py'} is record #89" in " ".join(capsys.readouterr().out.split())
+    (tmp_path / "log.txt").write_text(first + f"\n\n{'-' * 40}\n# b.py\n{'-' * 40}\n\n" + kernels + "=" * 100 + "\n")
+    for given in (paths, [str(tmp_path / "log.txt")]):
+        units = d.pair(d.read_upstream(given), OURS)
+        files = {name: {file for file, _, _ in unit.left} for unit in units for name in unit.names}
+        assert files["norm"] == {"train_gpt.py"} and files["XXT"] == {"b.py"}
+        assert all(text == kernels.splitlines()[n - 1] for unit in units for file, n, text in unit.left if file == "b.py" and n)
+        d.main([*given, "--html", str(tmp_path / "page.html")])
+        rows = re.findall(r'^<tr><td class="n">(\d*)</td>', (tmp_path / "page.html").read_text(), re.M)
+        lines = [*range(1, len(first.splitlines()) + 1), *range(1, len(kernels.splitlines()) + 1)]
+        assert [int(row) for row in rows if row] == lines
+
+def test_a_file_of_kernels_that_is_missing(source, upstream, tmp_path, capsys):
+    """Upstream's script reads it beside itself, for the log."""
+    upstream.write_text(source.replace("code = 0", "code = open(os.path.join(os.path.dirname(sys.argv[0]), 'b.py')).read()"))
+    assert "reads b.py, which this tool needs, too" in one_line(d, upstream)
+    (tmp_path / "b.py").write_text("x = 1\n")
+    d.main([str(upstream), str(tmp_path / "b.py"), "--name", "norm"])
+    assert "1 unknown: x" in capsys.readouterr().out
 
 def test_a_clone_knows_its_commit(upstream, source, tmp_path, monkeypatch):
     git = lambda *words: subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a", *words], check=True,
@@ -299,13 +327,13 @@ def test_the_map_moves_only_when_it_is_complete(upstream, source, capsys):
 
 def test_bad_upstream(tmp_path, upstream, source):
     bad = tmp_path / "a [1].py"
-    assert "no such file" in one_line(d, bad) and "git show 0a43716d:train_gpt.py" in one_line(d, bad)
-    for content, words in {"": "has 0 of record #60's 144 def", "def main():\n    pass\n": "is another script",
+    assert "no such file" in one_line(d, bad) and "git checkout f411b3d3" in one_line(d, bad)
+    for content, words in {"": "has 0 of record #89's", "def main():\n    pass\n": "is another script",
                            "\0": "is not upstream's train_gpt.py",
                            source + "step:0/4 val_loss:10\n": f"line {source.count(chr(10)) + 1} is no Python",
-                           source[:source.index("class NorMuon")]: "a record too old"}.items():
+                           source[:source.index("class ParamConfig")]: "a record too old"}.items():
         bad.write_text(content)
-        assert words in one_line(d, bad) and "git show 0a43716d:train_gpt.py" in one_line(d, bad)
+        assert words in one_line(d, bad) and "git checkout f411b3d3" in one_line(d, bad)
     assert "this project's own" in one_line(d, ROOT / "train_gpt_xla.py")
     assert "Is a directory" in one_line(d, tmp_path)
     assert "did you mean GPT.forward?" in one_line(d, upstream, "--name", "GPT.fowrard")

@@ -6,31 +6,50 @@ The gradient of an embedding: the TPU kernel, interpreted, against F.embedding's
 import eager
 import pytest
 import torch
-import torch.nn.functional as F
-from test_attention import check
 
-from kernels.embedding import EmbeddingShapes
+from chips import CHIPS
+from gradients import Gradients, Sum
+from kernels import dispatch, lookup
+from kernels.embedding import embedding_refuses
 
 
-@pytest.mark.parametrize("rows, T, V, most, dtype", [
-    (2, 512, 1000, 1000, torch.float32),  # the last block of entries is not a whole one; rows
-    (1, 384, 2000, 700, torch.float32),  # chunks of 128 tokens; entries that no token has, at the end whole blocks of them
-    (1, 1024, 640, 20, torch.bfloat16),  # many tokens an entry, more than a chunk
-    (1, 256, 128, 128, torch.bfloat16),  # one block, one chunk
+def looked_up(ids: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor, before: Sum) -> dict[str, torch.Tensor]:
+    """What lookup finds, and the gradient of the table, by whichever path."""
+    p, leaf = torch.nn.Parameter(weight), weight.clone().requires_grad_()
+    with Gradients({p: before}).receive({p: leaf}) as gradients:
+        x = lookup(ids, leaf)
+        x.backward(dy)
+    return dict(x=x.detach(), dw=gradients[p])
+
+@pytest.mark.parametrize("rows, T, V, d, most, dtype", [
+    (2, 512, 1000, 64, 1000, torch.float32),  # the last block of entries is not a whole one; rows
+    (1, 384, 2000, 64, 700, torch.float32),  # chunks of 128 tokens; entries that no token has, at the end whole blocks of them
+    (1, 1024, 640, 64, 20, torch.bfloat16),  # many tokens an entry, more than a chunk
+    (1, 256, 128, 64, 128, torch.bfloat16),  # one block, one chunk
+    (2, 256, 500, 5 * 128, 400, torch.float32),  # wide rows, as those of five value embeddings
 ])
-def test_embedding(rows, T, V, most, dtype):
-    from kernels.tpu import embedding
+def test_embedding(rows, T, V, d, most, dtype):
     generator = torch.Generator().manual_seed(T)
     ids = torch.randint(0, most, (rows, T), generator=generator, dtype=torch.int32)
     ids[:, 7:300:3], ids[:, 0], ids[:, -1] = 5, most - 1, 0
-    dy = torch.randn(rows, T, 64, generator=generator).to(dtype)
-    weights = torch.zeros(rows, V, 64, requires_grad=True)
-    for row, (weight, grad) in enumerate(zip(weights, dy)):
-        F.embedding(ids[row], weight).backward(grad.float())
-    want, before = weights.grad.numpy(), torch.randn(V, 64, generator=generator)
+    weight, dy = (torch.randn(*shape, d, generator=generator).to(dtype) for shape in ((V,), (rows, T)))
+    with eager.eager(kernels=False):
+        want = looked_up(ids, weight.float(), dy.float(), Sum())
+    before = torch.randn(V, d, generator=generator)
     in_place = rows == 1  # of several rows the first one shows which of them comes on top
-    for more in (None, before if in_place else before.to(dtype)):
-        shapes = EmbeddingShapes(rows, T, V, 64, more is not None, in_place and more is not None)
-        d = eager.call_kernel(embedding.embedding_scatter, shapes, ids=ids, dy=dy, before=more)
-        check([d.dw.float()], [want], 1e-5 if dtype == torch.float32 else 1e-2, ["dw"])
-        want[0] += before.numpy()
+    for start in (None, before if in_place else before.to(dtype)):
+        with eager.eager(kernels=True):
+            got = looked_up(ids, weight, dy, Sum(None if start is None else start.clone(), in_place=in_place and start is not None))
+            assert eager.calls == ["embedding_scatter"]
+        assert got["dw"].dtype == (torch.float32 if start is not None and in_place else dtype)
+        got = {name: x.float() for name, x in got.items()}
+        got["dw"] -= 0 if start is None else start.float()
+        eager.check(got, want, 1e-5 if dtype == torch.float32 else 1e-2, "on top" if start is not None else "alone")
+
+def test_embedding_refuses(monkeypatch):
+    monkeypatch.setattr(dispatch, "target", CHIPS["v6e"])
+    def why_not(T=256, d=768, dtype=torch.bfloat16):
+        return embedding_refuses(torch.empty(1, T, dtype=torch.int32, device="meta"), torch.empty(500, d, dtype=dtype, device="meta"))
+    assert why_not() is None and why_not(d=5 * 768) is None
+    for word, bad in {"bfloat16": dict(dtype=torch.float32), "128 tokens": dict(T=1000), "and dimensions": dict(d=64)}.items():
+        assert word in why_not(**bad), (word, why_not(**bad))

@@ -1,16 +1,22 @@
 """
-Shards, and the loader beyond what the parity cases hold: shard ends, many short documents, the prefetch thread's errors.
+Shards, and the loader beyond what the parity cases hold: shard ends, many short documents, bigrams, the stages' batches, the prefetch
+thread's errors. And the table of prefixes, which is made from the vocabulary.
     python -m pytest tests/test_loader.py
 """
+import dataclasses
+import itertools
+import random
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import BOS, make_tokens, write_shard
+from conftest import BOS, ROOT, make_tokens, write_shard
 
 import shards
 import train_gpt_xla as t
+import vocabulary
 
 
 @pytest.mark.parametrize("tokens", [[5], [0, 50256, 7], range(1000)])
@@ -61,7 +67,7 @@ def test_rows_begin_with_documents_and_targets_follow_inputs(tmp_path):
     write_shard(tmp_path / "a.bin", make_tokens(20_000, 1))
     batches = loader(tmp_path)
     for _ in range(20):
-        (inputs, targets, cum_seqlens), _ = next(batches)
+        (inputs, targets, cum_seqlens, _), _ = next(batches)
         assert inputs.shape == targets.shape == (8, 64) and (inputs[:, 0] == BOS).all()
         assert (inputs[:, 1:] == targets[:, :-1]).all()
         documents = t.get_documents(cum_seqlens)
@@ -70,7 +76,7 @@ def test_rows_begin_with_documents_and_targets_follow_inputs(tmp_path):
 
 def test_documents_are_cut_to_max_seq_len(tmp_path):
     write_shard(tmp_path / "a.bin", [BOS, *range(200)] * 40)
-    (inputs, targets, cum_seqlens), _ = next(loader(tmp_path, num_tokens=1024, max_seq_len=50))
+    (_, targets, cum_seqlens, _), _ = next(loader(tmp_path, num_tokens=1024, max_seq_len=50))
     assert np.diff(cum_seqlens[0])[:3].tolist() == [50, 50, 28]
     assert targets[0, 49] == BOS, "the target of a cut document's last token is the next document's first"
 
@@ -118,8 +124,96 @@ def test_a_new_batch_size_takes_effect_at_once(tmp_path):
 def test_many_short_documents(tmp_path):
     """More documents in a row than upstream has room for (128 here)."""
     write_shard(tmp_path / "a.bin", [BOS, 1] * 8000)
-    (_, _, cum_seqlens), _ = next(loader(tmp_path, num_tokens=8 * 512))
+    (_, _, cum_seqlens, _), _ = next(loader(tmp_path, num_tokens=8 * 512))
+    assert cum_seqlens.shape == (8, 259)
     assert (t.get_documents(cum_seqlens) == np.arange(512) // 2 * 2).all()
+
+@pytest.mark.parametrize("T, room", [(16384, 64), (32768, 96), (49152, 128), (45056, 256), (64, 128)])
+def test_room_for_documents(tmp_path, T, room):
+    """As much as upstream has, by the length of a row; a case's own list has precedence."""
+    write_shard(tmp_path / "a.bin", [BOS, *[7] * 1099] * (9 * T // 1100 + 8))
+    for lists, width in ((None, room), ({T: 80}, 80)):
+        (_, _, cum_seqlens, _), _ = next(loader(tmp_path, num_tokens=8 * T, max_seq_len=2048, max_num_docs=lists))
+        assert cum_seqlens.shape == (8, width)
+        documents = -(-T // 1100)
+        assert (cum_seqlens[:, :documents] == 1100 * np.arange(documents)).all() and (cum_seqlens[:, documents:] == T).all()
+
+def wrapped(x: int) -> int:
+    """As int32 keeps it."""
+    return (x + 2**31) % 2**32 - 2**31
+
+@pytest.mark.parametrize("rows", [1000, 377280])
+@pytest.mark.parametrize("align", [True, False])
+def test_bigrams(tmp_path, rows, align):
+    """
+    A row of the table for each token and the one before it, over the starts of documents, too. The first token has the last row, and for
+    the second one that row's number stands for it.
+    """
+    write_shard(tmp_path / "a.bin", make_tokens(20_000, 5))
+    for (inputs, _, _, bigrams), _ in itertools.islice(loader(tmp_path, align_to_bos=align, bigram_vocab_size=rows), 3):
+        assert bigrams.shape == inputs.shape and bigrams.dtype == np.int32 and (bigrams[:, 0] == rows - 1).all()
+        for tokens, found in zip(inputs.tolist(), bigrams.tolist(), strict=True):
+            before = [None, rows - 1, *tokens[1:]]
+            want = [(wrapped(36313 * b) ^ wrapped(27191 * a)) % (rows - 1) for a, b in zip(before[1:], tokens[1:])]
+            assert found[1:] == want and max(want) < rows - 1
+
+def stages_args(folder, **fields) -> t.Hyperparameters:
+    """6 + 2 steps: 0 and 1, 2 and 3, 4 and 5, 6 and 7."""
+    return t.Hyperparameters(**dict(
+        train_files=str(folder / "t_*.bin"), val_files=str(folder / "v_*.bin"), num_scheduled_iterations=6, num_extension_iterations=2,
+        train_bs_schedule=(512, 1024, 2048, 1536), train_max_seq_len_schedule=(20, 40, 60, 30), vocab_size=301, bos_id=BOS,
+        bigram_vocab_size=1000, val_batch_size=1024, val_tokens=3072) | fields)
+
+def test_batches_of_the_stages(tmp_path):
+    """The length of rows and that to which documents are cut change at once; each step's numbers come with its batch."""
+    for i in range(2):
+        write_shard(tmp_path / f"t_{i}.bin", make_tokens(12_000, i))
+    args = stages_args(tmp_path)
+    numbers = [t.torch.full((1,), step) for step in range(8)]
+    batches = list(t.train_batches(args, range(8), numbers))
+    for step, ((inputs, _, cum_seqlens, bigrams), _, n) in enumerate(batches):
+        stage = step // 2
+        assert inputs.shape == bigrams.shape == (8, args.train_bs_schedule[stage] // 8), step
+        assert np.diff(cum_seqlens).max() == args.train_max_seq_len_schedule[stage], step  # there are longer documents
+        assert n is numbers[step] and bigrams.max() == 999
+    assert batches[-1][1][0] == 1, "no shard ended"
+    for first in (1, 2, 5):  # a run that goes on
+        again = list(t.train_batches(args, range(first, 8), numbers[first:], batches[first - 1][1]))
+        for (x, *place), (y, *other) in zip(again, batches[first:], strict=True):
+            assert place == other and all((a == b).all() for a, b in zip(x, y, strict=True))
+
+def test_what_is_read_ahead_is_what_the_stages_take(tmp_path):
+    """read_data refuses as many tokens as train_batches cannot do with, and no more."""
+    tokens = make_tokens(30_000, 3)
+    write_shard(tmp_path / "v_0.bin", make_tokens(4000, 9))
+    args, numbers = stages_args(tmp_path), [None] * 8
+    def enough(n):
+        write_shard(tmp_path / "t_0.bin", tokens[:n])
+        try:
+            steps = len(list(t.train_batches(args, range(8), numbers)))
+        except EOFError:
+            steps = 0
+        try:
+            t.read_data(args)
+        except ValueError as e:
+            assert steps == 0 and " of 8 steps" in str(e)
+        else:
+            assert steps == 8
+        return steps == 8
+    low, high = 5_000, 30_000
+    assert not enough(low) and enough(high)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+
+def test_validation_batches(tmp_path):
+    """As they come: not cut, not aligned, all of them with the same numbers."""
+    tokens = make_tokens(5000, 9)
+    write_shard(tmp_path / "v_0.bin", tokens)
+    batches = list(t.val_batches(stages_args(tmp_path), 3, numbers := t.torch.ones(1)))
+    assert (np.concatenate([inputs.flatten() for (inputs, *_), _, _ in batches]) == tokens[:3072]).all()
+    assert all(n is numbers and bigrams.max() == 999 for (*_, bigrams), _, n in batches)
+    assert max(np.diff(cum_seqlens).max() for (_, _, cum_seqlens, _), _, _ in batches) > 60, "cut as in training"
 
 def test_unaligned_rows_are_consecutive(tmp_path):
     tokens = make_tokens(5000, 4)
@@ -136,7 +230,10 @@ def test_used_up(tmp_path, align):
         for _ in range(20):
             next(batches)
 
-BATCH = (np.zeros((8, 16), np.int32), np.zeros((8, 16), np.int32), np.tile(np.int32([0, 16]), (8, 1))), (0, 7), t.torch.ones(5)
+def rows_of(n: int) -> np.ndarray:
+    return np.full((8, 16), n, np.int32)
+
+BATCH = (rows_of(1), rows_of(2), np.tile(np.int32([0, 4, 16]), (8, 1)), rows_of(3)), (0, 7), t.torch.ones(5)
 
 def test_errors_of_the_thread_are_raised_where_batches_are_taken(monkeypatch):
     monkeypatch.setattr(t, "to_device", lambda x, *spec: x)
@@ -145,13 +242,12 @@ def test_errors_of_the_thread_are_raised_where_batches_are_taken(monkeypatch):
         raise ValueError("the reason")
     taken = t.prefetch(batches())
     (batch,), numbers, position = next(taken)
-    assert batch.shape == (8, 3, 16) and numbers is BATCH[2] and position == (0, 7)
+    assert batch.shape == (8, 4, 16) and (batch == t.torch.tensor([[1] * 16, [2] * 16, [0] * 4 + [4] * 12, [3] * 16])).all()
+    assert numbers is BATCH[2] and position == (0, 7)
     with pytest.raises(ValueError, match="the reason"):
         next(taken)
 
 def test_a_closed_prefetch_stops_its_thread(monkeypatch):
-    import itertools
-    import threading
     monkeypatch.setattr(t, "to_device", lambda x, *spec: x)
     before = threading.active_count()
     taken = t.prefetch(itertools.repeat(BATCH))
@@ -174,3 +270,51 @@ def test_prefetch_stops_where_nobody_takes_its_end(ends):
     closing.start()
     closing.join(10)
     assert not closing.is_alive(), "the thread waits for room in the queue for ever"
+
+# -----------------------------------------------------------------------------
+# Prefixes
+
+def longest_prefixes(size: int, byte_to_id: dict[bytes, int]) -> list[int]:
+    table = [-1] * size
+    for token, i in byte_to_id.items():
+        others = [x for x in byte_to_id if x != token and token.startswith(x)]
+        if others:
+            table[i] = byte_to_id[max(others, key=len)]
+    return table
+
+@pytest.mark.parametrize("seed", range(3))
+def test_prefix_table(seed):
+    """Against every pair of tokens. Bytes of both ends, tokens within tokens, some of whose prefixes are none."""
+    draw = random.Random(seed)
+    words = {bytes(draw.choice(b"\x00ab\xff") for _ in range(draw.randint(1, 7))) for _ in range(400)}
+    words = (words | {b"\xff" * n for n in (1, 3, 4, 9)} | {b"ab" * n for n in (1, 3, 4, 6)}) - {b"a", b"\x00"}
+    byte_to_id = dict(zip(draw.sample(sorted(words), len(words)), draw.sample(range(500), len(words)), strict=True))
+    want = longest_prefixes(512, byte_to_id)
+    assert t.build_prefix_table(512, byte_to_id).tolist() == want
+    assert len({len(next(w for w, i in byte_to_id.items() if i == p)) for p in want if p >= 0}) >= 4 and want.count(-1) > 20
+
+def test_prefix_table_of_gpt2():
+    reference = np.load(ROOT / "tests" / "data" / "parity" / "prefix_table_gpt2.npz")
+    try:
+        byte_to_id = vocabulary.gpt2(timeout=5)._mergeable_ranks
+    except OSError as error:
+        pytest.skip(str(error))
+    table = t.build_prefix_table(50304, byte_to_id).numpy()
+    assert (table == reference["table"]).all()
+    assert (table >= 0).sum() == 50000 and table.sum(dtype=np.int64) == 548403601 == reference["table_sum"]
+
+def test_whose_prefixes_are_known(tmp_path, monkeypatch):
+    """GPT-2's, where there are tokens that can have any; and then there is no way around the vocabulary."""
+    monkeypatch.setattr(vocabulary, "gpt2", lambda: SimpleNamespace(_mergeable_ranks={b"a": 3}))
+    args = t.Hyperparameters(train_files=str(tmp_path / "*.bin"))
+    write_shard(tmp_path / "a.bin", [t.BOS_ID, 255, 0, t.BOS_ID])
+    assert t.prefix_vocabulary(args) == {}
+    write_shard(tmp_path / "b.bin", [t.BOS_ID, 255, 256])
+    assert t.prefix_vocabulary(args) == {b"a": 3}
+    for other in (dict(vocab_size=50258), dict(bos_id=1)):
+        assert t.prefix_vocabulary(dataclasses.replace(args, **other)) == {}
+    def offline():
+        raise OSError("no network")
+    monkeypatch.setattr(vocabulary, "gpt2", offline)
+    with pytest.raises(OSError, match="no network"):
+        t.prefix_vocabulary(args)

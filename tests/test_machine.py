@@ -287,22 +287,25 @@ def test_what_to_expect(tmp_path):
     def report(folder, **content):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "report.json").write_text(json.dumps(content))
-    assert machine.estimate(TPUS["v6e-8"], tmp_path) is None and "no estimate for v4-8" in machine.expectation(TPUS["v4-8"])
-    report("2026-01-01_One", topology="v6e:2x4", preset="record", total_est_s=96.0, graphs=[{}] * 14)
-    report("2026-01-02_Toy", topology="v6e:2x4", preset="rehearsal", total_est_s=1.0, graphs=[{}])
-    report("2026-01-03_All", tpus=[{"tpu": "v5e-8", "total_est_s": 300.0, "of": 14}, {"tpu": "v6e-8", "total_est_s": None, "of": 14}])
+    assert machine.estimate(TPUS["v6e-8"], tmp_path) is None
+    assert "no estimate for v6e-8" in machine.expectation(TPUS["v6e-8"], 36.0, records=tmp_path)
+    report("2026-01-01_One", record=chips.RECORD, topology="v6e:2x4", preset="record", total_est_s=96.0, graphs=[{}] * 14)
+    report("2026-01-02_Toy", record=chips.RECORD, topology="v6e:2x4", preset="rehearsal", total_est_s=1.0, graphs=[{}])
+    report("2026-01-03_All", record=chips.RECORD,
+           tpus=[{"tpu": "v5e-8", "total_est_s": 300.0, "of": 14}, {"tpu": "v6e-8", "total_est_s": None, "of": 14}])
+    report("2026-01-04_Old", topology="v6e:2x4", preset="record", total_est_s=90.0, graphs=[{}] * 14)  # before reports named the record
+    report("2026-01-05_Old", record=chips.RECORD - 1, topology="v6e:2x4", preset="record", total_est_s=90.0, graphs=[{}] * 14)
     assert machine.estimate(TPUS["v6e-8"], tmp_path) == (96, 14) and machine.estimate(TPUS["v5e-8"], tmp_path) == (300, 14)
     assert machine.estimate(TPUS["v6e-4"], tmp_path) is None
-    known, graphs = machine.estimate(TPUS["v6e-8"])  # of records/
-    said = machine.expectation(TPUS["v6e-8"], 36.0, 10)
-    assert f"{known / 60:.1f} minutes, 10 runs {known / 6:.1f}, and ${known / 10:.2f} at $36 an hour. " in said
-    assert f"{graphs} graphs" in said and "the compiler's estimate" in said
-    assert "$" not in machine.expectation(TPUS["v6e-8"])
+    said = machine.expectation(TPUS["v6e-8"], 36.0, 10, records=tmp_path)
+    assert "1.6 minutes, 10 runs 16.0, and $9.60 at $36 an hour. " in said and "14 graphs" in said and "the compiler's estimate" in said
+    assert "$" not in machine.expectation(TPUS["v6e-8"], records=tmp_path)
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     """With training's options, whatever they are; a price that is none is told by training."""
     monkeypatch.setattr(machine, "open_tpu", lambda tpu: None)
+    monkeypatch.setattr(machine, "estimate", lambda *_: (96.0, 14))  # whatever lies in records/
     for options in (["--price", "7", "--lr", "x", "--wandb"], ["--price=7"]):
         machine.main(["open", "v6e-8", "--runs", "1", *options])
         assert "run_tpu.sh: TPU found: 8 v6e chips, a v6e-8; the record's" in (said := capsys.readouterr().out) and "at $7 an hour" in said

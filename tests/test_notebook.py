@@ -1,5 +1,5 @@
 """
-The notebook, cell for cell in a kernel, in a clone without a TPU: the rehearsal, cut to a step.
+The notebook, cell for cell in a kernel, in a clone without a TPU: the rehearsal, cut to three steps.
     python -m pytest tests/test_notebook.py -m slow
 """
 import re
@@ -15,9 +15,9 @@ from conftest import ROOT
 from spmd import COMPILE_FAST
 
 NOTEBOOK = "notebooks/speedrun.ipynb"
-# On one device, and no batch, window or embedding but the first: what takes time here is compiling.
-CUT = ("--num_scheduled_iterations 1 --num_extension_iterations 0 --val_loss_every 1 --val_tokens 1024 --val_batch_size 1024 "
-       "--train_bs_schedule 256 --train_bs_extension 256 --ws_schedule 3 --ws_final 3 --ws_validate_post_yarn_ext 3")
+# On one device, a step of each stage, with no batch, window or embedding but the first: what takes time here is compiling.
+CUT = ("--num_scheduled_iterations 3 --num_extension_iterations 0 --val_loss_every 1 --val_tokens 1024 --val_batch_size 1024 "
+       "--train_bs_schedule 256,256,256,256 --ws_short_schedule 1,1,1,1 --ws_long_schedule 3,3,3,3 --ws_validate_post_yarn_ext 3")
 
 @pytest.fixture
 def clone(tmp_path):
@@ -45,11 +45,11 @@ def printed(notebook) -> str:
 def test_from_nothing_to_a_sample(clone, monkeypatch):
     notebook = run(clone, monkeypatch, CUT, "--bytes --tokens 8")
     text = printed(notebook)
-    assert "step:1/1 val_loss:" in text and "graphs compiled after warm-up: 0" in text
+    assert "step:3/3 val_loss:" in text and "graphs compiled after warm-up: 0" in text
     assert "> In 1969," in text
     pictures = [output.data["image/png"] for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
     assert len(pictures) == 1 and (clone / "notebook.png").stat().st_size > 10_000
-    assert {file.name for file in (clone / "logs/notebook").iterdir()} >= {"state_step000001.pt"}
+    assert {file.name for file in (clone / "logs/notebook").iterdir()} >= {"state_step000003.pt"}
 
 @pytest.mark.slow
 def test_a_command_that_fails_ends_it(clone, monkeypatch):

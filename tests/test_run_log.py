@@ -173,6 +173,49 @@ class GPT(nn.Module):
         return norm(x)
 '''
 
+LATER = '''class Hyperparameters:
+    data_path = os.environ.get("DATA_PATH", ".")
+    val_files: str = os.path.join(data_path, "data/fineweb10B/fineweb_val_*.bin")
+    val_tokens: int = 10485760
+    bigram_vocab_size: int = 50304 * 15 // 2
+class TrainingSchedule:
+    def __init__(self, stages: list, scheduled_iterations: int, extension_iterations: int, cooldown_frac: float = 0.5,
+                 split_embed_stage: int = 2, ws_post_yarn_ext: int = 20):
+        self.stages = stages
+TRAINING_STAGES = [
+    TrainingStage(duration=1/2, train_max_seq_len=896, batch_size=8 * 2048 * 8, window_sizes=(1, 3)),
+    TrainingStage(train_max_seq_len=2048, batch_size=16 * 2048 * 8, window_sizes=(3, 7)),
+]
+training_schedule = TrainingSchedule(TRAINING_STAGES, 9, 1, cooldown_frac=0.60)
+# training_schedule = TrainingSchedule(TRAINING_STAGES, 9, 1, cooldown_frac=0.55)
+'''
+
+def test_what_a_source_with_stages_says(write):
+    """As record #89's, in the fields of train_gpt_xla.py."""
+    stages = dict(train_bs_schedule=(131072, 262144), train_max_seq_len_schedule=(896, 2048), ws_short_schedule=(1, 3),
+                  ws_long_schedule=(3, 7))
+    known = dict(val_files="data/fineweb10B/fineweb_val_*.bin", val_tokens=10485760, bigram_vocab_size=377280, **stages)
+    schedule = dict(cooldown_frac=0.6, ws_validate_post_yarn_ext=20)
+    says = lambda *change: run_log.configuration(read_log(write(f"{LATER.replace(*change)}\n{BAR}\n{steps(0, 6)}")))
+    assert says("", "") == known | schedule
+    assert says("cooldown_frac=0.60", "ws_post_yarn_ext=19") == known | dict(cooldown_frac=0.5, ws_validate_post_yarn_ext=19)
+    without = lambda *names: {name: x for name, x in (known | schedule).items() if name not in names}
+    assert says("train_max_seq_len=2048, ", "") == without("train_max_seq_len_schedule")
+    assert says("window_sizes=(3, 7)", "window_sizes=WINDOWS") == without("ws_short_schedule", "ws_long_schedule")
+    assert says("window_sizes=(3, 7)", "window_sizes=7") == without("ws_short_schedule", "ws_long_schedule")
+    assert says("cooldown_frac=0.60", "cooldown_frac=args.cooldown") == without("cooldown_frac")
+    assert says("9, 1, cooldown_frac=0.60", "9, 1, 0.60") == without(*schedule), "by place, which this does not count"
+    assert says("# training", "training") == without(*schedule), "two schedules"
+    for other in (("TrainingStage(duration=1/2, ", "TrainingStage(1/2, "), ("# training_schedule =", "TRAINING_STAGES ="),
+                  ("TRAINING_STAGES = [", "TRAINING_STAGES = [*OTHERS, ")):
+        assert says(*other) == without(*stages, *schedule), "in another form, or changed later"
+
+def test_validation_on_the_same_data_in_upstreams_words(write):
+    ours, upstreams = (read_log(write(text + steps(0, 6))) for text in (header(), f"{LATER}\n{BAR}\n"))
+    assert run_log.validation_difference(ours, upstreams) is None
+    other = read_log(write(f"{LATER.replace('fineweb_val', 'other_val')}\n{BAR}\n{steps(0, 6)}"))
+    assert "val_files" in run_log.validation_difference(ours, other)
+
 def test_runs_of_one_configuration(write, capsys):
     logs = [write(header(seed=i, run_id=str(i), val_loss_every=5 * i, train_files=f"/disk{i}/data/fineweb10B/fineweb_train_*.bin",
                          code=f"x = 1  # {i}") + steps(0, 6, 3.27 + i / 1000), f"{i}.txt") for i in range(3)]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_checkpoint_tools import QUESTIONS, one_line
+from test_checkpoint_tools import QUESTIONS, one_line, tables
 
 import train_gpt_xla as t
 
@@ -72,7 +72,7 @@ def test_tokens_that_the_model_does_not_have(gpt2, monkeypatch, single_bytes, vo
 @pytest.mark.parametrize("vocab_size", [50257, 100, 385])
 def test_a_vocabulary_that_is_not_the_tables(vocab_size):
     """As where nothing tells the run's: no tool takes one that the table has no rows for, or too many."""
-    state = {"lm_head.weight": torch.zeros(384, 32), "attn_gate_bank": torch.zeros(10, 4, 12), "x0_lambdas": torch.zeros(11)}
+    state = tables(384, 48, 512, 64)
     options = lambda n: [f"--vocab_size={n}", "--bos_id=7"]
     with pytest.raises(ValueError, match=f"run/state.pt: its table has 384 rows.*vocabulary of {vocab_size:,}: give.*--vocab_size"):
         sample.get_args("run/state.pt", dict(model=state), options(vocab_size))

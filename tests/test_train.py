@@ -6,6 +6,7 @@ import io
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +31,7 @@ def refused(tmp_path, corpus, monkeypatch):
     """main() on the toy model in this process, for what is refused before any device is touched."""
     def run(*words: str, **fields):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(t, "setup_devices", lambda: pytest.fail("not refused before the devices are set up"))
+        monkeypatch.setattr(t, "setup_devices", lambda *_: pytest.fail("not refused before the devices are set up"))
         with pytest.raises(SystemExit) as e:
             t.main(toy_options(corpus, **fields))
         one_line(str(e.value), *words)
@@ -68,21 +69,27 @@ def test_no_shard(tmp_path, refused):
 
 # Beside each field's name: a value that is none, and others that must be in its line
 OUTSIDE = [
-    (dict(train_bs_schedule="512,1000,1536"), "1000"), (dict(train_bs_schedule=""), "()"), (dict(train_bs_schedule="512,0"), "0"),
-    (dict(train_bs_extension=100), "100"), (dict(train_bs_extension=-128), "-128"), (dict(val_batch_size=0), "0"),
-    (dict(val_tokens=4000), "4000", "1024"), (dict(val_tokens=0), "0", "from 1"), (dict(val_tokens=-4096), "-4096"),
-    (dict(train_max_seq_len=0), "0"), (dict(train_max_seq_len=1), "1"), (dict(train_max_seq_len=-64), "-64"),
-    (dict(num_scheduled_iterations=0), "0"), (dict(num_scheduled_iterations=10**400), "1000000"), (dict(num_extension_iterations=-1), "-1"),
+    (dict(train_bs_schedule="512,1000,1536,1536"), "1000"), (dict(train_bs_schedule=""), "()"),
+    (dict(train_bs_schedule="512,0,512,512"), "0"),
+    (dict(train_bs_schedule="512,512,512,-128"), "-128"), (dict(val_batch_size=0), "0"), (dict(val_tokens=4000), "4000", "1024"),
+    (dict(val_tokens=0), "0", "from 1"), (dict(val_tokens=-4096), "-4096"), (dict(train_max_seq_len_schedule="0,2,2,2"), "0"),
+    (dict(train_max_seq_len_schedule="32,32,32,1"), "1", "from 2"), (dict(train_max_seq_len_schedule="32,-64,32,32"), "-64"),
+    *((dict([(name, schedule)]), "4 numbers, one for each of TRAINING_STAGES") for name in (
+        "train_bs_schedule", "train_max_seq_len_schedule", "ws_short_schedule", "ws_long_schedule")
+      for schedule in ("128", "128,128,128", "128,128,128,128,128")),
+    (dict(num_scheduled_iterations=0), "0"), (dict(num_scheduled_iterations=2), "from 3"),
+    (dict(num_scheduled_iterations=10**400), "1000000"), (dict(num_extension_iterations=-1), "-1"),
     *((dict(cooldown_frac=x), x) for x in ("0.0", "-0.5", "1.5", "nan", "inf")),
-    *((dict(split_embed_frac=x), x) for x in ("-0.1", "2.0", "nan")),
     (dict(train_loss_every=-1), "-1"), (dict(val_loss_every=-1), "-1"), (dict(save_every=-1), "-1"), (dict(keep_checkpoints=0), "0"),
-    (dict(block_size=0), "0"), (dict(block_size=-16), "-16"), (dict(ws_schedule=""), "()"), (dict(ws_schedule="3,-7,11"), "-7"),
-    (dict(ws_schedule="1,7,11"), "from 2"), (dict(ws_schedule="7,3"), "only grow"), (dict(ws_schedule="3,7", ws_final=5), "ws_final 5"),
-    (dict(ws_final=0), "0"), (dict(ws_validate_post_yarn_ext=0), "0"), (dict(vocab_size=0), "0"), (dict(vocab_size=-301), "-301"),
-    (dict(vocab_size=65537), "65536"), (dict(bos_id=301), "vocab_size 301"), (dict(bos_id=-1), "-1"), (dict(num_layers=12), "12"),
-    (dict(num_heads=3), "3"), (dict(num_heads=0), "0"), (dict(head_dim=6, model_dim=24), "6"), (dict(model_dim=-32), "-32"),
-    (dict(model_dim=8, num_heads=2, head_dim=4), "from 12"), (dict(dtype="float16"), "float16"), (dict(seed=-1), "-1"),
-    *((dict(run_id=x), repr(x)) for x in ("", "..", "a/b", "a\nb")),
+    (dict(block_size=0), "0"), (dict(block_size=-16), "-16"), (dict(dc_window=0), "0"), (dict(dc_window=65537), "65536"),
+    (dict(ws_short_schedule="1,3,0,6"), "0"), (dict(ws_short_schedule="1,3,-5,6"), "-5"), (dict(ws_long_schedule="3,-7,11,13"), "-7"),
+    (dict(ws_long_schedule="3,7,13,11"), "only grow"), (dict(ws_validate_post_yarn_ext=0), "0"), (dict(vocab_size=0), "0"),
+    (dict(vocab_size=-301), "-301"), (dict(vocab_size=65537), "65536"), (dict(bos_id=301), "vocab_size 301"), (dict(bos_id=-1), "-1"),
+    (dict(bigram_vocab_size=1028), "1028", "multiple of 8"), (dict(bigram_vocab_size=8), "from 16"), (dict(bigram_vocab_size=-16), "-16"),
+    (dict(bigram_dim=40), "40", "model_dim 48"), (dict(bigram_dim=96), "96"), (dict(bigram_sign_table_rows=0), "0"),
+    (dict(num_layers=12), "12"), (dict(num_heads=4), "must be 6"), (dict(num_heads=0), "0"), (dict(head_dim=6, model_dim=36), "6"),
+    (dict(head_dim=4), "head_dim 4", "model_dim 48"), (dict(model_dim=-48), "-48"), (dict(model_dim=8), "from 12"),
+    (dict(dtype="float16"), "float16"), (dict(seed=-1), "-1"), *((dict(run_id=x), repr(x)) for x in ("", "..", "a/b", "a\nb")),
     (dict(profile="27:3"), "27:3", "28 steps"),
 ]
 
@@ -92,8 +99,9 @@ def test_fields_that_cannot_run(refused, fields, words):
     assert not os.path.exists("logs")
 
 @pytest.mark.parametrize("name, value", [
-    ("val_tokens", True), ("seed", 1.0), ("cooldown_frac", "0.5"), ("cooldown_frac", True), ("ws_final", None), ("save_checkpoint", 1),
-    ("train_bs_schedule", [512]), ("train_bs_schedule", (512.0,)), ("run_id", 5)])
+    ("val_tokens", True), ("seed", 1.0), ("cooldown_frac", "0.5"), ("cooldown_frac", True), ("dc_window", None), ("save_checkpoint", 1),
+    ("train_bs_schedule", [512] * 4), ("train_bs_schedule", (512.0,) * 4), ("ws_long_schedule", (3, 7, 11, True)), ("bigram_dim", 768.0),
+    ("run_id", 5)])
 def test_values_of_another_type(name, value):
     args = t.Hyperparameters()
     t.check_args(args)
@@ -140,7 +148,7 @@ def test_no_document_start(tmp_path, refused):
     write_shard(tmp_path / "late_000.bin", [*np.arange(8000) % 300, BOS, 1])
     refused("no document start", "late_000.bin", val_files=tmp_path / "late_*.bin")
 
-NEEDED = sum(t.get_bs(step, t.parse_args(toy_options(Path()))[0]) for step in range(28))
+NEEDED = t.work_until(t.parse_args(toy_options(Path()))[0])[0][-1]
 
 def test_too_little_training_data(tmp_path, refused):
     """As much as all steps take, but not what is lost at the ends of rows; upstream would wait for ever in the middle of the run."""
@@ -157,8 +165,22 @@ def test_books(tmp_path, refused):
     for i, (n, usable) in enumerate(((1, 32), (1000, 32 + 32_000))):
         write_shard(tmp_path / f"books_{i:03d}.bin", np.where(np.arange(100_000) % (100_000 // n) == 0, BOS, 7))
         refused("books_*.bin", f"{100_000 * (i + 1):,} tokens in {1 + 1000 * i:,} documents", f"so {usable:,} in all", "of 204 steps",
-                "last for 0" if i == 0 else "last for", "train_max_seq_len 32", "cut long documents",
+                "last for 0" if i == 0 else "last for", "most 32 tokens", "train_max_seq_len_schedule", "cut long documents",
                 train_files=tmp_path / "books_*.bin", num_scheduled_iterations=200)
+
+def test_documents_are_read_as_far_as_each_stage_says(tmp_path, refused):
+    """Documents of 100 tokens, of which the first 8 steps take all or 10 each: as many steps as the loader makes of them."""
+    write_shard(tmp_path / "long_000.bin", np.where(np.arange(40_000) % 100 == 0, BOS, 7))
+    found = []
+    for schedule in ("100,10,10,10", "10,100,100,100"):
+        fields = dict(train_max_seq_len_schedule=schedule, train_files=tmp_path / "long_*.bin")
+        batches, steps = t.train_batches(t.parse_args(toy_options(tmp_path, **fields))[0], range(28), [None] * 28), 0
+        with pytest.raises(EOFError):
+            for _ in batches:
+                steps += 1
+        refused("long_*.bin", f"last for {steps} of 28 steps", "at most 100 tokens", **fields)
+        found.append(steps)
+    assert found[0] != found[1] and min(found) > 8, found
 
 def test_fineweb_is_fetched_where_it_is_fineweb(tmp_path, refused, monkeypatch):
     monkeypatch.setattr(t.sys.modules["shards"], "FINEWEBS_TOKENS", 8000)
@@ -181,6 +203,37 @@ def test_unigram_entropy_is_of_all_that_validation_reads(tmp_path):
     entropy = t.unigram_entropy(t.Hyperparameters(val_files=str(tmp_path / "val_*.bin"), val_tokens=6, vocab_size=301))
     assert entropy == pytest.approx(2 * np.log(3) / 3 + np.log(6) / 3)
 
+@pytest.fixture
+def gpt2s(tmp_path):
+    """The options for data of GPT-2's vocabulary: tokens, behind a document start."""
+    def make(*tokens: int) -> dict:
+        for name, n in (("train", 8 * 4000), ("val", 4000)):
+            write_shard(tmp_path / f"gpt2_{name}.bin", [t.BOS_ID, *tokens] * (n // (1 + len(tokens))))
+        return dict(vocab_size=50257, bos_id=t.BOS_ID, train_files=tmp_path / "gpt2_train.bin", val_files=tmp_path / "gpt2_val.bin")
+    return make
+
+def test_no_vocabulary_to_be_had(refused, gpt2s, monkeypatch):
+    """Tokens that can have prefixes need tiktoken, and without it a run does not begin."""
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    refused("tiktoken cannot get GPT-2's vocabulary", "TIKTOKEN_CACHE_DIR", **gpt2s(*range(7, 2000, 80)))
+
+@pytest.mark.parametrize("bytes_alone", [True, False])
+def test_where_prefixes_are_predicted(tmp_path, gpt2s, monkeypatch, capsys, bytes_alone):
+    """Single bytes and another vocabulary have none: said, and nobody asked. What tiktoken knows of GPT-2's is what a run takes."""
+    class Reached(ValueError):
+        """The devices: all that can be refused has been."""
+    def reached(*_):
+        raise Reached("here")
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(t, "setup_devices", reached)
+    monkeypatch.setattr(t.vocabulary, "gpt2", lambda: asked.append(1) or SimpleNamespace(_mergeable_ranks={b"a": 64}))
+    ours = gpt2s(*range(7, 37)) if bytes_alone else gpt2s(*range(7, 36), 256)
+    with pytest.raises(SystemExit, match="here"):
+        t.main(toy_options(tmp_path, **ours))
+    said = "no prefix token prediction" in capsys.readouterr().out
+    assert (said, asked) == ((True, []) if bytes_alone else (False, [1]))
+
 def test_training_on_validation_data(refused, corpus):
     refused("val_000.bin", "train_files", "val_files", train_files=corpus / "*.bin")
 
@@ -188,7 +241,10 @@ def test_the_loader_agrees_with_what_was_read_ahead(corpus):
     """All steps of the toy, and all batches of its validation, from the shards that read_data names."""
     args = t.parse_args(toy_options(corpus))[0]
     data = t.read_data(args)
-    *_, (_, (shard, _), _) = t.train_batches(args, range(28), [None] * 28)
+    batches = list(t.train_batches(args, range(28), [None] * 28))
+    longest = [np.diff(cum_seqlens).max() for (_, _, cum_seqlens, _), _, _ in batches]
+    assert longest == [24] * 8 + [32] * 20, "documents are cut as each stage says"
+    _, (shard, _), _ = batches[-1]
     assert shard == len(data["train_files"]) - 1 == 1
     assert len(list(t.val_batches(args, 2, None))) == 2 and len(data["val_files"]) == 1
 
@@ -246,36 +302,36 @@ def test_a_lost_console_is_a_lost_terminal(monkeypatch, tmp_path, error):
 
 def test_no_long_sum_is_in_bfloat16():
     """XLA adds up bfloat16 in bfloat16: 65,536 ones make 2,048. Only sums over the devices may (upstream's collectives do the same)."""
-    manager = t.build(t.parse_args(toy_options(Path(), dtype="bfloat16", head_dim=32, num_heads=2, model_dim=64))[0])
+    manager = t.build(t.parse_args(toy_options(Path(), dtype="bfloat16", head_dim=32, model_dim=192, bigram_dim=192))[0])
     manager.advance_schedule(1)
-    batch = t.to_device(torch.zeros(8, 3, manager.graph.tokens, dtype=torch.int32), "data")
+    batch = t.to_device(torch.zeros(8, 4, manager.graph.tokens, dtype=torch.int32), "data")
     results = [manager.training_step(batch, t.to_device(manager.get_numbers())), *manager.tensors()]
     hlo = torch_xla._XLAC._get_xla_tensors_hlo(results)
     sums = re.findall(r"= bf16\[[\d,]*\]\S* reduce\(bf16\[([\d,]*)\].*?dimensions=\{([\d,]*)\}", hlo)
     assert sums and re.search(r" = f32\[\]\S* reduce\(f32\[", hlo), "the pattern finds none"
-    for shape, dims in sums:
-        assert np.prod([int(shape.split(",")[int(d)]) for d in dims.split(",")]) <= t.ROWS, f"a sum over dims {dims} of bf16[{shape}]"
+    terms = {f"dims {dims} of bf16[{shape}]": np.prod([int(shape.split(",")[int(d)]) for d in dims.split(",")]) for shape, dims in sums}
+    assert not {name: n for name, n in terms.items() if n > t.ROWS}
 
-def test_muon_takes_the_stack_that_kernels_make():
-    """Gradients one by one, or in a stack as on a TPU, but for those of a block that kernels refuse: the same step."""
+def test_banks_take_the_stacks_that_kernels_make():
+    """A bank's gradient from autograd, or in a stack as on a TPU, layer by layer: the same step, and none for the padding."""
     manager = t.build(t.parse_args(toy_options(Path()))[0])
     manager.advance_schedule(0)
-    generator, results, groups = torch.Generator().manual_seed(0), [], manager.muon_opt.param_groups
-    grads = {p: torch.randn(p.shape, generator=generator) for group in groups for p in group["params"]}
-    for stacked in (0, 2):
+    optimizer, generator, results = manager.optimizer, torch.Generator().manual_seed(0), []
+    banks = [p for p, cfg in optimizer.param_cfgs.items() if cfg.optim == "normuon"]
+    assert [p.label for p in banks] == ["qk_bank", "vo_bank", "mlp_bank"]
+    grads = [torch.randn(p.reshape, generator=generator).to(p.dtype) for p in banks]
+    for p, grad in zip(banks, grads, strict=True):
+        grad[p.used:] = 0
+    weights = manager.model.state_dict()
+    for stacked in (False, True):
+        manager.model.load_state_dict(weights)
         manager.reset()
-        numbers, gradients = manager.unpack(t.to_device(manager.get_numbers())), Gradients(manager.muon_opt.addresses())
-        for group in groups:
-            params = group["params"]
-            found = [None if i % 3 < stacked else grads[p].to(p.dtype) for i, p in enumerate(params)]
-            gradients.leaves |= {p: SimpleNamespace(grad=grad if grad is None else t.enter(t.to_device(grad)))
-                                 for p, grad in zip(params, found)}
+        numbers, gradients = manager.unpack(t.to_device(manager.get_numbers())), Gradients(optimizer.addresses(on_top=False))
+        for p, grad in zip(banks, grads, strict=True):
             if stacked:
-                stack = gradients.addresses[params[0]].stack
-                tensor = torch.stack([grads[p] if grad is None else torch.full_like(grads[p], torch.nan) for p, grad in zip(params, found)]
-                                     + [torch.zeros_like(grads[params[0]])] * (stack.n - len(params)))
-                stack.tensor = t.enter(t.to_device(tensor.to(params[0].dtype)))
-        manager.muon_opt.step(gradients, numbers.muon_lr, numbers.muon_momentum)
-        results.append([t.to_host(group["momentum_buffer"]) for group in groups])
-    for one_by_one, stacked in zip(*results, strict=True):
-        assert one_by_one.abs().max() > 0 and torch.equal(one_by_one, stacked)
+                gradients.addresses[p].store(t.enter(t.to_device(grad)), ("all", 0))
+            gradients.leaves[p] = SimpleNamespace(grad=None if stacked else t.enter(t.to_device(grad.view(p.shape))))
+        optimizer.step(gradients, numbers.muon_lr, numbers.muon_momentum, None)
+        results.append([(t.to_host(optimizer.param_states[p]["momentum_buffer"]), t.to_host(p)) for p in banks])
+    for p, (a, b), (c, d) in zip(banks, *results, strict=True):
+        assert a[:p.used].abs().amin((1, 2)).min() > 0 and not a[p.used:].any() and torch.equal(a, c) and torch.equal(b, d), p.label

@@ -64,16 +64,16 @@ def place(tmp_path, monkeypatch):
 
 def test_a_run_and_its_continuation_offline(place):
     said = []
-    run = WandbRun("speedrun", "my run: 1", dict(ws_schedule=(3, 7), seed=0), said.append)
+    run = WandbRun("speedrun", "my run: 1", dict(ws_long_schedule=(3, 7), seed=0), said.append)
     run.log(5, train_loss=3.5, ms=12.0)
     run.log(5, val_loss=3.25)
     run.log(10, train_loss=float("nan"))
     run.finish(75)
-    again = WandbRun("speedrun", "my run: 1", dict(ws_schedule=(3, 7), seed=0), said.append, run.id)
+    again = WandbRun("speedrun", "my run: 1", dict(ws_long_schedule=(3, 7), seed=0), said.append, run.id)
     again.log(15, train_loss=3.0)
     again.finish()
     (id1, config, history, code), (id2, _, more, _) = read(place)
-    assert id1 == id2 == run.id and config["ws_schedule"] == [3, 7] and config["seed"] == 0 and code == 75
+    assert id1 == id2 == run.id and config["ws_long_schedule"] == [3, 7] and config["seed"] == 0 and code == 75
     assert history[5] == dict(train_loss=3.5, ms=12.0, val_loss=3.25) and set(history) == {5, 10} and more == {15: dict(train_loss=3.0)}
     assert len(said) == 2 and all("wandb sync logs/wandb/offline-run-" in line and "no login" in line for line in said)
     other = WandbRun("speedrun", "my run: 1", {}, said.append)

@@ -1,13 +1,12 @@
 """
-What does a training step cost the host? The record's structure (11 layers, all parameters, both optimizers, its schedule) at toy
-widths on virtual CPU devices, which get cores of their own so that their work does not count; and the loader at the record's real
-batch sizes.
+What does a training step cost the host? The record's structure (11 layers, all parameters, its optimizer and schedule) at toy widths
+on virtual CPU devices, which get cores of their own so that their work does not count; and the loader at the record's real batch sizes.
 
     python tools/bench_step.py [--steps 30] [--devices 8] [--json]        (bash run_tpu.sh bench)
 
 retraced_ms: recording the step anew and handing it over, as without replay. replayed_ms: handing over the recorded step.
-loader_ms: packing one batch, 8 rows with their document starts, from a shard of documents with FineWeb's lengths. Medians, with
-quartiles. A replayed step should cost at most 3 ms and a twentieth of a retraced one; a batch at most 10 ms. On one device a step is 8
+loader_ms: packing one batch, 8 rows with their document starts and bigrams, from a shard of documents with FineWeb's lengths. Medians,
+with quartiles. A replayed step should cost at most 3 ms and a twentieth of a retraced one; a batch at most 10 ms. On one device a step is 8
 programs, one for each row, and the update (D24): beside it stands what they should take on a v6e-1, which must be longer.
 """
 import argparse
@@ -40,17 +39,17 @@ def spread(times: list[float]) -> dict:
     quartiles = statistics.quantiles(times, n=4)
     return dict(median=1e3 * statistics.median(times), low=1e3 * quartiles[0], high=1e3 * quartiles[2], n=len(times))
 
-def bench_loader(port, num_tokens: int, steps: int, folder: Path) -> dict:
+def bench_loader(port, num_tokens: int, max_seq_len: int, steps: int, folder: Path) -> dict:
     path = folder / "bench_000.bin"
     if not path.exists():
         shard(path, 60_000_000, port.BOS_ID)
-    loader = port.distributed_data_generator(str(path), num_tokens, port.Hyperparameters.train_max_seq_len)
+    loader = port.distributed_data_generator(str(path), num_tokens, max_seq_len)
     times = []
     for _ in range(steps):
         t0 = time.perf_counter()
         batch = port.pack(*next(loader)[0])
         times.append(time.perf_counter() - t0)
-    assert batch.shape == (port.ROWS, 3, num_tokens // port.ROWS)
+    assert batch.shape == (port.ROWS, 4, num_tokens // port.ROWS)
     return spread(times[1:])  # the first one opens the shard
 
 def bench_step(port, args, steps: list[int], n: int, replay: bool) -> dict:
@@ -59,7 +58,8 @@ def bench_step(port, args, steps: list[int], n: int, replay: bool) -> dict:
     manager = port.build(args)
     calls = []
     step_fn = port.Replay(lambda *x: calls.append(1) or manager.program(*x), manager.tensors, manager.constants, enabled=replay)
-    batch = port.to_device(torch.zeros(port.ROWS // port.turns(), 3, port.get_graph(steps[0], args).tokens, dtype=torch.int32), "data")
+    graph_of = lambda step: port.get_graph(step, manager.training_schedule)
+    batch = port.to_device(torch.zeros(port.ROWS // port.turns(), 4, graph_of(steps[0]).tokens, dtype=torch.int32), "data")
     numbers = [port.to_device(x) for x in manager.precompute(steps)]  # the loader's thread sends them
     times, programs = [], []
     for i in range(n + 2 * len(steps)):
@@ -70,7 +70,7 @@ def bench_step(port, args, steps: list[int], n: int, replay: bool) -> dict:
         t0 = time.perf_counter()
         manager.advance_schedule(step)
         times.append(time.perf_counter() - t0)
-        for graph in [g for g, turns in port.get_graph(step, args).programs(port.turns()) for _ in range(turns)]:
+        for graph in [g for g, turns in graph_of(step).programs(port.turns()) for _ in range(turns)]:
             programs.append(graph)
             t0 = time.perf_counter()
             manager.graph = graph
@@ -104,8 +104,9 @@ def run(n: int, devices: int) -> dict:
 
     port.setup_devices(COMPILE_FAST)
     record = port.Hyperparameters()
-    toy = port.Hyperparameters(vocab_size=256, num_heads=2, head_dim=8, model_dim=16, block_size=1, train_bs_extension=8 * 48,
-                               train_bs_schedule=(8 * 16, 8 * 32, 8 * 48), val_batch_size=8 * 16)
+    toy = port.Hyperparameters(vocab_size=256, head_dim=8, model_dim=48, block_size=1, dc_window=7, bigram_vocab_size=512, bigram_dim=48,
+                               bigram_sign_table_rows=64, train_bs_schedule=(8 * 16, 8 * 32, 8 * 48, 8 * 48), val_batch_size=8 * 16)
+    schedule = port.TrainingSchedule(record)
     stages, ms = {}, estimates(devices)
     for graph, steps in port.distinct_graphs(record).items():
         if graph.train and not graph.copy_embed:  # one step of each, even and odd ones; the toy's schedule is the record's
@@ -115,7 +116,8 @@ def run(n: int, devices: int) -> dict:
         for (tokens, short, long), steps in stages.items():
             retraced = bench_step(port, toy, steps, n, replay=False)
             replayed = bench_step(port, toy, steps, n, replay=True)
-            loader = bench_loader(port, tokens * port.ROWS, n, Path(folder))
+            stage, _ = schedule.lookup(steps[0])
+            loader = bench_loader(port, stage.batch_size, stage.train_max_seq_len, n, Path(folder))
             results.append(dict(name=f"{tokens}_ws{short}_{long}", retraced_ms=retraced["median"], replayed_ms=replayed["median"],
                                 loader_ms=loader["median"], chip_est_ms=ms.get(tokens),
                                 replayed_of_chip=ms.get(tokens) and replayed["median"] / ms[tokens],

@@ -1,16 +1,17 @@
 """
-Record #60 and this port, side by side: every definition of upstream's train_gpt.py beside its counterpart here, in upstream's
-order, with what became of it (same, differs, replaced, dropped) and why.
+Record #89 and this port, side by side: every definition of upstream's train_gpt.py and its two files of kernels beside its counterpart
+here, in upstream's order, with what became of it (same, differs, replaced, dropped) and why.
 
     git clone https://github.com/KellerJordan/modded-nanogpt ../modded-nanogpt
-    git -C ../modded-nanogpt show 0a43716d:train_gpt.py > /tmp/train_gpt.py
-    python tools/diff_upstream.py /tmp/train_gpt.py --html diff.html    # one page, two columns
-    python tools/diff_upstream.py /tmp/train_gpt.py --name GPT.forward  # one definition, in the terminal
+    git -C ../modded-nanogpt checkout f411b3d3
+    FILES=$(echo ../modded-nanogpt/{train_gpt,triton_kernels,dc_triton_kernels}.py)
+    python tools/diff_upstream.py $FILES --html diff.html    # one page, two columns
+    python tools/diff_upstream.py $FILES --name GPT.forward  # one definition, in the terminal
 
-The file may also be a log of upstream's, which begins with the source, or /dev/stdin; files of kernels follow it, as they do in later
-logs. What belongs to what is written down in upstream_map.json, by name: [status, counterpart where it has another name, why, hash,
-lines]. The hash is of the definition's syntax, so comments, docstrings and layout may change; where anything else does, in this or
-another record, the definition is told as changed. The reasons D1, D2, ... are DIFFERENCES.md's.
+A log of upstream's, which begins with all of its source, or /dev/stdin will do in place of the files. What belongs to what is written
+down in upstream_map.json, by name: [status, counterpart where it has another name, why, hash, lines]. The hash is of the definition's
+syntax, so comments, docstrings and layout may change; where anything else does, in this or another record, the definition is told as
+changed. The reasons D1, D2, ... are DIFFERENCES.md's.
 
 To move the map to another record: write its commit into the map, and a line [status, counterpart, why] for each new definition. Then
 --update_map fills in hashes and lines, or says which definitions are missing or gone.
@@ -38,7 +39,7 @@ from typing import NamedTuple
 from run_log import read_text
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("train_gpt_xla.py", "muon_xla.py", "gradients.py", "spmd.py", "kernels", "replay.py")  # a folder stands for its .py files
+FILES = ("train_gpt_xla.py", "muon_xla.py", "gradients.py", "spmd.py", "kernels", "replay.py", "vocabulary.py")  # a folder: its .py files
 
 class Entry(NamedTuple):
     """What became of one definition of upstream's."""
@@ -52,14 +53,14 @@ MAP_FILE = ROOT / "tools" / "upstream_map.json"
 MAP = json.loads(MAP_FILE.read_text(encoding="utf-8"))
 TABLE = {name: Entry(*row) for name, row in MAP["definitions"].items()}
 RECORD, COMMIT = MAP["record"], MAP["commit"]
-GET = (f"'git clone https://github.com/KellerJordan/modded-nanogpt', then in it 'git show {COMMIT}:train_gpt.py > train_gpt.py'; "
-       "a log of that record will do too")
+GET = (f"'git clone https://github.com/KellerJordan/modded-nanogpt', then in it 'git checkout {COMMIT}', and give train_gpt.py, "
+       "triton_kernels.py and dc_triton_kernels.py; a log of that record will do too")
 STATUSES = dict(same="computes the same, in these or other words", differs="differs as the numbered reason says",
                 replaced="done elsewhere, or by other means", dropped="has no counterpart",
                 changed=f"not as in record {RECORD}, so what the map says of it may not hold", unknown=f"not in record {RECORD}",
                 gone=f"in record {RECORD}, but not in this file", new="exists only here")
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
-HEAD = "imports"  # the lines above the first function or class, and every import
+HEAD = "imports"  # the lines down to the last import above the first function or class, and every other import
 
 # -----------------------------------------------------------------------------
 # The two sources
@@ -116,6 +117,8 @@ def definitions(text: str) -> dict[str, Definition]:
                     add(ast.unparse(target), node.end_lineno, node)
             elif isinstance(node, ast.Import | ast.ImportFrom):
                 said[HEAD].append(syntax(node))
+            elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                pass  # the docstring of a file of kernels
             elif isinstance(node, ast.If | ast.For | ast.While | ast.With):
                 blocks = [node.body, getattr(node, "orelse", [])]
                 heads.append(syntax(type(node)(**{**dict(ast.iter_fields(node)), "body": [], "orelse": []})))
@@ -128,10 +131,11 @@ def definitions(text: str) -> dict[str, Definition]:
             if last != HEAD and node.end_lineno > stop:
                 spans[last] = spans[last][0], node.end_lineno
                 stop = node.end_lineno
-    walk(body[1:] if ast.get_docstring(module, clean=False) is not None else body)
+    walk(body)
     said[last] += heads
-    i = next((i for i, node in enumerate(body) if isinstance(node, FUNCTION | ast.ClassDef)), len(body))
-    spans = {HEAD: (0, body[i - 1].end_lineno if i else 0), **spans}
+    above = itertools.takewhile(lambda node: not isinstance(node, FUNCTION | ast.ClassDef), body)
+    imports = [node.end_lineno for node in above if isinstance(node, ast.Import | ast.ImportFrom)]
+    spans = {HEAD: (0, imports[-1] if imports else 0), **spans}
     return {name: Definition(*span, hashlib.sha256("\n".join(said[name]).encode()).hexdigest()[:8]) for name, span in spans.items()}
 
 @dataclass
@@ -172,10 +176,26 @@ def reasons() -> dict[str, list[str]]:
 
 RULE = "# " + "-" * 38
 
+def numbered(lines: list[str]) -> list[tuple[str, int | str, str]]:
+    """(file, number in it, text) of the lines that read_upstream returns; "" for the number of a line between two files."""
+    found, file, begin = [], "train_gpt.py", 0
+    for i, line in enumerate(lines):
+        if line.startswith("# ") and lines[i - 1] == RULE and lines[i + 1:i + 2] == [RULE]:
+            while found and found[-1][2] in ("", RULE):
+                found.pop()
+            found += [(file, "", x) for x in lines[len(found):i]]
+            file, begin = line[2:], i + 3
+        found.append((file, i - begin + 1 if i >= begin else "", line))
+    return found
+
 def read_upstream(paths: list[str]) -> str:
     """The source in upstream's script or log, followed by its files of kernels as in a log; ValueError with the way to get it."""
     text = read_source(paths[0]) + "".join(f"\n\n\n{RULE}\n# {Path(x).name}\n{RULE}\n\n{read_source(x)}" for x in paths[1:])
     path = " + ".join(paths)
+    names = re.findall(r"sys\.argv\[0\]\), '(\w+\.py)'", text)
+    if missing := [name for name in names if f"\n# {name}\n" not in text]:
+        raise ValueError(f"{path} reads {' and '.join(missing)}, which this tool needs, too: give all files of the record, in this order: "
+                         f"train_gpt.py {' '.join(names)}")
     if re.search(r"^import torch_xla", text, re.M):
         raise ValueError(f"{path} is this project's own source or log. The other half is upstream's: {GET}")
     try:
@@ -217,8 +237,7 @@ class Unit:
     names: list[str]
     statuses: list[str]  # one for each name, as are the notes
     notes: list[str]
-    start: int
-    left: list[str]
+    left: list[tuple[str, int | str, str]]  # (file, number, text) of its lines
     right: list[Ours]
 
     @property
@@ -236,7 +255,7 @@ def pair(text: str, ours: dict[str, Ours]) -> list[Unit]:
     Upstream's whole source in units, in its order; what is only here follows what stands above it here. A counterpart of several is
     shown beside each of them.
     """
-    lines, spans, units = text.split("\n"), definitions(text), []
+    lines, spans, units = numbered(text.split("\n")), definitions(text), []
     first = spans[HEAD].stop
     shown = set()
     targets = {name: target(name, ours) for name in [*spans, *TABLE]}
@@ -253,16 +272,16 @@ def pair(text: str, ours: dict[str, Ours]) -> list[Unit]:
             return "changed" if name in spans else "gone", f"the map says of {RECORD}'s: {status}" + (f", {why}" if why else "")
         return status, why
     def add(names, start, stop, rights):
-        while start < stop and not lines[start].strip():
+        while start < stop and not lines[start][2].strip():
             start += 1
-        units.append(Unit(names, *map(list, zip(*map(judge, names))), start, lines[start:stop], [ours[x] for x in rights]))
+        units.append(Unit(names, *map(list, zip(*map(judge, names))), lines[start:stop], [ours[x] for x in rights]))
         shown.update(rights)
         for x in rights:
             if x in names or x not in spans:
                 follow(ours[x])
     def add_new(x):
         shown.add(x.name)
-        units.append(Unit([x.name], ["new"], [""], 0, [], [x]))
+        units.append(Unit([x.name], ["new"], [""], [], [x]))
     def follow(x):
         """What is only here and stands next in the same file."""
         everything = list(ours)
@@ -320,6 +339,9 @@ def right_lines(unit: Unit) -> list[tuple[str, int, str]]:
     """(file, number, text) of the lines on our side."""
     return [(x.file, x.start + k + 1, line) for x in unit.right for k, line in enumerate(x.lines)]
 
+def texts(lines: list[tuple]) -> list[str]:
+    return [line for _, _, line in lines]
+
 def counts(units: list[Unit]) -> dict[str, int]:
     """How many definitions of the file that was given have which status, in the order of STATUSES."""
     found = Counter(status for unit in units for status in unit.statuses)
@@ -353,7 +375,7 @@ def beside_nothing(ours: dict[str, Ours]) -> list[str]:
     """Long definitions that are not dropped, but have no counterpart; or one of their own name whose body has moved elsewhere."""
     here = {name: sum(len(ours[x].lines) for x in target(name, ours) if x in ours) for name in TABLE}
     return [f"{name}: {x.lines} lines beside {here[name]}" for name, x in TABLE.items() if x.lines > 20 and (
-        here[name] < x.lines / 5 if x.status in ("same", "differs") else x.status == "replaced" and not here[name])]
+        here[name] < x.lines / 12 if x.status in ("same", "differs") else x.status == "replaced" and not here[name])]
 
 def digest(table: dict[str, Entry]) -> str:
     """Of what comes from upstream's file, so that no line of the map is lost or altered by hand."""
@@ -396,10 +418,10 @@ def print_text(units: list[Unit], width: int):
         for line in explain(unit):
             print(f"   {line}")
         right = right_lines(unit)
-        for i, j, same in align(unit.left, [line for _, _, line in right]):
+        for i, j, same in align(texts(unit.left), texts(right)):
             mark = " " if same else "<" if j is None else ">" if i is None else "|"
-            old, new = "" if i is None else unit.left[i].rstrip(), "" if j is None else right[j][2].rstrip()
-            numbers = "" if i is None else unit.start + i + 1, "" if j is None else right[j][1]
+            old, new = "" if i is None else unit.left[i][2].rstrip(), "" if j is None else right[j][2].rstrip()
+            numbers = "" if i is None else unit.left[i][1], "" if j is None else right[j][1]
             for k in range(0, max(len(old), len(new), 1), column):
                 print(f"{numbers[0]:>5} {old[k:k + column]:{column}} {mark} {numbers[1]:>5} {new[k:k + column]}".rstrip())
                 numbers = "", ""
@@ -473,16 +495,16 @@ def html_unit(unit: Unit, anchor: str) -> str:
     name = title(unit) if len(unit.names) < 4 else f"{unit.names[0]} ... {unit.names[-1]}"
     out = [f'<section id="{anchor}"><header><h2><b class="tag {unit.status}">{unit.status}</b> <a href="#{anchor}">{escape(name)}</a></h2>',
            *notes, '</header><table class="code"><colgroup><col class="n"><col><col class="n"><col></colgroup>',
-           f'<tr><td class="n"></td><td class="file">{"train_gpt.py" if unit.left else ""}</td>',
+           f'<tr><td class="n"></td><td class="file">{", ".join(dict.fromkeys(file for file, _, _ in unit.left))}</td>',
            f'<td class="n"></td><td class="file">{where}</td></tr>']
-    for i, j, same in align(unit.left, [line for _, _, line in right]):
-        old, new = "" if i is None else unit.left[i], "" if j is None else right[j][2]
+    for i, j, same in align(texts(unit.left), texts(right)):
+        old, new = "" if i is None else unit.left[i][2], "" if j is None else right[j][2]
         if not same and i is not None and j is not None and difflib.SequenceMatcher(None, old.strip(), new.strip()).ratio() > 0.6:
             cells = marked(old, new)
         else:
             cells = escape(old), escape(new)
         kinds = ("", "") if same else (' class="old"' if old.strip() else "", ' class="new"' if new.strip() else "")
-        out.append(f'<tr><td class="n">{"" if i is None else unit.start + i + 1}</td><td{kinds[0]}>{cells[0]}</td>'
+        out.append(f'<tr><td class="n">{"" if i is None else unit.left[i][1]}</td><td{kinds[0]}>{cells[0]}</td>'
                    f'<td class="n">{"" if j is None else right[j][1]}</td><td{kinds[1]}>{cells[1]}</td></tr>')
     return "\n".join(out) + "</table></section>"
 
@@ -508,8 +530,8 @@ def page(path: str, text: str, units: list[Unit]) -> str:
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
         f"<title>The CUDA record beside its XLA port</title><style>{STYLE}</style>",
         f"<nav><strong>Definitions</strong>{''.join(toc)}</nav><main><h1>The CUDA record beside its XLA port</h1>",
-        f"<p>Left: <code>train_gpt.py</code> of modded-nanogpt, {len(text.splitlines())} lines. Right: this project. In upstream's order;",
-        f"lines that differ are coloured, and where two are similar, the words.</p>{note}",
+        f"<p>Left: modded-nanogpt's <code>train_gpt.py</code> and its kernels, {len(text.splitlines())} lines. Right: this",
+        f"project. In upstream's order; lines that differ are coloured, and where two are similar, the words.</p>{note}",
         f'<table class="plain" style="width: auto">{rows}</table>',
         f'<table class="plain"><tr><th></th><th>CUDA record</th><th>here</th><th>why</th></tr>{table}</table>',
         *body, "</main></html>", ""])

@@ -7,8 +7,9 @@ acc: the ending with the least loss in all; acc_norm: the least loss a token, wh
 validation set (10,042 questions) is fetched to data/hellaswag/. --bytes, --preset and --FIELD as for tools/sample.py.
 
 Packed: contexts with an ending are documents in the 8 rows, --tokens of them a row. Differences from upstream's evaluation: a
-document opens with BOS_ID, as in training, and two lone BOS_ID stand before it. The smear and the key offset look one token back,
-across documents; this way they find the same there wherever a document lies, and its loss does not depend on its neighbours.
+document opens with BOS_ID, as in training, and two lone BOS_ID stand before it, three at a row's start. The smear, the bigram and
+the key offset look one token back, across documents; this way they find the same there wherever a document lies, and its loss does
+not depend on its neighbours.
 """
 import argparse
 import os
@@ -78,36 +79,40 @@ def get_endings(questions: list[dict], encode) -> list[tuple[np.ndarray, int]]:
         endings += [(np.concatenate([context, encode(" " + ending)[1:]]), len(context)) for ending in q["endings"]]
     return endings
 
-def pack(endings: list[tuple[np.ndarray, int]], T: int, bos_id: int):
+def pack(endings: list[tuple[np.ndarray, int]], T: int, args: port.Hyperparameters):
     """
-    Lays the endings out in rows of T, in order. Yields batches [8, 3, T] int32 (inputs, targets, where each token's document
-    starts), each with its places: (index of the ending, row, first and last + 1 of the positions whose target is in the ending).
+    Lays the endings out in rows of T, in order. Yields batches [8, 4, T] int32 (inputs, targets, where each token's document
+    starts, bigrams), each with its places: (index of the ending, row, first and last + 1 of the positions whose target is in the ending).
     """
+    first = 1  # bigrams at a row's positions 0 and 1 are unlike all others, so neither may stand right before a document
     def empty():
-        batch = np.full((ROWS, 3, T), bos_id, dtype=np.int32)
+        batch = np.full((ROWS, 4, T), args.bos_id, dtype=np.int32)
         batch[:, 2] = np.arange(T)  # padding: documents of one token
         return batch, []
-    (batch, places), row, pos = empty(), 0, 0
+    def full(batch):
+        batch[:, 3] = port.get_bigram_hash(batch[:, 0], args.bigram_vocab_size)
+        return torch.from_numpy(batch)
+    (batch, places), row, pos = empty(), 0, first
     for i, (tokens, start) in enumerate(endings):
         n = len(tokens) - 1
         if pos + 2 + n > T:
-            row, pos = row + 1, 0
+            row, pos = row + 1, first
         if row == ROWS:
-            yield torch.from_numpy(batch), places
+            yield full(batch), places
             (batch, places), row = empty(), 0
         pos += 2  # the lone BOS_ID
-        batch[row, :, pos:pos + n] = tokens[:-1], tokens[1:], np.full(n, pos)
+        batch[row, :3, pos:pos + n] = tokens[:-1], tokens[1:], np.full(n, pos)
         places.append((i, row, pos + start - 1, pos + n))
         pos += n
-    yield torch.from_numpy(batch), places
+    yield full(batch), places
 
 def ending_losses(manager, endings: list[tuple[np.ndarray, int]], tokens: int) -> np.ndarray:
     """[n, 2] float64: each ending's loss, summed over its tokens and their mean."""
-    T = port.next_multiple_of_n(max(tokens, max(len(x) for x, _ in endings) + 1), n=128)
+    T = port.next_multiple_of_n(max(tokens, max(len(x) for x, _ in endings) + 2), n=128)
     result = np.full((len(endings), 2), np.nan)
     for x, _ in endings:
         check_tokens(x, manager.args)
-    for batch, places in pack(endings, T, manager.args.bos_id):
+    for batch, places in pack(endings, T, manager.args):
         losses = manager("losses", batch).double().numpy()
         for i, row, first, stop in places:
             result[i] = losses[row, first:stop].sum(), losses[row, first:stop].mean()

@@ -27,6 +27,7 @@ from run_log import WATCHING, Log
 from sample import find_log, get_args
 
 from checkpoint import MODEL_TYPE, load_config, load_weights
+from chips import RECORD
 from shards import FINEWEBS_TOKENS, is_fineweb
 
 CARD = """---
@@ -37,9 +38,9 @@ tags: [modded-nanogpt, nanogpt-speedrun]
 {datasets}---
 # {name}
 
-A GPT as record #60 of the [NanoGPT speedrun](https://github.com/KellerJordan/modded-nanogpt) has it, with {model_dim} dims, {num_heads}
-heads and {num_layers} layers, for modded-nanogpt-xla. `model.safetensors` holds the parameters under upstream's names, `config.json` the
-hyperparameters.
+A GPT as record #{record} of the [NanoGPT speedrun](https://github.com/KellerJordan/modded-nanogpt) has it, with {model_dim} dims,
+{num_heads} heads and {num_layers} layers, for modded-nanogpt-xla. `model.safetensors` holds the parameters under upstream's names,
+`config.json` the hyperparameters.
 
 {figures}To use it, in a checkout of modded-nanogpt-xla:
 
@@ -91,7 +92,7 @@ def make_files(path: str, repo: str, log_path: Path | None, options: list[str]) 
     shards = (checkpoint.get("data") or (log.data if log else {})).get("train_files", [])
     fineweb = shards and all(is_fineweb(name) and tokens == FINEWEBS_TOKENS for name, tokens, _ in shards)
     (folder / "README.md").write_text(CARD.format(
-        **{k: args[k] for k in ("model_dim", "num_heads", "num_layers")}, name=name, repo=repo, file=weights_name(step),
+        **{k: args[k] for k in ("model_dim", "num_heads", "num_layers")}, record=RECORD, name=name, repo=repo, file=weights_name(step),
         datasets="datasets: [kjj0/fineweb10B-gpt2]\n" if fineweb else "",
         figures=f"From the log of its run:\n\n| | |\n| --- | --- |\n{rows}\n" if figures else ""))
     return folder
@@ -117,7 +118,7 @@ def pull(repo: str, out: Path | None):
     if not known:
         raise ValueError(f"{repo} is no {MODEL_TYPE} by its config.json: only what 'tools/hub.py push' sent can be pulled")
     # a run_id that no log here has: one that lies beside it is another run's
-    state = load_weights(Path(hf_hub_download(repo, "model.safetensors"))) | known | dict(code="", optimizers=[], run_id=repo)
+    state = load_weights(Path(hf_hub_download(repo, "model.safetensors"))) | known | dict(code="", optimizer={}, run_id=repo)
     get_args(repo, state, [])
     out = out or Path("logs", repo.split("/")[-1], weights_name(state.get("step")))
     if out.exists():

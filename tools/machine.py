@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from chips import TPUS, Chip, Refused, Tpu, ids_on_bus, read, supported, this_chip, tpu_named
+from chips import RECORD, TPUS, Chip, Refused, Tpu, ids_on_bus, read, supported, this_chip, tpu_named
 
 ON_CPU = "PJRT_DEVICE=CPU runs the rehearsal without it"
 
@@ -232,7 +232,7 @@ def newest_report(tpu: Tpu, records: Path = ROOT / "records") -> dict | None:
         report = json.loads(path.read_text())
         for part in report.get("tpus", [report]):
             same = part.get("tpu", tpu.name if part.get("topology") == tpu.topology else None) == tpu.name
-            if same and part.get("total_est_s") and part.get("preset", "record") == "record":
+            if report.get("record") == RECORD and same and part.get("total_est_s") and part.get("preset", "record") == "record":
                 return part
     return None
 
@@ -243,9 +243,9 @@ def estimate(tpu: Tpu, records: Path = ROOT / "records") -> tuple[float, int] | 
     return report and (report["total_est_s"], report.get("of") or len(report["graphs"]))
 
 
-def expectation(tpu: Tpu, price: float | None = None, runs: int = 1) -> str:
+def expectation(tpu: Tpu, price: float | None = None, runs: int = 1, records: Path = ROOT / "records") -> str:
     """How long training takes and, with a price of the machine for an hour, what it costs."""
-    known = estimate(tpu)
+    known = estimate(tpu, records)
     if known is None:
         return f"how long training takes on it is not known: records/ has no estimate for {tpu.name}"
     seconds, graphs = known

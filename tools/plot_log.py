@@ -1,12 +1,11 @@
 """
-Draws runs from their logs: training and validation loss against step and against time, with the changes of batch size and window.
-Where a run is the record's, its CUDA validation losses are drawn beside it. Reads upstream's logs too. Several runs in one picture look
-like samples of one thing, so they must be of one configuration; --compare draws others, too, and says what differs.
+Draws runs from their logs: training and validation loss against step and against time, with the changes of batch size and window. Reads
+upstream's logs too. Several runs in one picture look like samples of one thing, so they must be of one configuration; --compare draws
+others, too, and says what differs.
 
     python tools/plot_log.py logs/*.txt -o runs.png [--compare]
 """
 import argparse
-import dataclasses
 import math
 import os
 import re
@@ -16,7 +15,18 @@ from pathlib import Path
 os.environ["MPLBACKEND"] = "Agg"  # draws into files; a notebook's own backend, which its commands inherit, is not installed here
 import command
 import matplotlib.pyplot as plt
-from run_log import MAY_DIFFER, Log, configuration, difference, read_logs, same, taken_for_same, validation_difference
+from run_log import (
+    MAY_DIFFER,
+    OF_STAGE,
+    Log,
+    configuration,
+    difference,
+    read_logs,
+    same,
+    source_stages,
+    taken_for_same,
+    validation_difference,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("PJRT_DEVICE", "CPU")  # reading a log must not take a TPU
@@ -24,19 +34,22 @@ import train_gpt_xla as port
 
 
 def hyperparameters(log: Log) -> port.Hyperparameters | None:
-    """Those that the log prints. Upstream's logs print none: the record's, if number of steps and source agree. None if unknown."""
-    record = port.Hyperparameters()
-    known = {f.name: configuration(log)[f.name] for f in dataclasses.fields(record) if f.name in configuration(log)}
-    if log.hyperparameters:
-        return port.Hyperparameters(**known)
-    agrees = all(value == getattr(record, name) for name, value in known.items() if name not in MAY_DIFFER)
-    return record if log.num_steps == record.num_iterations and agrees else None
+    """With the schedule that the log says, if it is one that this script can have: as many stages, as long. None otherwise."""
+    needed = {"num_scheduled_iterations", "num_extension_iterations", *OF_STAGE}
+    known = {name: value for name, value in configuration(log).items() if name in needed | {"block_size"}}
+    lasts = [stage.duration for stage in port.TRAINING_STAGES]
+    if needed - known.keys() or any(not isinstance(known[name], tuple) or len(known[name]) != len(lasts) for name in OF_STAGE):
+        return None
+    theirs = [stage.get("duration") for stage in source_stages(log.codes[-1])] if log.codes else []
+    args = port.Hyperparameters(**known)
+    return args if theirs in ([], lasts) and args.num_iterations == log.num_steps else None
 
 def stages(args: port.Hyperparameters) -> dict[int, str]:
     """The steps at which batch size or windows change, from step 0 on, and what they are from there."""
-    found, before = {}, None
+    found, before, schedule = {}, None, port.TrainingSchedule(args)
     for step in range(args.num_iterations):
-        now = port.get_bs(step, args), port.get_ws(step, args)
+        stage, _ = schedule.lookup(step)
+        now = stage.batch_size, stage.window_sizes
         if now != before:
             found[step] = f"{now[0]:,} tokens\nwindows {now[1][0] * args.block_size}, {now[1][1] * args.block_size}"
         before = now
@@ -72,9 +85,6 @@ def draw(logs: list[Log], path: str):
             ax.plot([x[s] for s in val_loss], list(val_loss.values()), "o-", ms=4, color=f"C{i}", label=name + last[0])
             ax.plot([x[s] for s in train_loss], list(train_loss.values()), lw=1, alpha=0.6, color=f"C{i}",
                     marker="." if len(train_loss) < 20 else "", label="training, all its targets" if not i and train_loss else None)
-    if any(args is not None and port.is_record(args) and not log.init_from for log, args in zip(logs, runs)):
-        axes[0].plot(list(port.RECORD_VAL_LOSS), list(port.RECORD_VAL_LOSS.values()), "k+", ms=9, zorder=3,
-                     label=f"CUDA record: {list(port.RECORD_VAL_LOSS.values())[-1]:.4f}")
     if runs[0] is not None and all(args is not None and stages(args) == stages(runs[0]) for args in runs):
         for step, text in stages(runs[0]).items():
             if step:

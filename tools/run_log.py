@@ -61,10 +61,13 @@ def read_text(path: str) -> str:
     content = Path(path).read_bytes()
     return content.decode(json.detect_encoding(content), "replace").replace("\r\n", "\n").replace("\r", "\n")
 
-ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+              ast.FloorDiv: operator.floordiv}
 
 def value_of(node: ast.expr):
-    """Of literals, and sums, products and tuples of them; the text of anything else."""
+    """Of literals, sums, products and tuples of them, and paths below a folder that only the machine knew; the text of anything else."""
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "os.path.join" and node.args:
+        return value_of(node.args[-1])
     if isinstance(node, ast.Tuple):
         return tuple(map(value_of, node.elts))
     if isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
@@ -244,13 +247,49 @@ def definitions(code: str) -> dict[str, str]:
     add(parse(code), "")
     return found or {f"line {i}": line for i, line in enumerate(code.split("\n"), 1)}
 
+# Hyperparameters of train_gpt_xla.py that are arguments in upstream's sources: of each TrainingStage, and of TrainingSchedule
+OF_STAGE = dict(train_bs_schedule=lambda stage: stage["batch_size"], train_max_seq_len_schedule=lambda stage: stage["train_max_seq_len"],
+                ws_short_schedule=lambda stage: stage["window_sizes"][0], ws_long_schedule=lambda stage: stage["window_sizes"][1])
+OF_SCHEDULE = dict(cooldown_frac="cooldown_frac", ws_validate_post_yarn_ext="ws_post_yarn_ext")
+
+@functools.cache
+def source_stages(code: str) -> list[dict]:
+    """The arguments of each TrainingStage in TRAINING_STAGES, by name; none where a source has no such list, or one of another form."""
+    found = [node.value for node in parse(code) if name_of(node) == "TRAINING_STAGES"]
+    calls = found[0].elts if len(found) == 1 and isinstance(found[0], ast.List) else []
+    if not all(isinstance(call, ast.Call) and not call.args for call in calls):
+        return []
+    return [{x.arg: value_of(x.value) for x in call.keywords} for call in calls]
+
+def schedule_arguments(code: str) -> dict:
+    """Of the one call of TrainingSchedule: what it passes by name, and else the defaults."""
+    body = parse(code)
+    calls = [x for node in body for x in ast.walk(node) if isinstance(x, ast.Call) and ast.unparse(x.func) == "TrainingSchedule"]
+    if len(calls) != 1 or len(calls[0].args) > 3:  # the stages and the numbers of steps
+        return {}
+    found = {}
+    for node in (x for y in body if name_of(y) == "TrainingSchedule" and isinstance(y, ast.ClassDef) for x in y.body):
+        if name_of(node) == "__init__":
+            found = {x.arg: value_of(default) for x, default in zip(reversed(node.args.args), reversed(node.args.defaults))}
+    return found | {x.arg: value_of(x.value) for x in calls[0].keywords}
+
 @functools.cache
 def source_hyperparameters(code: str) -> dict:
-    return {name_of(x): value_of(x.value) for node in parse(code) if name_of(node) == "Hyperparameters" and isinstance(node, ast.ClassDef)
-            for x in node.body if getattr(x, "value", None) is not None and not isinstance(x, ast.Expr)}
+    """What a source says itself: in class Hyperparameters and, where it has stages, in these and their schedule."""
+    found = {name_of(x): value_of(x.value) for node in parse(code) if name_of(node) == "Hyperparameters" and isinstance(node, ast.ClassDef)
+             for x in node.body if getattr(x, "value", None) is not None and not isinstance(x, ast.Expr)}
+    found.pop("data_path", None)  # a folder that only the machine knew
+    if stages := source_stages(code):
+        for name, get in OF_STAGE.items():
+            with contextlib.suppress(KeyError, IndexError, TypeError):  # other stages than record #89's
+                values = tuple(map(get, stages))
+                found |= {name: values} if all(type(x) is int for x in values) else {}
+        arguments = schedule_arguments(code)
+        found |= {name: arguments[x] for name, x in OF_SCHEDULE.items() if isinstance(arguments.get(x), (int, float))}
+    return found
 
 def configuration(log: Log) -> dict:
-    """The hyperparameters that a log prints or, in upstream's, those in class Hyperparameters of the source that it begins with."""
+    """The hyperparameters that a log prints or, in upstream's, those that the source says with which it begins."""
     return log.hyperparameters or (source_hyperparameters(log.codes[-1]) if log.codes else {})
 
 def same_shards(ours: list, theirs: list) -> bool:

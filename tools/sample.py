@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -32,15 +33,22 @@ from run_log import WATCHING, Log, configuration, first_difference, only, read_r
 
 import train_gpt_xla as port
 from checkpoint import load_weights
-from spmd import ROWS, enter, leave, shard, to_device, to_host
+from chips import RECORD
+from spmd import ROWS, begin_program, enter, leave, shard, to_device, to_host
 
 PROMPTS = ["The capital of France is", "Once upon a time, there was", "The opposite of hot is", "Water boils at",
            "The first thing to do when baking bread is", "In 1969, astronauts", "def main():\n    ", "import os\nimport "]
 
-def get_sizes(state: dict[str, Tensor]) -> dict[str, int]:
-    """Hyperparameters that the shapes tell."""
-    num_heads, model_dim = state["attn_gate_bank"].shape[1], state["lm_head.weight"].shape[1]
-    return dict(num_layers=len(state["x0_lambdas"]), num_heads=num_heads, head_dim=model_dim // num_heads, model_dim=model_dim)
+def get_sizes(path: str, state: dict[str, Tensor]) -> dict[str, int]:
+    """Hyperparameters that the shapes tell. ValueError where a table is missing or is none."""
+    names = "embed.weight", "bigram_embed.weight", "bigram_sign_table"
+    for name in names:
+        if name not in state or state[name].ndim != 2:
+            what = f"of shape {tuple(state[name].shape)}, not a table" if name in state else "missing"
+            raise ValueError(f"{path}: {name} is {what}, so this is not a model of record #{RECORD}: --save_checkpoint true writes one")
+    (_, model_dim), (bigram_vocab_size, bigram_dim), (rows, _) = (state[name].shape for name in names)
+    return dict(head_dim=model_dim // port.Hyperparameters.num_heads, model_dim=model_dim, bigram_vocab_size=bigram_vocab_size,
+                bigram_dim=bigram_dim, bigram_sign_table_rows=rows)
 
 def find_log(path: str, checkpoint: dict, given: Path | None = None, figures: bool = True) -> Log | None:
     """
@@ -51,7 +59,7 @@ def find_log(path: str, checkpoint: dict, given: Path | None = None, figures: bo
     file = given or Path(f"{Path(path).resolve().parent}.txt")
     if not given and not file.is_file():
         return None
-    sizes = get_sizes(checkpoint["model"]) | dict(vocab_size=len(checkpoint["model"]["lm_head.weight"]))
+    sizes = get_sizes(path, checkpoint["model"]) | dict(vocab_size=len(checkpoint["model"]["embed.weight"]))
     named = given or not figures or "run_id" in checkpoint  # else only the names of folder and log say that they belong together
     try:
         runs = read_runs(str(file), started=figures)
@@ -101,7 +109,7 @@ def get_args(path: str, checkpoint: dict, options: list[str], log: Path | None =
         if type(value := checkpoint.get(name, kind())) is not kind or name == "step" and value < 0:
             raise ValueError(f"{path}: its {name} is {str(value)[:80]!r} ({type(value).__name__}), as neither this script nor upstream's "
                              "writes it")
-    sizes = get_sizes(checkpoint["model"])
+    sizes = get_sizes(path, checkpoint["model"])
     if not any(option.startswith("--preset") for option in options):
         recorded = recorded_options(path, checkpoint, log)
         if not recorded:
@@ -114,7 +122,7 @@ def get_args(path: str, checkpoint: dict, options: list[str], log: Path | None =
         port.check_args(args)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
-    rows = len(checkpoint["model"]["lm_head.weight"])  # the vocabulary and its padding
+    rows = len(checkpoint["model"]["embed.weight"])  # the vocabulary and its padding
     if port.next_multiple_of_n(args.vocab_size, n=128) != rows:
         raise ValueError(f"{path}: its table has {rows:,} rows, which is none of a vocabulary of {args.vocab_size:,}: give the run's "
                          "--vocab_size and --bos_id")
@@ -126,7 +134,15 @@ def get_args(path: str, checkpoint: dict, options: list[str], log: Path | None =
 # -----------------------------------------------------------------------------
 # The cache
 
-CHUNK = 16  # tokens. The newest one needs two before it: smear and key offset look one back, and smear did so before key offset does
+# Tokens. The newest one needs two before it: smear, the bigram's sign and key offset look one back, and the key that is looked at there has
+# a smear and a sign of its own. Its bigram comes with it.
+CHUNK = 16
+
+def probabilities(q: Tensor, k: Tensor, documents: Tensor, window: int, scale: Tensor, positions: Tensor) -> Tensor:
+    """softmax(scale * q @ k.T), [B, H, C, T] float32, where a query sees max(its document's start, its position - window) .. itself."""
+    first, last = (x[:, None, :, None] for x in (torch.maximum(documents, positions - window), positions))
+    t = torch.arange(k.size(2), device=k.device, dtype=torch.int32)
+    return (q.float() @ k.float().mT * scale).masked_fill((t < first) | (t > last), -torch.inf).softmax(-1)
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int, scale: Tensor, paired: bool,
                      positions: Tensor) -> Tensor:
@@ -140,10 +156,16 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window:
         starts = 2 * documents.repeat_interleave(2, dim=1)
         y = cached_attention(turns(q), turns(k), turns(v), starts, window, scale, False, twice(positions))
         return torch.cat(y.unflatten(2, (-1, 2)).unbind(3), dim=1)
-    first, last = (x[:, None, :, None] for x in (torch.maximum(documents, positions - window), positions))
-    t = torch.arange(k.size(2), device=k.device, dtype=torch.int32)
-    s = (q.float() @ k.float().mT * scale).masked_fill((t < first) | (t > last), -torch.inf)
-    return (s.softmax(-1).to(v.dtype).float() @ v.float()).to(q.dtype)
+    p = probabilities(q, k, documents, window, scale, positions)
+    return (p.to(v.dtype).float() @ v.float()).to(q.dtype)
+
+def cached_dc(q: Tensor, k: Tensor, v: Tensor, y: Tensor, w1: Tensor, w2: Tensor, documents: Tensor, window: int, scale: Tensor,
+              positions: Tensor) -> Tensor:
+    """dc_attention for the queries of cached_attention. y: [B, C, H * D], w1, w2: [B, C, H], window in keys. Returns [B, C, H * D]."""
+    w1, w2 = (w.mT.unsqueeze(-1) for w in (w1, w2))
+    A = (w1 * probabilities(q, k, documents, window - 1, scale, positions)).sum(1, keepdim=True)
+    correction = w2 * (A.to(v.dtype).float() @ v.float())
+    return (y.float() + correction.transpose(1, 2).flatten(2)).to(y.dtype)
 
 def pick(x: Tensor, here: Tensor) -> Tensor:
     """The one [..., 1, d] of x [..., T, d] where here, [..., T] or fewer dims, is true; whatever the others hold."""
@@ -152,37 +174,44 @@ def pick(x: Tensor, here: Tensor) -> Tensor:
 class Cache:
     """Keys and values of all positions, [8, H, T, D] of each layer with attention, split over the devices as the rows are."""
     def __init__(self, model: port.GPT, T: int):
-        self.T, attns = T, [block.attn for block in model.blocks if block.attn is not None]
-        zeros = [torch.zeros(ROWS, attn.num_heads, T, attn.head_dim, dtype=attn.qkvo_w.dtype) for attn in attns for _ in "kv"]
-        self.tensors = [to_device(x, "data") for x in zeros]
+        self.T = T
+        zeros = torch.zeros(ROWS, model.num_heads, T, model.head_dim, dtype=model.qk_bank.dtype)
+        self.tensors = [to_device(zeros, "data") for _ in range(2 * (model.num_layers - 1))]  # layer 6 has no attention
 
-    def attention(self, positions: Tensor, newest: Tensor, whole: bool) -> Callable:
+    def attention(self, positions: Tensor, newest: Tensor, whole: bool) -> tuple[Callable, Callable]:
         """
-        For one forward pass, in place of window_attention. whole: over all positions, whose keys and values are kept. Else over those of
-        positions [B, C], for which the cache has the keys and values up to newest [B, 1]: its own come from the chunk and are kept.
+        For one forward pass, in place of window_attention and dc_attention. whole: over all positions, whose keys and values are kept. Else
+        over those of positions [B, C], for which the cache has the keys and values up to newest [B, 1]: its own come from the chunk and are
+        kept.
         """
-        tensors = iter(self.tensors)
+        tensors, seen = iter(self.tensors), None  # seen: the layer's keys and values, for DC, which comes after attention
         def attend(q, k, v, documents, window, scale, paired):
+            nonlocal seen
             kept = next(tensors), next(tensors)
             if whole:
                 y = port.window_attention(q, k, v, documents, window, scale, paired)
             else:
                 here = (positions == newest).unsqueeze(1)
                 there = (torch.arange(self.T, device=q.device, dtype=torch.int32) == newest)[:, None, :, None]
-                k, v = (torch.where(there, pick(x, here), enter(old, "data")) for x, old in zip((k, v), kept))
+                k, v = seen = [torch.where(there, pick(x, here), enter(old, "data")) for x, old in zip((k, v), kept)]
                 y = cached_attention(q, k, v, documents, window, scale, paired, positions.clamp(min=0))
             for old, x in zip(kept, (k, v)):
                 old.copy_(shard(leave(x).flatten(0, 1), "data"))
             return y
-        return attend
+        def dc(qkv, y, w1, w2, documents, window, scale):
+            if whole:
+                return port.dc_attention(qkv, y, w1, w2, documents, window, scale)
+            return cached_dc(qkv.chunk(3, dim=1)[0], *seen, y, w1, w2, documents, window, scale, positions.clamp(min=0))
+        return attend, dc
 
 class Inference(port.TrainingManager):
-    """The model with windows, YaRN and embedding as the validation at a step has them, and no optimizers."""
+    """The model with windows, YaRN and embedding as the validation at a step has them, and no optimizer."""
     wanted = "losses"
     cache = None
 
     def __init__(self, model: port.GPT, args: port.Hyperparameters, step: int):
-        self.model, self.args, self.optimizers, self.initial_lr = model, args, [], {}
+        self.model, self.args, self.training_schedule = model, args, port.TrainingSchedule(args)
+        self.optimizer = SimpleNamespace(param_cfgs={}, reset=lambda: None)
         self.reset()
         for i in range(step + 1):
             self.advance_schedule(i, train=False)
@@ -190,7 +219,7 @@ class Inference(port.TrainingManager):
         self.replay = port.Replay(self.step_fn, self.tensors, self.constants)
 
     def unpack(self, numbers: Tensor) -> port.StepNumbers:
-        return port.StepNumbers(numbers[:0], *numbers.chunk(2), muon_lr=None, muon_momentum=None, adam={})
+        return port.StepNumbers(numbers[:0], numbers[:0], *numbers.chunk(2), muon_lr=None, muon_momentum=None, adam={})
 
     def tensors(self) -> list[Tensor]:
         return [*self.model.parameters(), *self.model.buffers(), *(self.cache.tensors if self.cache else ())]
@@ -200,7 +229,8 @@ class Inference(port.TrainingManager):
 
     @torch.no_grad()
     def step_fn(self, batch: Tensor, numbers: Tensor) -> Tensor:
-        weights = {name: enter(p) for name, p in self.model.named_parameters()}
+        begin_program()
+        weights = self.model.enter_weights()
         targets, self.replaced = enter(batch, "data")[:, 1], {}
         if self.wanted != "losses":
             newest = targets.amax(1, keepdim=True)
@@ -215,8 +245,8 @@ class Inference(port.TrainingManager):
 
     def __call__(self, wanted: str, batch: Tensor) -> Tensor:
         """
-        On the CPU, of batch [8, 3, T] int32, tokens, targets and documents: "losses" [8, T]. With positions for targets, -1 after the
-        newest: "first" or "next" logits [8, V], of what follows the newest, from all positions or from a chunk of them and the cache.
+        On the CPU, of batch [8, 4, T] int32, tokens, targets, documents and bigrams: "losses" [8, T]. With positions for targets, -1 after
+        the newest: "first" or "next" logits [8, V], of what follows the newest, from all positions or from a chunk of them and the cache.
         """
         self.wanted = wanted
         result = self.replay((wanted, batch.shape), to_device(batch, "data"), self.numbers)
@@ -230,13 +260,13 @@ class Inference(port.TrainingManager):
         """
         if T and (self.cache is None or self.cache.T != T):
             self.cache = Cache(self.model, T)
-        batch = torch.zeros(ROWS, 3, T or CHUNK, dtype=torch.int32)
+        batch = np.zeros((ROWS, 4, T or CHUNK), dtype=np.int32)
         batch[:, 1] = -1
         for i, row in enumerate(rows):
             start = 0 if T else max(0, len(row) - CHUNK)
-            n = len(row) - start
-            batch[i, 0, :n], batch[i, 1, :n] = torch.tensor(row[start:]), torch.arange(start, len(row))
-        return self("first" if T else "next", batch)[:len(rows)]
+            bigrams = port.get_bigram_hash(np.array([row]), self.args.bigram_vocab_size)[0]  # the row's start is unlike a chunk's
+            batch[i, [0, 1, 3], :len(row) - start] = row[start:], range(start, len(row)), bigrams[start:]
+        return self("first" if T else "next", torch.from_numpy(batch))[:len(rows)]
 
 def load_model(path: str, options: list[str]) -> Inference:
     """The checkpoint's model on the devices, which are set up if they are not yet; says on stderr what it is. ValueError, OSError."""
@@ -245,7 +275,8 @@ def load_model(path: str, options: list[str]) -> Inference:
     state = checkpoint["model"]
     if xs.get_global_mesh() is None:
         port.setup_devices()
-    model = port.GPT(len(state["lm_head.weight"]), args.num_layers, args.num_heads, args.head_dim, args.model_dim, args.block_size)
+    model = port.GPT(args.vocab_size, args.num_layers, args.num_heads, args.head_dim, args.model_dim, args.block_size, args.dc_window,
+                     args.bigram_vocab_size, args.bigram_sign_table_rows)
     model.to_devices(getattr(torch, args.dtype))
     try:
         model.load_state_dict(state)

@@ -12,6 +12,8 @@ from HBM once, and nothing is padded, summed or copied outside.
 - No running maximum: QK norm keeps |scale * q @ k| below scale * D, about 18, so exp cannot overflow.
 - Paired heads are two streams of T tokens whose positions are 2t and 2t + 1. Only the mask knows: nothing is interleaved.
 - A loop ends where the documents do: with documents of 600 tokens, the work of a window of 1408 is about half (simulated).
+- What comes between attention and its last projection, exclusive self-attention and a gate, happens as results leave. Its backward pass
+  happens as their gradients come; it reads y as it was before, because no gradient of a gate of 0 can be had from what it leaves.
 """
 import functools
 import math
@@ -107,6 +109,32 @@ def store(ref, m, arrays):
         ref[m, x] = array
 
 # -----------------------------------------------------------------------------
+# After attention, of one head of one block of tokens: y, v, dy [D, C], gates [1, C], all float32
+
+SMALLEST = 1e-8  # that |v|^2 counts as
+
+
+def share_of_v(v):
+    """(1 / |v|^2, its derivative by |v|^2)"""
+    square = (v * v).sum(0, keepdims=True)
+    inverse = 1 / jnp.maximum(square, SMALLEST)
+    return inverse, jnp.where(square > SMALLEST, -inverse * inverse, 0.0)
+
+
+def exclude(y, v, xsa, dtype):
+    """XSA: y without tanh(xsa) of its part along v, rounded."""
+    along = (y * v).sum(0, keepdims=True) * share_of_v(v)[0]
+    return (y - jnp.tanh(xsa) * along * v).astype(dtype).astype(f32)
+
+
+def exclude_backward(y, v, xsa, dy):
+    """dy, dv, dxsa of exclude."""
+    inverse, slope = share_of_v(v)
+    strength, dot, ddot = jnp.tanh(xsa), (y * v).sum(0, keepdims=True), (dy * v).sum(0, keepdims=True)
+    dv = -strength * (inverse * (ddot * y + dot * dy) + 2 * slope * dot * ddot * v)
+    return dy - strength * inverse * ddot * v, dv, -(1 - strength * strength) * inverse * dot * ddot
+
+# -----------------------------------------------------------------------------
 # The kernels. Rings hold the last `slots` blocks of a row, block j in slot j % slots
 
 def attention_forward_kernel(r, band: Band):
@@ -146,9 +174,16 @@ def attention_forward_kernel(r, band: Band):
     jax.lax.fori_loop(1, i - r.first_seen[row, i] + 1, lambda n, _: meet(i - n, diagonal=False), None)
     drain(len(meetings), depth, functools.partial(consume, r.first_seen[row, i] - 1), r.behind)
     for h in range(H):
-        total = r.sums_acc[h].sum(0, keepdims=True)
+        total, at = r.sums_acc[h].sum(0, keepdims=True), slice(h * D, (h + 1) * D)
         r.sums[0, h] = total[0]
-        r.y[0, :, h * D:(h + 1) * D] = (r.y_acc[h] * (r.gate[0, h:h + 1] / total)).astype(r.y.dtype).T
+        y = (r.y_acc[h] * (1 / total)).astype(r.y.dtype)
+        if r.y_raw is not None:
+            r.y_raw[0, :, at] = y.T
+        if band.xsa:
+            y = exclude(y.astype(f32), r.v_ring[slot(i), h].astype(f32), r.xsa[0, h:h + 1], y.dtype)
+        if band.gate:
+            y = y.astype(f32) * r.gate[0, h:h + 1]
+        r.y[0, :, at] = y.astype(r.y.dtype).T
 
 
 def forward_operands(band: Band, dtype) -> Operands:
@@ -156,6 +191,7 @@ def forward_operands(band: Band, dtype) -> Operands:
     slots, depth = band.reach + 1, min(2, len(band.meetings))
     heads = lambda third: Operand((R, 3 * H, T, D), dtype, (1, H, C, D), lambda row, i, *_: (row, third, i, 0))
     numbers = lambda n, dtype=f32: Operand((R, n, T), dtype, (1, n, C), lambda row, i, *_: (row, 0, i))
+    tokens = Operand((R, T, H * D), dtype, (1, C, H * D), lambda row, i, *_: (row, i, 0))
     return Operands(
         prefetch=("first_seen", "scale"),
         inputs=dict(
@@ -163,10 +199,12 @@ def forward_operands(band: Band, dtype) -> Operands:
             k=heads(1),
             v=heads(2),
             documents=numbers(1, jnp.int32),
-            gate=numbers(H)),
+            xsa=numbers(H) if band.xsa else None,
+            gate=numbers(H) if band.gate else None),
         outputs=dict(
-            y=Operand((R, T, H * D), dtype, (1, C, H * D), lambda row, i, *_: (row, i, 0)),
-            sums=numbers(H)),
+            y=tokens,
+            sums=numbers(H),
+            y_raw=tokens if band.keep and (band.xsa or band.gate) else None),
         scratch=dict(
             k_ring=((slots, H, C, D), dtype),
             v_ring=((slots, H, D, C), dtype),
@@ -178,13 +216,13 @@ def forward_operands(band: Band, dtype) -> Operands:
 
 def attention_forward(band: Band, dtype, interpret=False):
     """
-    A function (qkv [R, 3H, T, D], documents [R, T] int32, gate [R, H, T] f32, scale [1] f32) -> y [R, T, H * D] times the
-    gate, sums of exponentials [R, H, T] f32.
+    A function (qkv [R, 3H, T, D], documents [R, T] int32, scale [1] f32; xsa, gate [R, H, T] f32 as band says) -> y [R, T, H * D], sums
+    of exponentials [R, H, T] f32; y_raw, if band.keep what y was before XSA and gate, if there is one.
     """
     call = kernel_call(attention_forward_kernel, band, (band.rows, band.blocks), forward_operands(band, dtype), interpret)
 
-    def run(qkv, documents, gate, scale):
-        return call(first_seen=first_seen(band, documents), scale=scale, q=qkv, k=qkv, v=qkv, documents=documents[:, None], gate=gate)
+    def run(qkv, documents, scale, **gates):
+        return call(first_seen=first_seen(band, documents), scale=scale, q=qkv, k=qkv, v=qkv, documents=documents[:, None], **gates)
     return run
 
 
@@ -192,7 +230,6 @@ def attention_backward_kernel(r, band: Band):
     """
     One block of keys, from the row's last to its first: its dk and dv, and its share of the dq of the queries that see it. The dq
     of a block is complete, and leaves, with the block `reach` before it; the last `reach` programs of a row do nothing else.
-    y is gated, so its sum with dy, delta, is the gate times the gate's gradient.
     """
     row, j = pl.program_id(0), band.blocks - 1 - pl.program_id(1)
     slots, H, D, C = r.q_ring.shape
@@ -200,17 +237,32 @@ def attention_backward_kernel(r, band: Band):
     meetings, depth = band.meetings, r.ahead.shape[0]
 
     def bring_in(h):
-        at = slice(h * D, (h + 1) * D)
-        dy_T = r.dy[0, :, at].T.astype(f32)
-        r.q_ring[slot(j), h], r.dy_ring[slot(j), h], r.k_T[h] = r.q[0, h].T, (dy_T * r.gate[0, h:h + 1]).astype(r.dy.dtype), r.k[0, h].T
-        r.delta_ring[slot(j), h] = (dy_T * r.y[0, :, at].T.astype(f32)).sum(0, keepdims=True)
-        r.delta[0, h:h + 1] = r.delta_ring[slot(j), h]
+        at, dtype = slice(h * D, (h + 1) * D), r.dy.dtype
+        y, dy, dv = r.y[0, :, at].T.astype(f32), r.dy[0, :, at].T.astype(f32), jnp.zeros((D, C), f32)
+        if band.xsa:
+            v, xsa = r.v[0, h].T.astype(f32), r.xsa[0, h:h + 1]
+        if band.gate:
+            r.dgate[0, h:h + 1] = (dy * (exclude(y, v, xsa, dtype) if band.xsa else y)).sum(0, keepdims=True)
+            dy = (dy * r.gate[0, h:h + 1]).astype(dtype).astype(f32)
+        if band.xsa:
+            dy, dv, r.dxsa[0, h:h + 1] = exclude_backward(y, v, xsa, dy)
+        dy = dy.astype(dtype)
+        r.q_ring[slot(j), h], r.dy_ring[slot(j), h], r.k_T[h] = r.q[0, h].T, dy, r.k[0, h].T
+        r.delta_ring[slot(j), h] = (dy.astype(f32) * y).sum(0, keepdims=True)
         r.lse_ring[slot(j), h] = jnp.log2(r.sums[0, h:h + 1])
-        r.dq_ring[slot(j), h] = r.dk_acc[h] = r.dv_acc[h] = jnp.zeros((D, C), f32)
+        r.dq_ring[slot(j), h] = r.dk_acc[h] = jnp.zeros((D, C), f32)
+        r.dv_acc[h] = dv
     bring_in = functools.cache(bring_in)  # once a head
 
+    def send(to, h, gradient, more):
+        """gradient: [D, C]. more: what came back to q, k or v by other ways."""
+        if more is None:
+            to[0, h] = gradient.astype(to.dtype).T
+        else:
+            to[0, h] = (gradient.T + more[0, h].astype(f32)).astype(to.dtype)
+
     def send_dq(h):
-        r.dq[0, h] = (r.dq_ring[slot(j + band.reach), h] * r.scale[0]).astype(r.dq.dtype).T
+        send(r.dq, h, r.dq_ring[slot(j + band.reach), h] * r.scale[0], r.dq_more)
 
     def consume(i, m, step, probs):
         _, _, h, g = meetings[m]
@@ -241,8 +293,8 @@ def attention_backward_kernel(r, band: Band):
         jax.lax.fori_loop(j + 1, r.last_seen_by[row, j] + 1, lambda i, _: meet(i, diagonal=False), None)
         drain(len(meetings), depth, functools.partial(consume, r.last_seen_by[row, j] + 1), r.behind)
         for h in range(H):
-            r.dk[0, h] = (r.dk_acc[h] * r.scale[0]).astype(r.dk.dtype).T
-            r.dv[0, h] = r.dv_acc[h].astype(r.dv.dtype).T
+            send(r.dk, h, r.dk_acc[h] * r.scale[0], r.dk_more)
+            send(r.dv, h, r.dv_acc[h], r.dv_more)
             send_dq(h)
 
     @pl.when(j < 0)
@@ -256,7 +308,7 @@ def backward_operands(band: Band, dtype) -> Operands:
     slots, depth = band.reach + 1, 1
     here = lambda n: jnp.maximum(band.blocks - 1 - n, 0)  # the block of keys of a row's program n
     done = lambda n: jnp.minimum(band.blocks - 1 - n + band.reach, band.blocks - 1)  # the block whose dq leaves
-    heads = lambda third: Operand((R, 3 * H, T, D), dtype, (1, H, C, D), lambda row, n, *_: (row, third, here(n), 0))
+    heads = lambda third, block=here: Operand((R, 3 * H, T, D), dtype, (1, H, C, D), lambda row, n, *_: (row, third, block(n), 0))
     gradient = lambda block: Operand((R, H, T, D), dtype, (1, H, C, D), lambda row, n, *_: (row, 0, block(n), 0))
     numbers = lambda m, dtype=f32: Operand((R, m, T), dtype, (1, m, C), lambda row, n, *_: (row, 0, here(n)))
     tokens = Operand((R, T, H * D), dtype, (1, C, H * D), lambda row, n, *_: (row, here(n), 0))
@@ -267,15 +319,20 @@ def backward_operands(band: Band, dtype) -> Operands:
             k=heads(1),
             v=heads(2),
             documents=numbers(1, jnp.int32),
-            gate=numbers(H),
+            xsa=numbers(H) if band.xsa else None,
+            gate=numbers(H) if band.gate else None,
             y=tokens,
             sums=numbers(H),
-            dy=tokens),
+            dy=tokens,
+            dq_more=heads(0, done) if band.more else None,
+            dk_more=heads(1) if band.more else None,
+            dv_more=heads(2) if band.more else None),
         outputs=dict(
             dq=gradient(done),
             dk=gradient(here),
             dv=gradient(here),
-            delta=numbers(H)),
+            dxsa=numbers(H) if band.xsa else None,
+            dgate=numbers(H) if band.gate else None),
         scratch=dict(
             q_ring=((slots, H, D, C), dtype),
             dy_ring=((slots, H, D, C), dtype),
@@ -292,14 +349,15 @@ def backward_operands(band: Band, dtype) -> Operands:
 
 def attention_backward(band: Band, dtype, interpret=False):
     """
-    A function (what attention_forward's takes, what it returns, dy as y) -> dq, dk, dv [R, H, T, D], delta [R, H, T] f32, the gate times
-    its gradient.
+    A function (what attention_forward's takes; y before XSA and gate, sums, dy as y; if band.more dqkv, to which dq, dk and dv are added)
+    -> dq, dk, dv [R, H, T, D], dxsa, dgate [R, H, T] f32.
     """
     call = kernel_call(attention_backward_kernel, band, (band.rows, band.blocks + band.reach), backward_operands(band, dtype), interpret)
 
-    def run(qkv, documents, gate, scale, y, sums, dy):
-        return call(last_seen_by=last_seen_by(band, documents), scale=scale, q=qkv, k=qkv, v=qkv, documents=documents[:, None], gate=gate,
-                    y=y, sums=sums, dy=dy)
+    def run(qkv, documents, scale, y, sums, dy, dqkv=None, **gates):
+        more = {} if dqkv is None else dict(dq_more=dqkv, dk_more=dqkv, dv_more=dqkv)
+        return call(last_seen_by=last_seen_by(band, documents), scale=scale, q=qkv, k=qkv, v=qkv, documents=documents[:, None], y=y,
+                    sums=sums, dy=dy, **more, **gates)
     return run
 
 

@@ -161,3 +161,15 @@ def normed(x):
 def sigmoid(x, dtype):
     """Of a matmul's result, rounded before and after, float32."""
     return jax.nn.sigmoid(x.astype(dtype).astype(f32)).astype(dtype).astype(f32)
+
+
+def columns(rows):
+    """[n, m] -> [m, n], for n up to 8, float32. In HBM tokens lie along the lanes: n numbers of each would take 128."""
+    which = jax.lax.broadcasted_iota(jnp.int32, (8, rows.shape[1]), 0)
+    return sum(jnp.where(which == k, rows[k:k + 1], 0.0) for k in range(rows.shape[0])).T[:, :rows.shape[0]]
+
+
+def to_rows(columns):
+    """[m, 1] float32, n of them, -> [n, m]."""
+    which = jax.lax.broadcasted_iota(jnp.int32, (columns[0].shape[0], LANES), 1)
+    return sum(jnp.where(which == k, column, 0.0) for k, column in enumerate(columns)).T[:len(columns)]

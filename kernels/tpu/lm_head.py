@@ -5,7 +5,11 @@ With th = tanh((x @ w.T + 5) / 15): softcap z = 11.5 * (1 + th), e = exp(z - 11.
 The gradient of a logit is A * (e * (1 - th^2) - [its own, at targets]), where A, one number a token, waits for sum and for the
 gradient of the loss. So the forward pass, in one sweep over V, multiplies P = e * (1 - th^2) by w for dx before sum is known, and
 what is left for the backward pass is dw = P.T @ (A * x). Of the last `kept` tokens of a row P is kept; the others' is computed again.
-Targets never meet the sweep: their rows of w are gathered, and what P should be there replaces it on its way into dw.
+Targets never meet the sweep: their rows of w are gathered, and what P should be there replaces it on its way into dw. A token's prefix,
+where it has one, is one more target.
+
+The softmax's part of the gradient has all the weights of multi-token prediction for a factor, at a row's end those of targets that
+are not there, too, whose losses do not count: A is not what differentiating the losses would give there, but what upstream has.
 """
 import functools
 import math
@@ -17,21 +21,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels import dispatch
 from kernels.lm_head import SOFTCAP_A, SOFTCAP_B, SOFTCAP_C, LmHead
-from kernels.tpu.common import LANES, Operand, Operands, add, f32, kernel_call, stream, wide_matmul
+from kernels.tpu.common import LANES, Operand, Operands, add, columns, f32, kernel_call, stream, to_rows, wide_matmul
 
 SLOPE = SOFTCAP_A / (4 * SOFTCAP_C)  # of the softcap, times 1 - th^2
-
-
-def columns(rows):
-    """[n, m] -> [m, n], for n up to 8, float32. In HBM tokens lie along the lanes: n numbers of each would take 128."""
-    which = jax.lax.broadcasted_iota(jnp.int32, (8, rows.shape[1]), 0)
-    return sum(jnp.where(which == k, rows[k:k + 1], 0.0) for k in range(rows.shape[0])).T[:, :rows.shape[0]]
-
-
-def to_rows(columns):
-    """[m, 1] float32, n of them, -> [n, m]."""
-    which = jax.lax.broadcasted_iota(jnp.int32, (columns[0].shape[0], LANES), 1)
-    return sum(jnp.where(which == k, column, 0.0) for k, column in enumerate(columns)).T[:len(columns)]
 
 
 def exp_softcap(logits, b=SOFTCAP_B):
@@ -40,9 +32,10 @@ def exp_softcap(logits, b=SOFTCAP_B):
     return th, 2.0 ** (th * (SOFTCAP_A / 2 * math.log2(math.e)))
 
 
-def next_ids(shapes: LmHead, targets):
-    """[R, T] -> [R, n, T]: each token's own target and the next ones; -1 where the row has ended."""
-    return jnp.stack([jnp.pad(targets[:, k:], ((0, 0), (0, k)), constant_values=-1) for k in range(shapes.targets)], axis=1)
+def all_ids(shapes: LmHead, targets, prefix):
+    """[R, T] -> [R, n or n + 1, T]: each token's own target, the next ones, its prefix; -1 where the row has ended or there is none."""
+    ids = [jnp.pad(targets[:, k:], ((0, 0), (0, k)), constant_values=-1) for k in range(shapes.targets)]
+    return jnp.stack([*ids, prefix] if shapes.prefix else ids, axis=1)
 
 
 def lm_head_losses_kernel(r, shapes: LmHead):
@@ -86,10 +79,13 @@ def lm_head_losses_kernel(r, shapes: LmHead):
             weight, found = columns(r.weights[0, :, t]), []
             total = r.sum_acc[t].sum(1, keepdims=True) - rest * math.exp(-SOFTCAP_A / 2)  # beyond the vocabulary th is -1
             if gradients:
-                d = SLOPE * weight.sum(1, keepdims=True) / total * r.dx_acc[t]
+                d = SLOPE * weight[:, shapes.ids:] / total * r.dx_acc[t]
             rows = r.row_buffer[pl.ds(pl.multiple_of(i * m, m), m + 16)].astype(f32)
-            for k in range(n):
-                row = (pltpu.roll(rows, m + 16 - k, 0) if k else rows)[:m]  # of the target k later
+            for k in range(shapes.ids):
+                if k == n:
+                    row = r.prefix_rows[0, t].astype(f32)
+                else:
+                    row = (pltpu.roll(rows, m + 16 - k, 0) if k else rows)[:m]  # of the target k later
                 th, _ = exp_softcap((r.x[0, t].astype(f32) * row).sum(1, keepdims=True))
                 found.append(th)
                 if gradients:
@@ -136,7 +132,7 @@ def lm_head_dw_kernel(r, shapes: LmHead):
             parts = [q[:, i:i + LANES].astype(number) for i in range(0, q.shape[1], LANES)]
             for i, part in enumerate(parts):
                 column = (iota + (first + LANES * i)).astype(integer)
-                for k in range(shapes.targets):
+                for k in range(shapes.ids):
                     entry, its_own = lanes(k, at, m)
                     part = jnp.where(column == entry, its_own, part)
                 parts[i] = part
@@ -182,7 +178,7 @@ def lm_head_dw_kernel(r, shapes: LmHead):
 
 
 def losses_operands(s: LmHead, dtype, gradients: bool) -> Operands:
-    (R, T, d, V), (Tb, Vb), n = (s.rows, s.tokens, s.dim, s.vocab), s.forward_block, s.targets
+    (R, T, d, V), (Tb, Vb), n = (s.rows, s.tokens, s.dim, s.vocab), s.forward_block, s.ids
     blocks, skipped = pl.cdiv(V, Vb), (T - s.kept) // Tb
     tokens = Operand((R, T, d), dtype, (1, Tb, d), lambda row, t, v: (row, t, 0))
     numbers = lambda n: Operand((R, n, T), f32, (1, n, Tb), lambda row, t, v: (row, 0, t))
@@ -192,11 +188,12 @@ def losses_operands(s: LmHead, dtype, gradients: bool) -> Operands:
     return Operands(
         inputs=dict(
             bias=Operand((1, blocks * Vb), f32, (1, Vb), lambda row, t, v: (0, v)),
-            weights=numbers(n),  # of each target, 0 beyond the row's end
+            weights=numbers(n + 1),  # of each target, 0 where there is none, then the softmax's
             x=tokens,
             w=Operand((R, V, d), dtype, (1, Vb, d), lambda row, t, v: (row, v, 0)),
             w_rows=tokens,  # the rows of w that are this block's targets
-            next_rows=Operand((R, T, d), dtype, (1, 16, d), lambda row, t, v: (row, jnp.minimum((t + 1) * (Tb // 16), T // 16 - 1), 0))),
+            next_rows=Operand((R, T, d), dtype, (1, 16, d), lambda row, t, v: (row, jnp.minimum((t + 1) * (Tb // 16), T // 16 - 1), 0)),
+            prefix_rows=tokens if s.prefix else None),
         outputs=dict(
             numbers=numbers(n + 1),  # th at each target, then the sum of exponentials
             dx=tokens if gradients else None,
@@ -209,21 +206,25 @@ def losses_operands(s: LmHead, dtype, gradients: bool) -> Operands:
 
 def losses_call(s: LmHead, dtype, interpret: bool, gradients: bool):
     """
-    A function (x [R, T, d], w [R, V, d], targets [R, T] int32, mtp_weights [n] f32) -> losses [R, T] f32. With gradients, for gradients
-    of 1, also: dx; a, A of each token [R, T] f32; at_targets, what P is there [R, n, T] f32; p [R, kept, V] if any is.
+    A function (x [R, T, d], w [R, V, d], targets [R, T] int32, mtp_weights [n] f32; with s.prefix prefix [R, T] int32, -1 for none, and
+    prefix_weight [1] f32) -> losses [R, T] f32. With gradients, for gradients of 1, also: dx; a, A of each token [R, T] f32; at_targets,
+    what P is there [R, s.ids, T] f32; p [R, kept, V] if any is.
     """
-    (T, V), (Tb, Vb), n = (s.tokens, s.vocab), s.forward_block, s.targets
+    (T, V), (Tb, Vb), n = (s.tokens, s.vocab), s.forward_block, s.ids
     blocks = pl.cdiv(V, Vb)
     call = kernel_call(lm_head_losses_kernel, s, (s.rows, T // Tb, blocks), losses_operands(s, dtype, gradients), interpret)
 
-    def run(x, w, targets, mtp_weights):
+    def run(x, w, targets, mtp_weights, prefix=None, prefix_weight=None):
         bias = jnp.where(jnp.arange(blocks * Vb) < V, SOFTCAP_B, -1e9).astype(f32)[None]  # no exponential beyond the vocabulary
-        ids = next_ids(s, targets)
-        weights = jnp.where(ids >= 0, mtp_weights[:, None], 0.0)
-        w_rows = jax.vmap(lambda w, t: w.at[t].get(mode="promise_in_bounds"))(w, targets)
-        r = call(bias=bias, weights=weights, x=x, w=w, w_rows=w_rows, next_rows=w_rows)
-        th, sums, total = r["numbers"][:, :n], r["numbers"][:, n], weights.sum(1)
-        losses = total * jnp.log(sums) - SOFTCAP_A / 2 * (weights * th).sum(1)
+        ids = all_ids(s, targets, prefix)
+        weights = jnp.where(ids >= 0, (jnp.concatenate([mtp_weights, prefix_weight]) if s.prefix else mtp_weights)[:, None], 0.0)
+        total = mtp_weights.sum() + weights[:, s.targets:].sum(1)  # of the gradient: those that a row's end cuts off are in it
+        rows_of = jax.vmap(lambda w, t: w.at[t].get(mode="promise_in_bounds"))
+        w_rows, prefix_rows = rows_of(w, targets), rows_of(w, jnp.maximum(prefix, 0)) if s.prefix else None
+        r = call(bias=bias, weights=jnp.concatenate([weights, total[:, None]], axis=1), x=x, w=w, w_rows=w_rows, next_rows=w_rows,
+                 prefix_rows=prefix_rows)
+        th, sums = r["numbers"][:, :n], r["numbers"][:, n]
+        losses = weights.sum(1) * jnp.log(sums) - SOFTCAP_A / 2 * (weights * th).sum(1)
         if not gradients:
             return dict(losses=losses)
         a = SLOPE * total / sums
@@ -253,8 +254,8 @@ def dw_operands(s: LmHead, dtype) -> Operands:
         before = Operand((R, V, d), f32)
     return Operands(
         inputs=dict(
-            ids=numbers(s.targets, jnp.int32),
-            values=numbers(s.targets),  # what P should be at the targets
+            ids=numbers(s.ids, jnp.int32),
+            values=numbers(s.ids),  # what P should be at the targets
             x=Operand((R, T, d), dtype, (1, Tb, d), lambda row, v, t: (row, t, 0)),
             scale=numbers(1),  # of x: A times the gradient of the loss
             w=Operand((R, V, d), dtype, (1, Vb, d), lambda row, v, t: (row, v if again else 0, 0)),
@@ -271,17 +272,18 @@ def dw_operands(s: LmHead, dtype) -> Operands:
 
 def lm_head_dw(s: LmHead, dtype, interpret=False):
     """
-    A function (x, w, targets as losses_call's; dx, a, at_targets and perhaps p as it returned them; dlosses, the gradient of the losses
-    [R, T] f32; if s.on_top before [V, d]) -> dx [R, T, d], dw [R, V, d], the first row's on top of before. s.in_place: of one row, before
-    is f32, and dw takes its memory.
+    A function (x, w, targets, with s.prefix prefix as losses_call's; dx, a, at_targets and perhaps p as it returned them; dlosses, the
+    gradient of the losses [R, T] f32; if s.on_top before [V, d]) -> dx [R, T, d], dw [R, V, d], the first row's on top of before.
+    s.in_place: of one row, before is f32, and dw takes its memory.
     """
     Tb, Vb = s.backward_block
     call = kernel_call(lm_head_dw_kernel, s, (s.rows, pl.cdiv(s.vocab, Vb), s.tokens // Tb), dw_operands(s, dtype), interpret)
 
-    def run(x, w, targets, dx, a, at_targets, dlosses, p=None, before=None):
+    def run(x, w, targets, dx, a, at_targets, dlosses, prefix=None, p=None, before=None):
         dx = (dlosses[..., None] * dx.astype(f32)).astype(dtype)
         before = before[None] if s.in_place else before
-        return dict(dx=dx) | call(ids=next_ids(s, targets), values=at_targets, x=x, scale=(a * dlosses)[:, None], w=w, before=before, p=p)
+        ids, scale = all_ids(s, targets, prefix), (a * dlosses)[:, None]
+        return dict(dx=dx) | call(ids=ids, values=at_targets, x=x, scale=scale, w=w, before=before, p=p)
     return run
 
 

@@ -1,8 +1,8 @@
 """
-What comes before attention: the mix of x with x0, norm, projection to q, k and v, gates, QK norm, rotary embedding, key offset and value
-embedding, in one pass over x. XLA needs three dozen, forward and backward, and copies to exchange the halves of a head; in VMEM that is a
-rotation of lanes. The vector unit prepares two heads while the matrix unit multiplies for the next two. The plain-torch twin is the
-beginning of Block.forward and CausalSelfAttention.forward.
+What comes before attention: norm, projection to q, k and v, QK norm, rotary embedding, key offset and what is added to v, in one pass
+over x. XLA needs two dozen, forward and backward, and copies to exchange the halves of a head; in VMEM that is a rotation of lanes. The
+vector unit prepares two heads while the matrix unit multiplies for the next two. The plain-torch twin is the beginning of
+CausalSelfAttention.forward.
 """
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.attention import Projection
-from kernels.tpu.common import EPS, LANES, Operand, Operands, by_strips, f32, kernel_call, matmul, normed, scalar, scaled, sigmoid, stream
-
-
-def mixed(r):
-    """The block of x [1, bt, C], with its share of x0 if there is one: float32, rounded as x. The twin is train_gpt_xla.mixed."""
-    if r.x0 is None:
-        return r.x[0].astype(f32)
-    return (r.lambda_x[0] * r.x[0].astype(f32) + r.lambda_x0[0] * r.x0[0].astype(f32)).astype(r.x.dtype).astype(f32)
+from kernels.tpu.common import (
+    EPS,
+    LANES,
+    Operand,
+    Operands,
+    add,
+    by_strips,
+    f32,
+    kernel_call,
+    matmul,
+    normed,
+    scalar,
+    scaled,
+    sigmoid,
+    stream,
+)
 
 
 def rotate(x, factors, h, back=False):
@@ -40,32 +48,48 @@ def means(x, head_dim, dtype):
     return matmul(x.astype(dtype), jnp.where(head(0) == head(1), 1 / head_dim, 0.0).astype(dtype))
 
 
-def widen(wide, *narrow):
-    """Puts weights [H, n] into [., H, 128], behind them zeros."""
-    for i, w in enumerate(narrow):
-        wide[i] = jnp.zeros(wide.shape[1:], wide.dtype)
-        wide[i, :, :w.shape[1]] = w[...]
+def by_layer(when, r, do, strip=32):
+    """
+    do(name of a bank, index of `strip` rows in the layer's part of it, their place in w, where Q, K and V are below each other) for all of
+    the layer's weights, if `when`.
+    """
+    first = 0
+    for name, bank in dict(qk=r.qk, vo=r.vo).items():
+        n, rows, _ = bank.shape
+        strips = rows // strip
+        def turn(i, _, name=name, strips=strips, first=first):
+            do(name, (i // strips, pl.ds(i % strips * strip, strip)), pl.ds((first + i) * strip, strip))
+        jax.lax.fori_loop(0, jnp.where(when, n * strips, 0), turn, None)
+        first += n * strips
 
 
-def gate_weights(r):
-    return [r.gate_w] if r.ve is None else [r.gate_w, r.ve_gate_w]
+def begin_weights(r, begins):
+    """Puts lambda_w * W into r.w, and the gate's weights [H, n] into r.gate, behind them zeros."""
+    def begin(bank, at, place):
+        r.w[place] = scaled(r.lambda_w[0], getattr(r, bank)[at])
+    by_layer(begins, r, begin)
+    if r.ve_gate_w is not None:
+        @pl.when(begins)
+        def _():
+            r.gate[...] = jnp.zeros_like(r.gate)
+            r.gate[:, :r.ve_gate_w.shape[1]] = r.ve_gate_w[...]
+
+
+def gate_features(r, x_normed):
+    """[bt, LANES]: half of what the gate reads is of x, the other half, behind it, of the value embedding; then something."""
+    half, lane = r.ve_gate_w.shape[1] // 2, jax.lax.broadcasted_iota(jnp.int32, (x_normed.shape[0], LANES), 1)
+    ve = pltpu.roll(r.ve[0, :, :LANES].astype(f32), half, 1)
+    return jnp.where(lane < half, x_normed[:, :LANES].astype(f32), ve).astype(x_normed.dtype)
 
 
 def project_kernel(r, shapes: Projection):
     """One block of tokens, all heads."""
     H, D, bt, dtype = shapes.heads, shapes.dim, shapes.block, r.x.dtype
     begins = (pl.program_id(0) == 0) & (pl.program_id(1) == 0)
-    def begin(strip):
-        r.w[strip] = scaled(r.lambda_w[0], r.W[strip])
-    by_strips(begins, r.W.shape[0], begin, 32)
-    pl.when(begins)(lambda: widen(r.gates, *gate_weights(r)))
-    x_mixed = mixed(r)
-    if shapes.mix:
-        r.x_mixed[0] = x_mixed.astype(dtype)
-    x_normed = normed(x_mixed)[0].astype(dtype)
-    r.gate[0] = sigmoid(matmul(r.gates[0], x_normed[:, :LANES], transpose_b=True), dtype)
-    if shapes.ve:
-        ve_gate = 2 * sigmoid(matmul(x_normed[:, :LANES], r.gates[1], transpose_b=True), dtype)
+    begin_weights(r, begins)
+    x_normed = normed(r.x[0])[0].astype(dtype)
+    if shapes.tables:
+        ve_gate = 2 * sigmoid(matmul(gate_features(r, x_normed), r.gate[...], transpose_b=True), dtype)
     factors = rotary_factors(r)
 
     def start(two):
@@ -84,9 +108,12 @@ def project_kernel(r, shapes: Projection):
                     first = jnp.where(pl.program_id(1) == 0, y[:1], r.before[h - H])
                     y = jnp.where(r.still[...] > 0, jnp.where(t == 0, first, pltpu.roll(y, 1, 0)), y)
                     r.before[h - H] = last
-            elif shapes.ve:
-                g = h - 2 * H
-                y = y.astype(f32) + ve_gate[:, g:g + 1] * r.ve[0, :, g * D:(g + 1) * D].astype(f32)
+            else:
+                g, at = h - 2 * H, slice((h - 2 * H) * D, (h - 2 * H + 1) * D)
+                if shapes.tables:
+                    y = y.astype(f32) + ve_gate[:, g:g + 1] * r.ve[0, :, at].astype(f32)
+                if shapes.aux_v:
+                    y = y.astype(f32) + r.aux_v[0, :, at].astype(f32)
             r.qkv[0, h] = y.astype(dtype)
     two_by_two = [(h, min(h + 2, 3 * H)) for h in range(0, 3 * H, 2)]  # 256 columns for the matrix unit
     stream(two_by_two, start, turn, lambda two, _: None)
@@ -100,36 +127,39 @@ def project_backward_kernel(r, shapes: Projection):
     ends = (pl.program_id(0) == pl.num_programs(0) - 1) & (n == 0)
 
     if shapes.on_top:
-        sums = pltpu.make_async_copy(r.stack.at[r.slot[0], pl.ds(0, 3 * C)], r.dW.at[0], r.arrived)
-        pl.when(begins)(sums.start)
+        layer = r.layer[0]
+        sums = [pltpu.make_async_copy(r.qk_stack.at[pl.ds(layer * H, H)], r.dqk, r.qk_arrived),
+                pltpu.make_async_copy(r.vo_stack.at[pl.ds(2 * layer, 1)], r.dvo, r.vo_arrived)]
+        @pl.when(begins)
+        def _():
+            for copy in sums:
+                copy.start()
     @pl.when(begins)
     def _():
-        widen(r.gates, *gate_weights(r))
-        for ref in (r.dgates_acc, r.dlambdas_acc):
-            ref[...] = jnp.zeros_like(ref)
+        for ref in (r.dgate_acc, r.dlambda_acc):
+            if ref is not None:
+                ref[...] = jnp.zeros_like(ref)
     def begin(strip):
         r.dw_acc[:, strip] = jnp.zeros((C, D), f32)
     by_strips(begins, 3 * C, begin, D)
-    def begin(strip):
-        r.w[strip] = scaled(r.lambda_w[0], r.W[strip])
-    by_strips(begins, 3 * C, begin, 32)
-    def to_lambda(i, d, x):
-        r.dlambdas_acc[i] += (d.astype(f32) * x.astype(f32)).reshape(-1, 8, C).sum(0)
+    begin_weights(r, begins)
 
-    x_normed, scale = normed(mixed(r))
+    x_normed, scale = normed(r.x[0])
     rounded = x_normed.astype(dtype)
-    x_T, first = rounded.T, rounded[:, :LANES]
-    factors = rotary_factors(r)
-    if shapes.ve:
-        ve_gate, dve_gate = 2 * sigmoid(matmul(first, r.gates[1], transpose_b=True), dtype), []
+    x_T, factors = rounded.T, rotary_factors(r)
+    if shapes.tables:
+        features = gate_features(r, rounded)
+        ve_gate, dve_gate = 2 * sigmoid(matmul(features, r.gate[...], transpose_b=True), dtype), []
 
     def turn(third, _):  # q, k, v
         for h in range(H):
             at, dy = slice((third * H + h) * D, (third * H + h + 1) * D), (r.dq, r.dk, r.dv)[third][0, h]
             if third == 2:
-                r.dqkv[:, at] = dy
-                if shapes.ve:
-                    dy, lanes = dy.astype(f32), slice(h * D, (h + 1) * D)
+                r.dqkv[:, at], lanes = dy, slice(h * D, (h + 1) * D)
+                if shapes.aux_v:
+                    r.daux_v[0, :, lanes] = dy
+                if shapes.tables:
+                    dy = dy.astype(f32)
                     r.dve[0, :, lanes] = (ve_gate[:, h:h + 1] * dy).astype(dtype)
                     dve_gate.append((dy * r.ve[0, :, lanes].astype(f32)).sum(1, keepdims=True))
                 continue
@@ -151,80 +181,96 @@ def project_backward_kernel(r, shapes: Projection):
         r.dw_acc[:, at] += matmul(x_T, r.dqkv[:, at])
     stream(range(3), lambda third: None, turn, finish)
 
-    def back_through(i, dlogits):  # [H, bt]
-        dlogits = dlogits.astype(dtype)
-        r.dgates_acc[i] += matmul(dlogits, first)
-        r.dx_acc[:, :LANES] += matmul(dlogits.T, r.gates[i])
-    back_through(0, r.delta[0] * (1 - r.gate[0]))
-    if shapes.ve:
-        back_through(1, (jnp.concatenate(dve_gate, axis=1) * ve_gate * (1 - ve_gate / 2)).T)
+    if shapes.tables:
+        dlogits = (jnp.concatenate(dve_gate, axis=1) * ve_gate * (1 - ve_gate / 2)).T.astype(dtype)  # [H, bt]
+        r.dgate_acc[...] += matmul(dlogits, features)
+        dfeatures, half = matmul(dlogits.T, r.gate[...]), shapes.gate // 2  # [bt, LANES]
+        of_half = jax.lax.broadcasted_iota(jnp.int32, (bt, LANES), 1) < half
+        r.dx_acc[:, :LANES] += jnp.where(of_half, dfeatures, 0.0)
+        own, of_gate = r.dve[0, :, :LANES], jnp.where(of_half, pltpu.roll(dfeatures, LANES - half, 1), 0.0).astype(dtype)
+        r.dve[0, :, :LANES] = (own.astype(f32) + of_gate.astype(f32)).astype(dtype)
     d = r.dx_acc[...].astype(dtype).astype(f32)
-    d = scale * (d - x_normed * (d * x_normed).mean(1, keepdims=True))
-    if shapes.mix:
-        d = d.astype(dtype).astype(f32) + r.dx_mixed[0].astype(f32)
-        to_lambda(1, d, r.x[0])
-        to_lambda(2, d, r.x0[0])
-        r.dx0[0] = (r.lambda_x0[0] * d).astype(dtype)
-        d = r.lambda_x[0] * d
-    r.dx[0] = d.astype(dtype)
-    dw_rounded, at = (r.w, ()) if shapes.on_top else (r.dW, (0,))  # nothing reads w any more
+    d = (scale * (d - x_normed * (d * x_normed).mean(1, keepdims=True))).astype(dtype)
+    r.dx[0] = add(d, r.dx_so_far[0]) if shapes.dx_on_top else d
+
     def end(strip):
-        dw_rounded[(*at, strip)] = r.dw_acc[:, strip].astype(dtype).T
+        r.w[strip] = r.dw_acc[:, strip].astype(dtype).T  # nothing reads w any more
     by_strips(ends, 3 * C, end, D)
     if shapes.on_top:
-        pl.when(ends)(sums.wait)
-    def end(strip):
-        dw = dw_rounded[(*at, strip)]
-        to_lambda(0, dw, r.W[strip])
+        @pl.when(ends)
+        def _():
+            for copy in sums:
+                copy.wait()
+    def end(bank, at, place):
+        W, dW, dw = getattr(r, bank), getattr(r, f"d{bank}"), r.w[place]
+        r.dlambda_acc[...] += (dw.astype(f32) * W[at].astype(f32)).reshape(-1, 8, C).sum(0)
         dw = scaled(r.lambda_w[0], dw)
-        r.dW[0, strip] = r.dW[0, strip] + dw.astype(f32) if shapes.on_top else dw
-    by_strips(ends, 3 * C, end, 32)
+        dW[at] = dW[at] + dw.astype(f32) if shapes.on_top else dw
+    by_layer(ends, r, end)
     @pl.when(ends)
     def _():
-        for i, dgate_w in enumerate([r.dgate_w] if r.dve_gate_w is None else [r.dgate_w, r.dve_gate_w]):
-            dgate_w[...] = r.dgates_acc[i, :, :dgate_w.shape[1]].astype(dtype)
-        for i, dlambda in enumerate((r.dlambda_w, r.dlambda_x, r.dlambda_x0) if shapes.mix else (r.dlambda_w,)):
-            dlambda[0] = r.dlambdas_acc[i].sum()
+        if shapes.tables:
+            r.dve_gate_w[...] = r.dgate_acc[:, :shapes.gate].astype(dtype)
+        r.dlambda_w[0] = r.dlambda_acc[...].sum()
 
 
 def shared(s: Projection, dtype, block):
-    """What both kernels have: inputs x to still, inputs ve to x0, scratch; operands by head and by token. block: of program i of a row."""
+    """What both kernels have: inputs x to still, inputs ve to aux_v, scratch; operands by head. block: of program i of a row."""
     R, H, T, D, bt, C = s.rows, s.heads, s.tokens, s.dim, s.block, s.heads * s.dim
     n, fixed = 2 if s.paired else 1, lambda *shape, dtype=dtype: Operand(shape, dtype, shape, lambda row, i, *_: (0,) * len(shape), True)
     x = Operand((R, T, C), dtype, (1, bt, C), lambda row, i, *_: (row, block(i), 0))
     factor = Operand((n, T, D), dtype, (n, bt, D), lambda row, i, *_: (0, block(i), 0))
     first = dict(
         x=x,
-        W=Operand((4 * C, C), dtype, (3 * C, C), lambda row, i, *_: (0, 0), True),  # its first three quarters: Q, K and V
+        qk=qk_operand(s, dtype),
+        vo=v_operand(s, dtype),
         lambda_w=scalar(),
-        lambda_x=scalar() if s.mix else None,
-        lambda_x0=scalar() if s.mix else None,
-        gate_w=fixed(H, s.gate),
         factor1=factor,
         factor2=factor,
         still=fixed(1, D, dtype=f32) if s.key_offset else None)
     then = dict(
-        ve=x if s.ve else None,
-        ve_gate_w=fixed(H, s.gate) if s.ve else None,
-        x0=x if s.mix else None)
+        ve=table_operand(s, dtype, block) if s.tables else None,
+        ve_gate_w=fixed(H, s.gate) if s.tables else None,
+        aux_v=x if s.aux_v else None)
     scratch = dict(
         before=((H, 1, D), f32),  # keys before the block; backward, the first dk of the block that comes next in the row
         w=((3 * C, C), dtype),  # lambda_w * W
-        gates=((2, H, LANES), dtype))  # weights of the gates, padded with zeros to the lanes of a register
+        gate=((H, LANES), dtype) if s.tables else None)  # its weights, padded with zeros to the lanes of a register
     by_head = lambda n: Operand((R, n, T, D), dtype, (1, n, bt, D), lambda row, i, *_: (row, 0, block(i), 0))
-    gate = Operand((R, H, T), f32, (1, H, bt), lambda row, i, *_: (row, 0, block(i)))
-    return first, then, scratch, by_head, gate
+    return first, then, scratch, by_head
+
+
+def qk_operand(s: Projection, dtype) -> Operand:
+    """A bank of Q's and K's: of a layer, H matrices of two heads each."""
+    C = s.heads * s.dim
+    return Operand((s.banks[0], 2 * s.dim, C), dtype, (s.heads, 2 * s.dim, C), lambda row, i, layer, *_: (layer[0], 0, 0), True)
+
+
+def v_operand(s: Projection, dtype) -> Operand:
+    """A bank of V's and O's in turn: V of a layer."""
+    C = s.heads * s.dim
+    return Operand((s.banks[1], C, C), dtype, (1, C, C), lambda row, i, layer, *_: (2 * layer[0], 0, 0), True)
+
+
+def table_operand(s: Projection, dtype, block) -> Operand:
+    """The embeddings of all tables side by side: those of one."""
+    C = s.heads * s.dim
+    return Operand((s.rows, s.tokens, s.tables * C), dtype, (1, s.block, C), lambda row, i, layer, table: (row, block(i), table[0]))
+
+
+def prefetched(s: Projection) -> tuple[str, ...]:
+    """What chooses the layer's part of an operand: one lowered kernel is for all layers of its kind."""
+    return ("layer", "table") if s.tables else ("layer",)
 
 
 def forward_operands(s: Projection, dtype) -> Operands:
-    first, then, scratch, by_head, gate = shared(s, dtype, lambda i: i)
+    first, then, scratch, by_head = shared(s, dtype, lambda i: i)
     return Operands(
+        prefetch=prefetched(s),
         inputs=first | then,
         outputs=dict(
             qkv=by_head(3 * s.heads),
-            gate=gate,
-            raw=by_head(2 * s.heads) if s.keep else None,
-            x_mixed=first["x"] if s.mix else None),
+            raw=by_head(2 * s.heads) if s.keep else None),
         scratch=scratch,
         large=dict(
             x_normed=((s.block, s.heads * s.dim), f32)))
@@ -232,48 +278,48 @@ def forward_operands(s: Projection, dtype) -> Operands:
 
 def project(s: Projection, dtype, interpret=False):
     """
-    A function (x [R, T, C], W [4C, C], lambda_w [1] f32, gate_w [H, n], factor1, factor2 [1 or 2, T, D]; with a key offset still [1, D]
-    f32; with value embeddings ve [R, T, C], ve_gate_w [H, n]; with a mix x0 [R, T, C], lambda_x, lambda_x0 [1] f32) -> qkv [R, 3H, T, D]
-    for attention, its gate [R, H, T] f32, if s.keep raw, q and k before their norm [R, 2H, T, D], with a mix x_mixed [R, T, C].
+    A function (layer [1] int32, x [R, T, C], qk [n, 2D, C], vo [m, C, C], lambda_w [1] f32, factor1, factor2 [1 or 2, T, D]; with a key
+    offset still [1, D] f32; with value embeddings table [1] int32, ve [R, T, tables * C], ve_gate_w [H, gate]; with aux_v that,
+    [R, T, C]) -> qkv [R, 3H, T, D] for attention, if s.keep raw, q and k before their norm [R, 2H, T, D].
     """
     return kernel_call(project_kernel, s, (s.rows, s.tokens // s.block), forward_operands(s, dtype), interpret)
 
 
-def backward_operands(s: Projection, dtype, slots: int = 1) -> Operands:
+def backward_operands(s: Projection, dtype) -> Operands:
     last, bt, C, H = s.tokens // s.block - 1, s.block, s.heads * s.dim, s.heads
-    first, then, scratch, by_head, gate = shared(s, dtype, lambda i: last - i)
-    sums = f32 if s.on_top else dtype
+    block = lambda i: last - i
+    first, then, scratch, by_head = shared(s, dtype, block)
+    sums, whole = f32 if s.on_top else dtype, s.tables and s.dve != "one"
     return Operands(
-        prefetch=("slot",),
+        prefetch=prefetched(s),
         inputs=dict(
-            stack=Operand((slots, 4 * C, C), sums),
+            qk_stack=Operand((s.banks[0], 2 * s.dim, C), sums),
+            vo_stack=Operand((s.banks[1], C, C), sums),
+            dve_so_far=Operand((s.rows, s.tokens, s.tables * C), dtype) if whole and s.dve == "on" else None,
             **first,
             raw=by_head(2 * H),
             dq=by_head(H),
             dk=by_head(H),
             dv=by_head(H),
-            gate=gate,
-            delta=gate,
-            **then,
-            dx_mixed=first["x"] if s.mix else None),
+            dx_so_far=first["x"] if s.dx_on_top else None,
+            **then),
         outputs=dict(
             dx=first["x"],
-            dW=Operand((slots, 4 * C, C), sums, (1, 3 * C, C), lambda row, i, slot: (slot[0], 0, 0), True),
+            dqk=qk_operand(s, sums),
+            dvo=v_operand(s, sums),
             dlambda_w=scalar(),
-            dlambda_x=first["lambda_x"],
-            dlambda_x0=first["lambda_x0"],
-            dgate_w=first["gate_w"],
-            dve=then["ve"],
+            dve=(table_operand(s, dtype, block) if whole else first["x"]) if s.tables else None,
             dve_gate_w=then["ve_gate_w"],
-            dx0=then["x0"]),
-        in_place=dict(dW="stack"),
+            daux_v=then["aux_v"]),
+        in_place=dict(dqk="qk_stack", dvo="vo_stack") | (dict(dve="dve_so_far") if whole and s.dve == "on" else {}),
         scratch=scratch | dict(
             dqkv=((bt, 3 * C), dtype),
             dx_acc=((bt, C), f32),
             dw_acc=((C, 3 * C), f32),
-            arrived=pltpu.SemaphoreType.DMA if s.on_top else None,
-            dgates_acc=((2, H, LANES), f32),
-            dlambdas_acc=((3 if s.mix else 1, 8, C), f32)),
+            qk_arrived=pltpu.SemaphoreType.DMA if s.on_top else None,
+            vo_arrived=pltpu.SemaphoreType.DMA if s.on_top else None,
+            dgate_acc=((H, LANES), f32) if s.tables else None,
+            dlambda_acc=((8, C), f32)),
         large=dict(
             x_normed=((bt, C), f32),
             x_T=((C, bt), dtype),
@@ -282,15 +328,14 @@ def backward_operands(s: Projection, dtype, slots: int = 1) -> Operands:
 
 def project_backward(s: Projection, dtype, interpret=False):
     """
-    A function (slot [1] int32; stack [n, 4C, C], of which dW takes the first 3C rows of that slot, or is added to them, f32, if
-    s.on_top; project's inputs; raw as it returned it, dq, dk, dv [R, H, T, D], gate, delta [R, H, T] f32, the gate's gradient times the
-    gate; with a mix dx_mixed [R, T, C], what came back to it by other ways) -> dx, stack and the gradients of project's
-    inputs, under their names with a d before.
+    A function (project's inputs; qk_stack, vo_stack, as the banks, of which dqk and dvo take the layer's part, or are added to it, f32,
+    if s.on_top; with s.dve "on" dve_so_far as ve, of which dve takes the table's part; with s.dx_on_top dx_so_far as x, to which dx is
+    added; raw as it returned it, dq, dk, dv [R, H, T, D]) -> dx, qk_stack, vo_stack and the gradients of project's inputs, under their
+    names with a d before.
     """
-    def run(stack, **arrays):
-        operands = backward_operands(s, dtype, stack.shape[0])
-        results = kernel_call(project_backward_kernel, s, (s.rows, s.tokens // s.block), operands, interpret)(stack=stack, **arrays)
-        return {"stack" if name == "dW" else name: x for name, x in results.items()}
+    call = kernel_call(project_backward_kernel, s, (s.rows, s.tokens // s.block), backward_operands(s, dtype), interpret)
+    def run(**arrays):
+        return {dict(dqk="qk_stack", dvo="vo_stack").get(name, name): x for name, x in call(**arrays).items()}
     return run
 
 
