@@ -77,7 +77,7 @@ class Replay:
     def __call__(self, key, *inputs: Tensor) -> Tensor:
         if not self.enabled:
             return self.fn(*inputs)
-        key, inputs, state = (key, self.constants()), list(inputs), self.state()
+        key, inputs, state = (key, *(x.shape for x in inputs), self.constants()), list(inputs), self.state()
         if any(C._check_tensor_need_materialization(inputs + state)):
             xm.mark_step()  # someone changed the state between steps: settle that first
         recording = self.recordings.get(key)

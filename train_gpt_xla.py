@@ -198,9 +198,12 @@ class Yarn(nn.Module):
         t = torch.arange(T, dtype=torch.float32, device=freq.device) if positions is None else positions.unsqueeze(1)
         if self.paired:
             t = torch.stack([2 * t, 2 * t + 1], dim=-2)
-        zero = torch.zeros_like(freq)
-        theta = t.unsqueeze(-1) * torch.cat([freq, zero, -freq, zero])
-        return theta.cos().to(dtype), theta.sin().to(dtype)
+        # tokens along the lanes, which they fill; products with 1, 0 and -1, which are exact, spread them over the dims
+        theta, n = freq.unsqueeze(-1) * t.unsqueeze(-2), freq.numel()  # [.., D/4, T]
+        one, zero = torch.eye(n, dtype=dtype, device=freq.device), torch.zeros(n, n, dtype=dtype, device=freq.device)
+        cos, sin = theta.cos().to(dtype).mT @ torch.cat([one, zero, one, zero], dim=1), theta.sin().to(dtype).mT @ torch.cat(
+            [one, zero, -one, zero], dim=1)
+        return cos + still_dims(self.head_dim, freq.device), sin
 
 @dataclass
 class AttnArgs:
@@ -415,30 +418,40 @@ class ForwardScheduleConfig:
 
 class Exchange(torch.autograd.Function):
     """
-    What each device has found for the ids of all, [devices * B * T, d], and owner [B, T] -> what their owners have found for its own ids,
-    [B, T, d].
+    What a device has found for the slots of all, [devices * room, d] -> what their owners have found for its own tokens, [N, d]. slots
+    [N]: each token's; token [devices * room]: whose each slot is, any token's where it is nobody's.
     An all-to-all, because XLA runs that beside other work, and a reduce-scatter not.
     """
     @staticmethod
-    def forward(ctx, x, owner):
-        place = torch.arange(owner.numel(), dtype=torch.int32, device=x.device).view(owner.shape)
-        return F.embedding(owner * owner.numel() + place, exchange(x))
+    def forward(ctx, x, slots, token):
+        ctx.save_for_backward(token)
+        return F.embedding(slots, exchange(x))
 
     @staticmethod
     def backward(ctx, dy):
-        return gather_rows(dy.flatten(0, 1)), None
+        token, = ctx.saved_tensors
+        return exchange(F.embedding(token, dy)), None, None
 
-def lookup_owned(ids: Tensor, weight: Tensor) -> Tensor:
+def bigram_room(tokens: int) -> int:
+    """How many of a device's tokens may have bigrams in one device's rows of the table: half as many again as if all had equally many."""
+    return min(tokens, next_multiple_of_n(3 * tokens / (2 * device_count()) + 256, n=128))
+
+def lookup_owned(ids: Tensor, slots: Tensor | None, weight: Tensor) -> Tensor:
     """
-    F.embedding of ids [B, T] in a table of which each device has rows of its own, weight [rows / devices, d] (D4): every device looks up
-    what it has for the ids of all. Backward, the gradients of all come to it, and nothing is left to reduce.
+    F.embedding of ids [B, T] in a table of which each device has rows of its own, weight [rows / devices, d] (D4). Each token has a slot
+    among those in which its row's owner is asked, and answers: slots [B, T] are get_bigram_slots', or None, then each owner has one for
+    every token. Backward, the gradients go the same way back, and nothing is left to reduce.
     """
-    if device_count() == 1:
+    n, N, rows = device_count(), ids.numel(), weight.size(0)
+    if n == 1:
         return lookup(ids, weight)
-    rows = weight.size(0)
-    local = gather_rows(ids.flatten()) - first_row(rows, ids)  # [devices * B * T]
-    x = lookup(local.unsqueeze(0), weight, ((local >= 0) & (local < rows)).unsqueeze(0))
-    return Exchange.apply(x.squeeze(0), ids // rows)
+    count = torch.arange(N, dtype=torch.int32, device=ids.device)
+    flat, room = ids.flatten(), N if slots is None else bigram_room(N)
+    slots = flat // rows * N + count if slots is None else slots.flatten()
+    token = torch.full((n * room,), N, dtype=torch.int32, device=ids.device).index_put((slots,), count)  # N: nobody's
+    asked = exchange(F.pad(flat, (0, 1), value=-1)[token]) - first_row(rows, ids)
+    x = lookup(asked.unsqueeze(0), weight, (asked >= 0).unsqueeze(0))
+    return Exchange.apply(x.squeeze(0), slots, token.clamp(max=N - 1)).view(*ids.shape, -1)
 
 class Tables(torch.autograd.Function):
     """
@@ -730,11 +743,12 @@ class GPT(nn.Module):
         return weighted((resid, x), (post, ReLUSqrdMLP(norm(x), c_fc, c_proj)))
 
     def forward(self, input_seq: Tensor, target_seq: Tensor | None, documents: Tensor, bigram_input_seq: Tensor,
-                schedule_cfg: ForwardScheduleConfig):
+                schedule_cfg: ForwardScheduleConfig, bigram_slots: Tensor | None = None):
         """
         input_seq, target_seq, documents, bigram_input_seq: [B, T] int32; documents holds where in its row each token's document starts
-        (D10: upstream passes cu_seqlens), bigram_input_seq the bigrams' rows (get_bigram_hash). Returns a loss for each row, [B]: summed
-        over tokens in training, their mean otherwise. Without target_seq, what lm_head reads, [B, T, d].
+        (D10: upstream passes cu_seqlens), bigram_input_seq the bigrams' rows (get_bigram_hash), bigram_slots how they come to be looked up
+        (lookup_owned). Returns a loss for each row, [B]: summed over tokens in training, their mean otherwise. Without target_seq, what
+        lm_head reads, [B, T, d].
         """
         assert input_seq.ndim == 2
         T, dtype = input_seq.size(1), self.lm_head.weight.dtype
@@ -769,7 +783,7 @@ class GPT(nn.Module):
 
         # signs tell bigrams apart that share a row: @trianxy
         sign_idx = F.pad((input_seq[:, :-1] ^ input_seq[:, 1:]) % self.bigram_sign_table.size(0), (1, 0))
-        x0_bigram = lookup_owned(bigram_input_seq, self.bigram_embed.weight) * F.embedding(sign_idx, self.bigram_sign_table)
+        x0_bigram = lookup_owned(bigram_input_seq, bigram_slots, self.bigram_embed.weight) * F.embedding(sign_idx, self.bigram_sign_table)
 
         ve = lookup(input_seq, self.value_embeds)
         tables = [None, 0, 1, *nones, 2, 3, 4]  # whose value embeddings a layer takes: @photomz
@@ -950,6 +964,22 @@ def get_bigram_hash(x: np.ndarray, bigram_vocab_size: int = 50304 * 15 // 2) -> 
     out[:, 1:] = ((rand_int_1 * out[:, 1:]) ^ (rand_int_2 * out[:, :-1])) % np.int32(mod)
     return out
 
+def get_bigram_slots(bigram_inputs: np.ndarray, bigram_vocab_size: int) -> np.ndarray | None:
+    """
+    bigram_inputs [8, T] -> the slot in which each token's bigram is looked up, [8, T] int32 (lookup_owned): of an owner's room the first
+    ones, in the tokens' order. None where more of a row's bigrams have one owner than there is room for.
+    """
+    n, T = device_count(), bigram_inputs.shape[1]
+    owner = (bigram_inputs // (bigram_vocab_size // n)).astype(np.uint8)  # numpy sorts bytes fastest
+    counts = np.stack([(owner == i).sum(1) for i in range(n)], axis=1)
+    if counts.max() > bigram_room(T):
+        return None
+    first = np.arange(n) * bigram_room(T) - (counts.cumsum(1) - counts)  # slot - place in order of owners
+    slots = np.empty_like(bigram_inputs)
+    of_place = np.repeat(first.flatten(), counts.flatten()).reshape(-1, T) + np.arange(T)
+    np.put_along_axis(slots, owner.argsort(axis=1, kind="stable"), of_place.astype(slots.dtype), axis=1)
+    return slots
+
 def distributed_data_generator(filename_pattern: str, num_tokens: int, max_seq_len: int, align_to_bos: bool = True,
                                bos_id: int = BOS_ID, vocab_size: int = 50257, bigram_vocab_size: int = 50304 * 15 // 2,
                                max_num_docs: dict[int, int] | None = None, start: tuple[int, int] = (0, 0)):
@@ -1036,12 +1066,22 @@ def get_documents(cum_seqlens: np.ndarray) -> np.ndarray:
     """cum_seqlens [8, n] -> [8, T] int32, where in its row each token's document starts (D10)."""
     return np.stack([np.repeat(row[:-1], np.diff(row)) for row in cum_seqlens])
 
-def pack(inputs: np.ndarray, targets: np.ndarray, cum_seqlens: np.ndarray, bigram_inputs: np.ndarray) -> Tensor:
-    """A batch as the step takes it, in one piece so that it takes one transfer: inputs, targets, documents, bigrams, [8, 4, T] int32."""
-    return torch.from_numpy(np.stack([inputs, targets, get_documents(cum_seqlens), bigram_inputs], axis=1))
+def pack(inputs: np.ndarray, targets: np.ndarray, cum_seqlens: np.ndarray, bigram_inputs: np.ndarray, bigram_vocab_size: int) -> Tensor:
+    """
+    A batch as the step takes it, in one piece so that it takes one transfer: inputs, targets, documents, bigrams and, on several devices,
+    their slots, [8, 4 or 5, T] int32. A batch in which too many bigrams have one owner comes without: its step is another program, that
+    has room for all.
+    """
+    slots = None if device_count() == 1 else get_bigram_slots(bigram_inputs, bigram_vocab_size)
+    return torch.from_numpy(np.stack([inputs, targets, get_documents(cum_seqlens), bigram_inputs, *([] if slots is None else [slots])],
+                                     axis=1))
+
+def blank_batch(tokens: int) -> Tensor:
+    """What pack makes of a batch of the turns of all devices, [devices, 4 or 5, tokens], all zeros: its shape, to trace with."""
+    return torch.zeros(device_count(), 4 + (device_count() > 1), tokens, dtype=torch.int32)
 
 def to_devices(batch: Tensor) -> list[Tensor]:
-    """[8, 4, T] -> on the devices, a row on each: [devices, 4, T] for each turn."""
+    """pack's batch -> on the devices, a row on each: [devices, 4 or 5, T] for each turn."""
     return [to_device(rows, "data") for rows in batch.split(device_count())]
 
 def to_rows(losses: list[Tensor]) -> Tensor:
@@ -1050,7 +1090,7 @@ def to_rows(losses: list[Tensor]) -> Tensor:
 
 def prefetch(batches, depth: int = 2):
     """
-    Runs a generator of the loader's arrays, position, numbers in a thread, depth batches ahead, and yields each as what a step
+    Runs a generator of pack's arguments, position, numbers in a thread, depth batches ahead, and yields each as what a step
     takes, on the devices, the packed batch and the numbers, and the position. Its errors are raised here.
     """
     ready, stop = queue.Queue(depth), threading.Event()
@@ -1472,19 +1512,19 @@ class TrainingManager():
 
     def forward(self, batch: Tensor, numbers: Tensor, weights: dict[str, Tensor], targets: bool = True) -> Tensor:
         """
-        The model on each device's own rows of batch [8, 4, T]: upstream's ranks. weights: on each device, by name. Returns what is on each
+        The model on each device's own rows of pack's batch: upstream's ranks. weights: on each device, by name. Returns what is on each
         device: the losses of its rows or, without targets, what lm_head reads.
         """
         # D18: what enters is one device's own, and XLA splits and moves nothing until it leaves
         buffers = {name: enter(b) for name, b in self.model.named_buffers()}
-        input_seq, target_seq, documents, bigram_input_seq = enter(batch, "data").unbind(1)
+        input_seq, target_seq, documents, bigram_input_seq, *bigram_slots = enter(batch, "data").unbind(1)
         cfg = self.get_forward_args(self.unpack(enter(numbers)))
-        inputs = input_seq, target_seq if targets else None, documents, bigram_input_seq, cfg
+        inputs = input_seq, target_seq if targets else None, documents, bigram_input_seq, cfg, *bigram_slots
         return torch.func.functional_call(self.model, weights | buffers, inputs)
 
     def backward(self, batch: Tensor, numbers: Tensor) -> tuple[Tensor, Gradients]:
         """
-        Forward and backward pass on batch [8, 4, T], or the rows whose turn it is. Returns what is on each device: the losses of its rows,
+        Forward and backward pass on a batch, or the rows whose turn it is. Returns what is on each device: the losses of its rows,
         and its gradients, in an odd step on top of those that it keeps from the even one, in turns of those of the rows before.
         """
         weights = {name: x.requires_grad_() for name, x in self.model.enter_weights().items()}
@@ -1496,14 +1536,14 @@ class TrainingManager():
         return losses.detach(), gradients
 
     def training_step(self, batch: Tensor, numbers: Tensor) -> Tensor:
-        """One whole step on batch [8, 4, T]. Returns the loss of each row, [8]."""
+        """One whole step on pack's batch. Returns the loss of each row, [8]."""
         begin_program()
         losses, gradients = self.backward(batch, numbers)
         self.step_optimizers(gradients, self.unpack(numbers))
         return shard(leave(losses).flatten())
 
     def rows_step(self, batch: Tensor, numbers: Tensor) -> Tensor:
-        """D24: on fewer than 8 devices, the turn of one row on each, batch [devices, 4, T]. Returns their losses, [devices]."""
+        """D24: on fewer than 8 devices, the turn of one row on each. Returns their losses, [devices]."""
         begin_program()
         losses, gradients = self.backward(batch, numbers)
         self.optimizer.keep(gradients, rows=True)
@@ -1526,8 +1566,7 @@ class TrainingManager():
 
     def run(self, batch: list[Tensor], numbers: Tensor) -> list[Tensor]:
         """
-        The training step or slice of validation that advance_schedule has come to, replayed. batch: [devices, 4, T] for each turn
-        (to_devices). Returns the losses of the rows, [devices] for each turn.
+        The training step or slice of validation that advance_schedule has come to, replayed. batch: to_devices', of each turn. Returns the losses of the rows, [devices] for each turn.
         """
         step, losses = self.graph, []
         for graph, times in step.programs(turns()):
@@ -1544,7 +1583,7 @@ class TrainingManager():
 
     @torch.no_grad()
     def validation_step(self, batch: Tensor, numbers: Tensor) -> Tensor:
-        """The mean loss of each row of batch [8, 4, T], [8]."""
+        """The mean loss of each row of pack's batch, [8]."""
         begin_program()
         losses = self.forward(batch, numbers, self.model.enter_weights())
         return shard(leave(losses).flatten())
@@ -1948,15 +1987,16 @@ def train_batches(args: Hyperparameters, steps, numbers: list[Tensor], start: tu
         if loader is None:
             loader = distributed_data_generator(args.train_files, *send_args, bos_id=args.bos_id, vocab_size=args.vocab_size,
                                                 bigram_vocab_size=args.bigram_vocab_size, start=start)
-            yield *next(loader), n
+            arrays, position = next(loader)
         else:
-            yield *loader.send(send_args), n
+            arrays, position = loader.send(send_args)
+        yield (*arrays, args.bigram_vocab_size), position, n
 
 def val_batches(args: Hyperparameters, val_steps: int, numbers: Tensor):
     loader = distributed_data_generator(args.val_files, args.val_batch_size, -1, align_to_bos=False, bos_id=args.bos_id,
                                         vocab_size=args.vocab_size, bigram_vocab_size=args.bigram_vocab_size)
-    for batch in itertools.islice(loader, val_steps):
-        yield *batch, numbers
+    for arrays, position in itertools.islice(loader, val_steps):
+        yield (*arrays, args.bigram_vocab_size), position, numbers
 
 def warm_up(args: Hyperparameters, training_manager: TrainingManager, start: int, print0, preempted):
     """Runs each distinct graph from start on once, on real data, which compiles it. The state is then another. Ends if preempted()."""

@@ -25,6 +25,10 @@ TPU = dict(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v6
 def test_run(n):
     program("two_blocks.py", "run", PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(n), XLA_FLAGS=COMPILE_FAST)
 
+@pytest.mark.parametrize("n", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 2))])
+def test_a_table_that_the_devices_share(n):
+    program("shared_table.py", PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(n), XLA_FLAGS=COMPILE_FAST)
+
 @pytest.mark.parametrize("n", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 2, 1))])
 def test_compiles_for_v6e(n, tmp_path):
     graph = tmp_path / "graph.hlo.pb"

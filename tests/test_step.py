@@ -39,7 +39,7 @@ def get_batch(step: int, rows: int) -> torch.Tensor:
     starts = [[0, 20 + r, 70, 100, T] for r in range(rows)]
     for row, places in zip(inputs, starts, strict=True):
         row[places[:-1]] = 249
-    return train.pack(inputs[:, :-1], inputs[:, 1:], np.array(starts, dtype=np.int32), train.get_bigram_hash(inputs[:, :-1], 64))
+    return train.pack(inputs[:, :-1], inputs[:, 1:], np.array(starts, dtype=np.int32), train.get_bigram_hash(inputs[:, :-1], 64), 64)
 
 def run_steps(kernels: bool, steps: tuple[int, ...], turns: int = 1, rows: int = 2, head_dim: int = D) -> list[dict[str, torch.Tensor]]:
     """After each step all that it leaves, by name."""

@@ -161,7 +161,7 @@ def export_graphs(tpu: str, preset: str, out: str, *names: str):
 
     import train_gpt_xla as train
     from replay import Recording
-    from spmd import ROWS, device_count, to_device, turns
+    from spmd import device_count, to_device, turns
 
     # torch_xla adds its own flags where it finds a TPU, by its generation; let it do the same here.
     os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {train.LIBTPU_INIT_ARGS}"
@@ -178,8 +178,8 @@ def export_graphs(tpu: str, preset: str, out: str, *names: str):
         began = time.perf_counter()
         calls.clear()
         manager.advance_schedule(steps[0], train=graph.train)
-        manager.graph, rows = graph, ROWS // turns()
-        batch = [] if graph.part == "update" else [to_device(torch.zeros(rows, 4, graph.tokens, dtype=torch.int32), "data")]
+        manager.graph = graph
+        batch = [] if graph.part == "update" else [to_device(train.blank_batch(graph.tokens), "data")]
         inputs = [*batch, to_device(manager.get_numbers())]
         recording = Recording(manager.program, inputs, manager.tensors(), hlo=True)
         state = manager.tensors()

@@ -47,9 +47,9 @@ def bench_loader(port, num_tokens: int, max_seq_len: int, steps: int, folder: Pa
     times = []
     for _ in range(steps):
         t0 = time.perf_counter()
-        batch = port.pack(*next(loader)[0])
+        batch = port.pack(*next(loader)[0], port.Hyperparameters.bigram_vocab_size)
         times.append(time.perf_counter() - t0)
-    assert batch.shape == (port.ROWS, 4, num_tokens // port.ROWS)
+    assert batch.shape == (port.ROWS, port.blank_batch(1).size(1), num_tokens // port.ROWS)
     return spread(times[1:])  # the first one opens the shard
 
 def bench_step(port, args, steps: list[int], n: int, replay: bool) -> dict:
@@ -59,7 +59,7 @@ def bench_step(port, args, steps: list[int], n: int, replay: bool) -> dict:
     calls = []
     step_fn = port.Replay(lambda *x: calls.append(1) or manager.program(*x), manager.tensors, manager.constants, enabled=replay)
     graph_of = lambda step: port.get_graph(step, manager.training_schedule)
-    batch = port.to_device(torch.zeros(port.ROWS // port.turns(), 4, graph_of(steps[0]).tokens, dtype=torch.int32), "data")
+    batch = port.to_device(port.blank_batch(graph_of(steps[0]).tokens), "data")
     numbers = [port.to_device(x) for x in manager.precompute(steps)]  # the loader's thread sends them
     times, programs = [], []
     for i in range(n + 2 * len(steps)):

@@ -141,7 +141,7 @@ def run_case(case: Path, replay: bool, steps: int | None = None) -> tuple[Report
                 want, got = batches[f"{key}/{r}/{name}"].astype(np.int64), x[r].astype(np.int64)
                 differs = want.shape != got.shape or (want != got).any()
                 check("batches", float(differs), 0.0, f"{where} row {r} {name}")
-        return port.to_devices(port.pack(*batch))
+        return port.to_devices(port.pack(*batch, args.bigram_vocab_size))
 
     def gradients(batch):
         """Of this step alone, in upstream's layout: those that an even step leaves for the odd one are not in it."""

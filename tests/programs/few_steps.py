@@ -39,7 +39,8 @@ def get_batch(step: int) -> torch.Tensor:
     rng = np.random.default_rng(step)
     tokens = rng.integers(0, 250, (t.ROWS, T + 1), dtype=np.int32)
     ends = np.array([[0, 7 + r, 20, T] for r in range(t.ROWS)], dtype=np.int32)
-    return t.pack(tokens[:, :-1], tokens[:, 1:], ends, t.get_bigram_hash(tokens[:, :-1], ARGS["bigram_vocab_size"]))
+    return t.pack(tokens[:, :-1], tokens[:, 1:], ends, t.get_bigram_hash(tokens[:, :-1], ARGS["bigram_vocab_size"]),
+                  ARGS["bigram_vocab_size"])
 
 
 def take(manager: t.TrainingManager, step: int, batch: torch.Tensor | None = None) -> dict[str, torch.Tensor]:

@@ -63,7 +63,7 @@ def results(rows: int, owned: bool) -> dict[str, torch.Tensor]:
     gradients = Gradients({p: addresses[name] for name, p in params.items()})
     with gradients.receive({p: weights[name] for name, p in params.items()}):
         x, ve, x0 = lookup(ids, weights["table"]), lookup(ids, weights["values"]), others["x0"]
-        find = train.lookup_owned if dispatch.interpret else lookup
+        find = (lambda ids, table: train.lookup_owned(ids, None, table)) if dispatch.interpret else lookup
         bigram = find(bigram_ids, weights["bigrams"]) if owned else others["bigram"]
         by_kernels = takes_layers(x, weights["mlp_bank"], H, 112, ATTENTIONS)
         sums = [begun(2, x) if by_kernels else None for _ in range(2)]
