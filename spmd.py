@@ -118,10 +118,6 @@ def exchange(x: Tensor) -> Tensor:
     """Within it: [devices * rows, ...] on each device, the rows for each -> those from each."""
     return _collective("all_to_all", x, x.size(0))
 
-def gather_rows(x: Tensor) -> Tensor:
-    """Within it: [rows, ...] on each device -> those of all devices, [devices * rows, ...]."""
-    return _collective("all_gather", x, x.size(0) * device_count())
-
 def first_row(rows: int, like: Tensor) -> Tensor:
     """Within it: the number of the first of the `rows` rows that a device has of its own, [1] int32, on the device of `like`."""
     if device_count() == 1:
@@ -149,8 +145,6 @@ def _computation(kind: str, to: tuple, shape: tuple, dtype: torch.dtype, devices
                 %sum = stablehlo.add %a, %b : tensor<{element}>
                 stablehlo.return %sum : tensor<{element}>
             }}) : ({array(shape)}) -> {array(to)}""",
-        all_gather=f"""
-          %y = "stablehlo.all_gather"(%x) <{{all_gather_dim = 0 : i64, {groups}}}> : ({array(shape)}) -> {array(to)}""",
         all_to_all=f"""
           %y = "stablehlo.all_to_all"(%x) <{{split_dimension = 0 : i64, concat_dimension = 0 : i64, split_count = {devices} : i64,
             {groups.replace("use_global_device_ids, ", "")}}}> : ({array(shape)}) -> {array(to)}""",

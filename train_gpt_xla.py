@@ -74,7 +74,6 @@ from spmd import (
     enter,
     exchange,
     first_row,
-    gather_rows,
     is_split,
     leave,
     setup_devices,
@@ -722,13 +721,13 @@ class GPT(nn.Module):
     # -----------------------------------
 
     def second_half(self, i: int, x: Tensor, y: Tensor | None, factors: list[Tensor], sa_lambda: Tensor | None, x0: Tensor | None,
-                    x0_bigram: Tensor | None, by_kernels: bool, keep: bool, x0_sum: Shared | None, bigram_sum: Shared | None) -> Tensor:
+                    x0_bigram: Tensor | None, by_kernels: bool, keep: bool, x0_sum: Shared | None, bigram_sum: Shared | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """
         What layer i does after attention's y [B, T, d]: its last projection, the sum with x, x0 and the bigram, the MLP, the sum with that.
         factors: of x, attention, x0 and bigram in the first sum, of x and the MLP in the second, float32, one each or one a token
-        [B, T, 1]. Without y (layer 6): of the second sum alone.
+        [B, T, 1]. Without y (layer 6): of the second sum alone. Returns the result, and x and x0 for whoever else reads them, as attention.
         """
-        j = i - (i > 6)
+        j, x_ = i - (i > 6), x
         if by_kernels:  # D16
             factors = torch.cat([torch.as_tensor(f, device=x.device).float().expand(*x.shape[:2], 1) for f in factors], dim=-1).mT
             attention = {} if y is None else dict(y=y, vo_bank=self.vo_bank, j=j, lambda_o=sa_lambda.view(1), x0=x0, bigram=x0_bigram,
@@ -740,7 +739,7 @@ class GPT(nn.Module):
             attn_out = F.linear(y, scaled(sa_lambda, self.vo_bank[2 * j + 1].type_as(y)))
             x = weighted(*zip(first, (x, attn_out, x0, x0_bigram), strict=True))
         c_fc, c_proj = self.mlp_bank[i]
-        return weighted((resid, x), (post, ReLUSqrdMLP(norm(x), c_fc, c_proj)))
+        return weighted((resid, x), (post, ReLUSqrdMLP(norm(x), c_fc, c_proj))), x_, x0
 
     def forward(self, input_seq: Tensor, target_seq: Tensor | None, documents: Tensor, bigram_input_seq: Tensor,
                 schedule_cfg: ForwardScheduleConfig, bigram_slots: Tensor | None = None):
@@ -805,6 +804,14 @@ class GPT(nn.Module):
             (window, i in self.paired_head_layers) for i, window in enumerate(bm_sizes) if window is not None})
         ve, ve_first, ve_last = Tables.apply(ve) if by_kernels else (ve, *ve.chunk(5, dim=-1)[::4])
         ve_sum, x0_sum, bigram_sum = map(Shared, (4, 9, 10)) if by_kernels and torch.is_grad_enabled() else (None, None, None)
+
+        def instead(x: Tensor, read: Tensor, passed: Tensor | None) -> Tensor:
+            """x, or what a kernel has passed on where it has read x: all later readers of `read` take that."""
+            if passed is None:
+                return x
+            cache.update({layer: passed for layer, y in cache.items() if y is read})
+            return passed if x is read else x
+
         for i in range(self.num_layers):
             is_paired = i in self.paired_head_layers
             *yarn, attn_scale = factors[is_paired]
@@ -832,7 +839,7 @@ class GPT(nn.Module):
                     mix = [resid_lambdas_attn[i], post_lambdas_attn[i], x0_gates[i], bigram_gates[i] if i > 0 else 0.0,
                            resid_lambdas_mlp[i], post_lambdas_mlp[i]]
                 attn = self.attn_paired if is_paired else self.attn
-                y, attn_in = attn(attn_in, AttnArgs(
+                y, passed = attn(attn_in, AttnArgs(
                     layer=i - (i > 6),
                     sa_lambdas=sa_lambdas[i],
                     documents=documents,
@@ -849,13 +856,12 @@ class GPT(nn.Module):
                     by_kernels=by_kernels,
                     attention=schedule_cfg.attention or (window_attention, dc_attention),
                 ), self.qk_bank, self.vo_bank)
-                if 7 in cache:
-                    cache[7] = attn_in
-                else:
-                    x = attn_in
-            x = self.second_half(i, x, y, mix, sa_lambdas[i, 1] if y is not None else None, x0 if mu is None else cache[0], x0_bigram,
-                                 by_kernels, schedule_cfg.keep is None or schedule_cfg.keep.mlp, x0_sum if mu is None else None,
-                                 bigram_sum)
+                x = instead(x, attn_in, passed)
+            read = x, x0 if mu is None else cache[0]
+            x, *passed = self.second_half(i, x, y, mix, sa_lambdas[i, 1] if y is not None else None, read[1], x0_bigram, by_kernels,
+                                          schedule_cfg.keep is None or schedule_cfg.keep.mlp, x0_sum if mu is None else None, bigram_sum)
+            for tensors in zip(read, passed):
+                instead(x, *tensors)
             if i in self.cache_layers:
                 cache[i] = x
 

@@ -29,6 +29,7 @@ class MLPShapes:
     on_top: bool = False  # weights' gradients are added to float32 sums
     x0_on_top: bool = False  # x0's gradient is added to what other layers have found
     bigram_on_top: bool = False
+    dx_on_top: bool = False  # x's gradient is added to what came back to it by other ways
 
     @property
     def factors(self) -> tuple[str, ...]:
@@ -39,9 +40,10 @@ def get_mlp(x: Tensor, mlp_bank: Tensor, keep: bool, attention: bool) -> MLPShap
     """None where no block fits in VMEM. All calls of a step take the same, that of the largest."""
     from kernels.tpu.mlp import vmem_bytes
     (B, T, d), h = x.shape, mlp_bank.size(2)
-    choices = [MLPShapes(B, T, d, h, True, True, block, x0_on_top=True, bigram_on_top=True) for block in (512, 256, 128) if T % block == 0]
+    choices = [MLPShapes(B, T, d, h, True, True, block, x0_on_top=True, bigram_on_top=True, dx_on_top=True)
+               for block in (512, 256, 128) if T % block == 0]
     largest = largest_fitting(choices, lambda shapes: vmem_bytes(shapes, "bfloat16"))
-    return largest and dataclasses.replace(largest, keep=keep, attention=attention, x0_on_top=False, bigram_on_top=False)
+    return largest and dataclasses.replace(largest, keep=keep, attention=attention, x0_on_top=False, bigram_on_top=False, dx_on_top=False)
 
 
 def mlp_refuses(x: Tensor, mlp_bank: Tensor) -> str | None:
@@ -71,7 +73,7 @@ def residual_mlp(
         bigram: Tensor | None = None,  # [B, T, d]
         keep: bool = True,
         x0_sum: Sum | None = None,
-        bigram_sum: Sum | None = None) -> Tensor:
+        bigram_sum: Sum | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """
     By the TPU kernels, x_sum being x without y:
 
@@ -80,6 +82,7 @@ def residual_mlp(
 
     keep: store relu(norm(x_sum) @ fc.T), [4d, B * T], for the backward pass, which otherwise computes it again.
     x0_sum, bigram_sum: what the gradient of x0 or bigram is added to, in its memory. Without one autograd gets it.
+    Returns out, and x and, without x0_sum, x0 for whoever else reads them: what comes back to them is added in the kernel.
     """
     into = stack_of(mlp_bank), None if vo_bank is None else stack_of(vo_bank), x0_sum, bigram_sum
     return ResidualMLP.apply(x, mlp_bank, factors, y, vo_bank, lambda_o, x0, bigram, layer, j, keep and torch.is_grad_enabled(), into)
@@ -101,18 +104,20 @@ class ResidualMLP(torch.autograd.Function):
         saved = inputs | dict(x_sum=r.x_sum, act=r.act)
         ctx.names = list(saved)
         ctx.save_for_backward(*saved.values())
-        return r.out
+        ctx.set_materialize_grads(False)
+        return r.out, x, x0 if into[2] is None else None
 
     @staticmethod
-    def backward(ctx, dout):
+    def backward(ctx, dout, dx, dx0):
         from kernels.tpu import mlp
         saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         (layer, j), (stack, stack_o, *sums), mlp_bank, vo_bank = ctx.places, ctx.into, saved["mlp_bank"], saved["vo_bank"]
-        before = [None if into is None else into.so_far() for into in sums]
-        shapes = dataclasses.replace(ctx.shapes, on_top=stack.on_top, x0_on_top=before[0] is not None, bigram_on_top=before[1] is not None)
+        before = [other if into is None else into.so_far() for into, other in zip(sums, (dx0, None))]
+        shapes = dataclasses.replace(ctx.shapes, on_top=stack.on_top, x0_on_top=before[0] is not None, bigram_on_top=before[1] is not None,
+                                     dx_on_top=dx is not None)
         here = {} if j is None else dict(o=index(2 * j + 1, dout), stack_o=stack_o.so_far(vo_bank))
         d = call_kernel(mlp.mlp_backward, shapes, layer=index(layer, dout), stack=stack.so_far(mlp_bank), **here, **saved, dout=dout,
-                        x0_before=before[0], bigram_before=before[1])
+                        x0_before=before[0], bigram_before=before[1], dx_so_far=dx)
         as_bank = lambda found, bank: found if found is None else found.view_as(bank)
         dmlp_bank = as_bank(stack.store(d.stack, ("mlp", layer)), mlp_bank)
         if j is None:

@@ -105,8 +105,10 @@ class Case:
                 factors[3] = 0.0 if factors[3] is None else factors[3]
             else:
                 factors = factors[4:]
-            x = train.GPT.second_half(model, layer["i"], x, y, factors, take("lambda_o"), leaves["x0"], leaves["x0_bigram"], by_kernels,
-                                      self.keep, sums["x0"], sums["x0_bigram"])
+            x, *passed = train.GPT.second_half(model, layer["i"], x, y, factors, take("lambda_o"), leaves["x0"], leaves["x0_bigram"],
+                                               by_kernels, self.keep, sums["x0"], sums["x0_bigram"])
+            if self.own_loop or layer["i"] % 2:  # otherwise nobody reads them again
+                read_again += passed if self.own_loop and y is not None else passed[:1]
         return sum(read_again, x)
 
     def stored(self, name: str, layer: dict) -> list[int]:

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.mlp import MLPShapes
-from kernels.tpu.common import Operand, Operands, by_strips, columns, f32, kernel_call, matmul, normed, scalar, scaled, stream, to_rows
+from kernels.tpu.common import Operand, Operands, add, by_strips, columns, f32, kernel_call, matmul, normed, scalar, scaled, stream, to_rows
 
 
 def to_hidden(W, x):
@@ -114,10 +114,8 @@ def mlp_backward_kernel(r, shapes: MLPShapes):
             for name, dx, before in (("g_x0", r.dx0, r.x0_before), ("g_bigram", r.dbigram, r.bigram_before)):
                 more = () if before is None else [(1, before[0, part(t)])]
                 dx[0, part(t)] = weighted(dtype, (factor[name][part(t)], d), *more)
-            r.dx[0, part(t)] = weighted(dtype, (factor["resid_a"][part(t)], d))
-            found[t] = weighted(dtype, (factor["post_a"][part(t)], d))
-        else:
-            r.dx[0, part(t)] = d
+            d, found[t] = (weighted(dtype, (factor[name][part(t)], d)) for name in ("resid_a", "post_a"))
+        r.dx[0, part(t)] = add(d, r.dx_so_far[0, part(t)]) if shapes.dx_on_top else d
         r.dfactors[0, :n - 1, part(t)] = to_rows(dfactors)
     stream(parts, to_fc, through_norm, to_y)
     stream(parts, to_proj, through_sum, lambda t, _: None)
@@ -213,7 +211,8 @@ def backward_operands(s: MLPShapes, dtype, layers: int = 1, matrices: int = 1) -
             x0=only(tokens),
             bigram=only(tokens),
             x0_before=only(tokens, s.attention and s.x0_on_top),
-            bigram_before=only(tokens, s.attention and s.bigram_on_top)),
+            bigram_before=only(tokens, s.attention and s.bigram_on_top),
+            dx_so_far=only(tokens, s.dx_on_top)),
         outputs=dict(
             dx=tokens,
             dW=Operand(stack, sums, (2, h, d), lambda row, i, layer, *_: (layer[0], 0, 0), True),
@@ -243,9 +242,9 @@ def mlp_backward(s: MLPShapes, dtype, interpret=False):
     """
     A function (what mlp_forward's takes, and with s.attention x_sum, with s.keep act, as it returned them; dout as x; stack [2 * layers,
     4d, d], of which dfc and dproj take the layer's pair; with s.attention stack_o [m, d, d], of which dW_o takes place o; with s.x0_on_top
-    or s.bigram_on_top x0_before or bigram_before as x, to which dx0 or dbigram is added, in its memory) -> dx, stack, dfactors as factors;
-    with s.attention stack_o, dy, dlambda_o [1] f32, dx0, dbigram. s.on_top: both stacks are f32, and what they take is added to what they
-    have there.
+    or s.bigram_on_top x0_before or bigram_before as x, to which dx0 or dbigram is added, in its memory; with s.dx_on_top dx_so_far as x, to
+    which dx is added) -> dx, stack, dfactors as factors; with s.attention stack_o, dy, dlambda_o [1] f32, dx0, dbigram. s.on_top: both
+    stacks are f32, and what they take is added to what they have there.
     """
     def run(mlp_bank, vo_bank=None, **arrays):
         operands = backward_operands(s, dtype, len(mlp_bank), 1 if vo_bank is None else len(vo_bank))

@@ -79,7 +79,7 @@ def results(rows: int, owned: bool) -> dict[str, torch.Tensor]:
                 layer=i, sa_lambdas=others["lambdas"][i], documents=documents, bm_size=100,
                 factors=yarn.factors(T, whole(torch.tensor(freq)), torch.bfloat16), attn_scale=whole(torch.tensor(scale)),
                 key_offset=bool(i), by_kernels=by_kernels, **own), weights["qk_bank"], weights["vo_bank"])
-            x = train.GPT.second_half(model, i, x, y, list(factors), others["lambdas"][i, 1], x0, bigram, by_kernels, True, *sums)
+            x, *_ = train.GPT.second_half(model, i, x, y, list(factors), others["lambdas"][i, 1], x0, bigram, by_kernels, True, *sums)
         x, weight, mtp = train.norm(x), weights["table"], whole(torch.tensor([1.0, 0.5]))
         prefixes = prefix, whole(torch.tensor([0.25]))
         if takes_lm_head(x, weight):
