@@ -53,6 +53,7 @@ from kernels import (
     dc_attention,
     fused_attention,
     fused_dc,
+    fused_mix,
     lm_head_losses,
     lookup,
     residual_mlp,
@@ -297,7 +298,7 @@ class CausalSelfAttention(nn.Module):
             x, qk_bank, vo_bank, attn_args.layer, attn_args.sa_lambdas[0].view(1), attn_args.ve, attn_args.ve_gate_w, attn_args.aux_v,
             *attn_args.factors, still_dims(self.head_dim, x.device) if attn_args.key_offset else None, attn_args.documents,
             attn_args.bm_size, attn_args.attn_scale, self.paired, attn_args.xsa_alpha, None if dc else gate, attn_args.table,
-            attn_args.ve_sum)
+            attn_args.ve_sum, ve_adds=attn_args.table == 0)  # the first table's gradient begins after the last layer
         if dc:
             y = fused_dc(qkv, y, gate.float(), *dc_gate(attn_args.dc_w), attn_args.documents, attn_args.dc_window, attn_args.attn_scale)
         return y, x
@@ -452,20 +453,10 @@ def lookup_owned(ids: Tensor, slots: Tensor | None, weight: Tensor) -> Tensor:
     x = lookup(asked.unsqueeze(0), weight, (asked >= 0).unsqueeze(0))
     return Exchange.apply(x.squeeze(0), slots, token.clamp(max=N - 1)).view(*ids.shape, -1)
 
-class Tables(torch.autograd.Function):
-    """
-    The value embeddings of five tables, [B, T, 5d], for kernels, and of the first and the last one apart, [B, T, d], for all else: a kernel
-    leaves its own table's share of the gradient, and of the last table there is none.
-    """
-    @staticmethod
-    def forward(ctx, ve):
-        return ve.view_as(ve), *ve.chunk(5, dim=-1)[::4]
-
-    @staticmethod
-    def backward(ctx, dve, dfirst, dlast):
-        d = dfirst.size(-1)
-        dve = torch.slice_scatter(dve, dve[..., :d] + dfirst, -1, 0, d)
-        return torch.slice_scatter(dve, dlast, -1, 4 * d, 5 * d)
+# MUDD's sums by kernels: the terms (which activation, which row of numbers, two rows for each half of the heads) of the gated value
+# embeddings and of x before layer 10, and of x after it
+MUDD_BEFORE = ((3, (6, 7)), (1, 0), (2, 1), (0, 2)), ((0, 5), (1, 3), (2, 4))  # of x, cache[0], cache[7], value embeddings
+MUDD_AFTER = ((0, None), (1, 0), (2, 1), (3, 2), (5, 3), (4, 4)),  # of x, cache[0], cache[7], cache[9], cache[3], value embeddings
 
 class GPT(nn.Module):
     def __init__(self, vocab_size: int, num_layers: int, num_heads: int, head_dim: int, model_dim: int, block_size: int = 128,
@@ -721,7 +712,8 @@ class GPT(nn.Module):
     # -----------------------------------
 
     def second_half(self, i: int, x: Tensor, y: Tensor | None, factors: list[Tensor], sa_lambda: Tensor | None, x0: Tensor | None,
-                    x0_bigram: Tensor | None, by_kernels: bool, keep: bool, x0_sum: Shared | None, bigram_sum: Shared | None) -> tuple[Tensor, Tensor, Tensor | None]:
+                    x0_bigram: Tensor | None, by_kernels: bool, keep: bool, x0_sum: Shared | None,
+                    bigram_sum: Shared | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """
         What layer i does after attention's y [B, T, d]: its last projection, the sum with x, x0 and the bigram, the MLP, the sum with that.
         factors: of x, attention, x0 and bigram in the first sum, of x and the MLP in the second, float32, one each or one a token
@@ -802,8 +794,8 @@ class GPT(nn.Module):
 
         by_kernels = schedule_cfg.attention is None and takes_layers(x, self.mlp_bank, self.num_heads, self.dc_window, {
             (window, i in self.paired_head_layers) for i, window in enumerate(bm_sizes) if window is not None})
-        ve, ve_first, ve_last = Tables.apply(ve) if by_kernels else (ve, *ve.chunk(5, dim=-1)[::4])
-        ve_sum, x0_sum, bigram_sum = map(Shared, (4, 9, 10)) if by_kernels and torch.is_grad_enabled() else (None, None, None)
+        ve_first, *_, ve_last = ve.chunk(5, dim=-1)
+        ve_sum, x0_sum, bigram_sum = map(Shared, (6, 9, 10)) if by_kernels and torch.is_grad_enabled() else (None, None, None)
 
         def instead(x: Tensor, read: Tensor, passed: Tensor | None) -> Tensor:
             """x, or what a kernel has passed on where it has read x: all later readers of `read` take that."""
@@ -826,18 +818,26 @@ class GPT(nn.Module):
                 x = weighted((1.0, x), (scaled(torch.sigmoid(skip_lambda), skip_gate), cache[3]))
                 mix = [resid_lambdas_mlp[i], post_lambdas_mlp[i]]
             else:
-                attn_in, aux_v = cache.get(7, x), None
+                aux_v = None
                 if i == self.num_layers - 1:
                     cache[9] = x
                     mu = self.forward_mudd(x, id=0, num_coef=14)
-                    first_half = torch.arange(x.size(-1), device=x.device) < x.size(-1) // 2  # of the heads
-                    ve_gate = torch.where(first_half, mu[6].float(), mu[7].float())
-                    aux_v = weighted((ve_gate, ve_last), (mu[0], cache[0]), (mu[1], cache[7]), (mu[2], x))
-                    x = weighted((1 + mu[5].float(), x), (mu[3], cache[0]), (mu[4], cache[7]))
+                    if by_kernels:  # D30
+                        numbers = torch.cat([*mu[:5], 1 + mu[5].float(), *mu[6:8]], dim=-1).float().mT
+                        read = x, cache[0], cache[7]
+                        (aux_v, x), passed = fused_mix([*read, ve], numbers, MUDD_BEFORE, 4, ve_sum)
+                        for tensors in zip(read, passed):
+                            instead(x, *tensors)
+                    else:
+                        first_half = torch.arange(x.size(-1), device=x.device) < x.size(-1) // 2  # of the heads
+                        ve_gate = torch.where(first_half, mu[6].float(), mu[7].float())
+                        aux_v = weighted((ve_gate, ve_last), (mu[0], cache[0]), (mu[1], cache[7]), (mu[2], x))
+                        x = weighted((1 + mu[5].float(), x), (mu[3], cache[0]), (mu[4], cache[7]))
                     mix = [mu[8], mu[9], mu[10], mu[11], mu[12], mu[13]]
                 else:
                     mix = [resid_lambdas_attn[i], post_lambdas_attn[i], x0_gates[i], bigram_gates[i] if i > 0 else 0.0,
                            resid_lambdas_mlp[i], post_lambdas_mlp[i]]
+                attn_in = cache.get(7, x)
                 attn = self.attn_paired if is_paired else self.attn
                 y, passed = attn(attn_in, AttnArgs(
                     layer=i - (i > 6),
@@ -866,8 +866,12 @@ class GPT(nn.Module):
                 cache[i] = x
 
         mu = self.forward_mudd(x, id=1, num_coef=5)
-        x = weighted((1.0, x), (mu[0], cache[0]), (mu[1], cache[7]), (mu[2], cache[9]), (mu[3], ve_first), (mu[4], cache[3]))
-        x = norm(x)
+        if by_kernels:
+            activations = [x, cache[0], cache[7], cache[9], cache[3], ve]
+            (x,), _ = fused_mix(activations, torch.cat(mu, dim=-1).float().mT, MUDD_AFTER, 0, ve_sum, normed=True)
+        else:
+            x = weighted((1.0, x), (mu[0], cache[0]), (mu[1], cache[7]), (mu[2], cache[9]), (mu[3], ve_first), (mu[4], cache[3]))
+            x = norm(x)
         if target_seq is None:
             return x
         # softcap 23 * sigmoid((logits + 5) / 7.5): Gemma 2's tanh by @Grad62304977, its bound by @KoszarskyB, the sigmoid form
@@ -1572,7 +1576,8 @@ class TrainingManager():
 
     def run(self, batch: list[Tensor], numbers: Tensor) -> list[Tensor]:
         """
-        The training step or slice of validation that advance_schedule has come to, replayed. batch: to_devices', of each turn. Returns the losses of the rows, [devices] for each turn.
+        The training step or slice of validation that advance_schedule has come to, replayed. batch: to_devices', of each
+        turn. Returns the losses of the rows, [devices] for each turn.
         """
         step, losses = self.graph, []
         for graph, times in step.programs(turns()):

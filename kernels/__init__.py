@@ -5,6 +5,7 @@ Importing it imports neither JAX nor torch_xla.
     attention.py    up to q, k and v, and attention itself       tpu/projection.py, tpu/attention.py
     dc.py           what DC adds to attention in layer 10        tpu/dc.py
     mlp.py          attention's last projection and the MLP      tpu/mlp.py
+    mix.py          sums of activations, MUDD's                  tpu/mix.py
     lm_head.py      lm_head and the loss                         tpu/lm_head.py
     embedding.py    the gradient of embeddings                   tpu/embedding.py
     dispatch.py     when a kernel runs, and how it gets into torch_xla's graph
@@ -16,10 +17,11 @@ from kernels.dc import dc_attention, dc_refuses, fused_dc
 from kernels.dispatch import takes
 from kernels.embedding import lookup
 from kernels.lm_head import lm_head_losses, takes_lm_head
+from kernels.mix import fused_mix
 from kernels.mlp import mlp_refuses, residual_mlp
 
-__all__ = ["dc_attention", "fused_attention", "fused_dc", "lm_head_losses", "lookup", "residual_mlp", "takes_layers", "takes_lm_head",
-           "window_attention"]
+__all__ = ["dc_attention", "fused_attention", "fused_dc", "fused_mix", "lm_head_losses", "lookup", "residual_mlp", "takes_layers",
+           "takes_lm_head", "window_attention"]
 
 
 def takes_layers(x: Tensor, mlp_bank: Tensor, heads: int, dc_window: int, attentions: set[tuple[int, bool]]) -> bool:

@@ -135,6 +135,7 @@ class Projection:
     gate: int = 12  # features that the gate of value embeddings reads
     on_top: bool = False  # weights' gradients are added to float32 sums
     dve: str = "one"  # value embeddings' gradient: this table's; "new": memory for all tables' with it; "on": in such memory, which goes on
+    dve_adds: bool = False  # with dve "on", it is added to what this table's part has
     dx_on_top: bool = False  # x's gradient is added to what came back to it by other ways
 
 
@@ -150,10 +151,10 @@ def get_projection(B: int, H: int, T: int, D: int, paired: bool, banks: tuple[in
                    keep: bool, gate: int = 12) -> Projection | None:
     """None where no block fits in VMEM. All calls of a step take the same, that of the largest."""
     from kernels.tpu.projection import vmem_bytes
-    choices = [Projection(B, H, T, D, paired, banks, key_offset, 1, True, True, block, gate, dx_on_top=True)
+    choices = [Projection(B, H, T, D, paired, banks, key_offset, 1, True, True, block, gate, dve="on", dve_adds=True, dx_on_top=True)
                for block in (512, 256, 128) if T % block == 0]
     largest = largest_fitting(choices, lambda shapes: vmem_bytes(shapes, "bfloat16"))
-    return largest and dataclasses.replace(largest, tables=tables, aux_v=aux_v, keep=keep, dx_on_top=False)
+    return largest and dataclasses.replace(largest, tables=tables, aux_v=aux_v, keep=keep, dve="one", dve_adds=False, dx_on_top=False)
 
 
 def attention_refuses(x: Tensor, heads: int, window: int, paired: bool) -> str | None:
@@ -194,7 +195,8 @@ def fused_attention(
         xsa: Tensor | None,  # [B, T, H] float32, how much of y along v is taken away: its tanh
         gate: Tensor | None,  # [B, T, H] float32, multiplies y then
         table: int = 0,  # whose embeddings these are
-        ve_sum=None) -> tuple[Tensor, Tensor, Tensor]:
+        ve_sum=None,
+        ve_adds: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """
     norm(x) @ W.T and all else that comes before attention, window_attention, XSA and the gate, by two kernels.
     Returns y [B, T, C], tokens before heads, as matmuls want it, what attention has read, qkv [B, 3H, T, D], and x for whoever else reads
@@ -202,17 +204,18 @@ def fused_attention(
 
     ve_sum: where the gradient of ve goes. so_far() -> memory as ve with the other tables' share, or None if this is the first one: then
     in what is stored only this table's share means something. store(tensor) -> what autograd gets. None: all of it goes to autograd.
+    ve_adds: the memory has a share of this table, too, to which this layer's is added. Otherwise it is overwritten.
     """
     into, grad = (stack_of(qk_bank), stack_of(vo_bank), None if ve is None else ve_sum), torch.is_grad_enabled()
     return FusedAttention.apply(x, qk_bank, vo_bank, layer, lambda_w, ve, ve_gate_w, aux_v, factor1, factor2, still, documents, window,
-                                scale, paired, xsa, gate, table, grad, into)
+                                scale, paired, xsa, gate, table, grad, into, ve_adds)
 
 
 class FusedAttention(torch.autograd.Function):
     """fused_attention. keep: there will be a backward pass. into: where the gradients of qk_bank, vo_bank (gradients.Stack) and ve go."""
     @staticmethod
     def forward(ctx, x, qk_bank, vo_bank, layer, lambda_w, ve, ve_gate_w, aux_v, factor1, factor2, still, documents, window, scale, paired,
-                xsa, gate, table, keep, into):
+                xsa, gate, table, keep, into, ve_adds):
         from kernels.tpu import attention, projection
         ctx.set_materialize_grads(False)
         (B, T, C), D = x.shape, factor1.size(-1)
@@ -229,7 +232,7 @@ class FusedAttention(torch.autograd.Function):
         then = dict(documents=documents, scale=scale.float().reshape(1), xsa=by_head(xsa), gate=by_head(gate))
         before = call_kernel(projection.project, shapes, **inputs)
         after = call_kernel(attention.attention_forward, band, qkv=before.qkv, **then)
-        ctx.shapes, ctx.band, ctx.part, ctx.into, ctx.names = shapes, band, (layer, table), into, (list(inputs), list(then))
+        ctx.shapes, ctx.band, ctx.part, ctx.into, ctx.names = shapes, band, (layer, table, ve_adds), into, (list(inputs), list(then))
         ctx.save_for_backward(*inputs.values(), *then.values(), before.raw, before.qkv, after.y if after.y_raw is None else after.y_raw,
                               after.sums)
         return after.y, before.qkv, x
@@ -237,7 +240,7 @@ class FusedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dqkv, dx):
         from kernels.tpu import attention, projection
-        names, (layer, table), (into_qk, into_vo, into_ve) = ctx.names, ctx.part, ctx.into
+        names, (layer, table, ve_adds), (into_qk, into_vo, into_ve) = ctx.names, ctx.part, ctx.into
         *saved, raw, qkv, y, sums = ctx.saved_tensors
         inputs, then = dict(zip(names[0], saved)), dict(zip(names[1], saved[len(names[0]):], strict=True))
         band = dataclasses.replace(ctx.band, more=dqkv is not None)
@@ -245,7 +248,7 @@ class FusedAttention(torch.autograd.Function):
         assert into_qk.on_top == into_vo.on_top
         so_far = None if into_ve is None else into_ve.so_far()
         shapes = dataclasses.replace(ctx.shapes, on_top=into_qk.on_top, dve="one" if into_ve is None else "new" if so_far is None else "on",
-                                     dx_on_top=dx is not None)
+                                     dve_adds=ve_adds and so_far is not None, dx_on_top=dx is not None)
         d = call_kernel(
             projection.project_backward, shapes, **inputs, qk_stack=into_qk.so_far(inputs["qk"]), vo_stack=into_vo.so_far(inputs["vo"]),
             dve_so_far=so_far, dx_so_far=dx, raw=raw, dq=after.dq, dk=after.dk, dv=after.dv)
@@ -256,4 +259,4 @@ class FusedAttention(torch.autograd.Function):
             C = dy.size(2)
             dve = F.pad(dve, (table * C, (shapes.tables - 1 - table) * C))
         return (d.dx, into_qk.store(d.qk_stack, ("qk", layer)), into_vo.store(d.vo_stack, ("v", layer)), None, d.dlambda_w, dve,
-                d.dve_gate_w, d.daux_v, *[None] * 7, by_token(after.dxsa), by_token(after.dgate), *[None] * 3)
+                d.dve_gate_w, d.daux_v, *[None] * 7, by_token(after.dxsa), by_token(after.dgate), *[None] * 4)

@@ -20,9 +20,9 @@ import muon_xla
 import spmd
 import train_gpt_xla as train
 from chips import CHIPS, Chip
-from kernels import attention, dc, dispatch, embedding, lm_head, mlp
+from kernels import attention, dc, dispatch, embedding, lm_head, mix, mlp
 
-PRODUCT = gradients, kernels, attention, dc, dispatch, embedding, lm_head, mlp, muon_xla, spmd, train
+PRODUCT = gradients, kernels, attention, dc, dispatch, embedding, lm_head, mix, mlp, muon_xla, spmd, train
 
 def replace(patch: pytest.MonkeyPatch, name: str, value):
     """In every module of the product that has it: it may have been imported by name."""

@@ -12,7 +12,7 @@ import torch
 
 from chips import CHIPS
 from kernels import dispatch
-from kernels.attention import Band, attention_refuses, window_attention
+from kernels.attention import Band, attention_refuses, fused_attention, window_attention
 
 SCALE = 0.12
 
@@ -100,6 +100,39 @@ def check_kernels(rows, H, T, D, window, paired, layout, dtype, block):
 ])
 def test_kernels(rows, H, T, window, paired, layout, dtype):
     check_kernels(rows, H, T, 16, window, paired, layout, dtype, block=128)
+
+class Memory:
+    """Where the gradient of the value embeddings goes: what is there before, and what a kernel leaves."""
+    def __init__(self, before: torch.Tensor | None):
+        self.before = before
+
+    def so_far(self):
+        return self.before
+
+    def store(self, total):
+        self.after = total
+
+def test_gradient_of_value_embeddings_adds():
+    """To this table's share, once and rounded once, or overwrites it; nobody else's share changes."""
+    H, T, D, table = 2, 384, 64, 1  # three blocks, which the kernel takes from the last to the first
+    C, generator = H * D, torch.Generator().manual_seed(0)
+    randn = lambda *shape: torch.randn(*shape, generator=generator).bfloat16()
+    x, ve, ve_gate_w, before, dy = randn(2, T, C), randn(2, T, 3 * C), randn(H, 12), randn(2, T, 3 * C), randn(2, T, C)
+    qk_bank, vo_bank, factors = (C**-0.5 * randn(2 * H, 2 * D, C)).requires_grad_(), C**-0.5 * randn(4, C, C), randn(2, T, D)
+    def dve(before, ve_adds) -> torch.Tensor:
+        memory = Memory(before)
+        with eager.eager(kernels=True):
+            y, _, _ = fused_attention(x, qk_bank, vo_bank, 1, torch.ones(1), ve, ve_gate_w, None, *factors, None, documents("padded", 2, T),
+                                      100, torch.tensor(SCALE), False, None, None, table, memory, ve_adds)
+            y.backward(dy)
+        return memory.after.view(2, T, 3, C)
+    own, parts = dve(None, ve_adds=False)[:, :, table], before.view(2, T, 3, C)
+    assert float(own.float().norm(dim=-1).min()) > 0 and float(own[..., :12].float().norm()) > 0
+    for ve_adds, want in {False: own, True: parts[:, :, table] + own}.items():
+        got = dve(before, ve_adds)
+        assert torch.equal(got[:, :, table], want), f"ve_adds={ve_adds}"
+        assert torch.equal(got[:, :, ::2], parts[:, :, ::2]), "another table's share"
+    assert torch.equal(dve(None, ve_adds=True)[:, :, table], own), "the first one has nothing to add to"
 
 def test_attention_refuses(monkeypatch):
     monkeypatch.setattr(dispatch, "target", CHIPS["v6e"])

@@ -154,7 +154,6 @@ def export_graphs(tpu: str, preset: str, out: str, *names: str):
     Traces graphs of the run and writes their HLO, NAME.hlo.pb, and as exported.json the flags of a TPU run, the bytes of
     state on a chip that each graph does not touch but that lie there all the same, and its calls of attention's kernels. In a child.
     """
-    import torch
     import torch_xla
     from jax._src.lib import xla_client as xc
     from torch_xla._internal import tpu as this_machine

@@ -54,7 +54,6 @@ def bench_loader(port, num_tokens: int, max_seq_len: int, steps: int, folder: Pa
 
 def bench_step(port, args, steps: list[int], n: int, replay: bool) -> dict:
     """Host time of n steps, these of one stage in turn: what it takes to hand over their programs, while the devices have nothing to do."""
-    import torch
     manager = port.build(args)
     calls = []
     step_fn = port.Replay(lambda *x: calls.append(1) or manager.program(*x), manager.tensors, manager.constants, enabled=replay)

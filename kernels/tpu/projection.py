@@ -189,6 +189,8 @@ def project_backward_kernel(r, shapes: Projection):
         r.dx_acc[:, :LANES] += jnp.where(of_half, dfeatures, 0.0)
         own, of_gate = r.dve[0, :, :LANES], jnp.where(of_half, pltpu.roll(dfeatures, LANES - half, 1), 0.0).astype(dtype)
         r.dve[0, :, :LANES] = (own.astype(f32) + of_gate.astype(f32)).astype(dtype)
+        if shapes.dve_adds:
+            r.dve[0] = add(r.dve[0], r.dve_so_far[0])
     d = r.dx_acc[...].astype(dtype).astype(f32)
     d = (scale * (d - x_normed * (d * x_normed).mean(1, keepdims=True))).astype(dtype)
     r.dx[0] = add(d, r.dx_so_far[0]) if shapes.dx_on_top else d
@@ -289,13 +291,17 @@ def backward_operands(s: Projection, dtype) -> Operands:
     last, bt, C, H = s.tokens // s.block - 1, s.block, s.heads * s.dim, s.heads
     block = lambda i: last - i
     first, then, scratch, by_head = shared(s, dtype, block)
-    sums, whole = f32 if s.on_top else dtype, s.tables and s.dve != "one"
+    sums, dve = f32 if s.on_top else dtype, None
+    if s.tables:
+        dve = first["x"] if s.dve == "one" else table_operand(s, dtype, block)
+    goes_on = s.tables and s.dve == "on"
+    dve_so_far = dve if s.dve_adds else Operand((s.rows, s.tokens, s.tables * C), dtype)
     return Operands(
         prefetch=prefetched(s),
         inputs=dict(
             qk_stack=Operand((s.banks[0], 2 * s.dim, C), sums),
             vo_stack=Operand((s.banks[1], C, C), sums),
-            dve_so_far=Operand((s.rows, s.tokens, s.tables * C), dtype) if whole and s.dve == "on" else None,
+            dve_so_far=dve_so_far if goes_on else None,
             **first,
             raw=by_head(2 * H),
             dq=by_head(H),
@@ -308,10 +314,10 @@ def backward_operands(s: Projection, dtype) -> Operands:
             dqk=qk_operand(s, sums),
             dvo=v_operand(s, sums),
             dlambda_w=scalar(),
-            dve=(table_operand(s, dtype, block) if whole else first["x"]) if s.tables else None,
+            dve=dve,
             dve_gate_w=then["ve_gate_w"],
             daux_v=then["aux_v"]),
-        in_place=dict(dqk="qk_stack", dvo="vo_stack") | (dict(dve="dve_so_far") if whole and s.dve == "on" else {}),
+        in_place=dict(dqk="qk_stack", dvo="vo_stack") | (dict(dve="dve_so_far") if goes_on else {}),
         scratch=scratch | dict(
             dqkv=((bt, 3 * C), dtype),
             dx_acc=((bt, C), f32),
@@ -329,9 +335,9 @@ def backward_operands(s: Projection, dtype) -> Operands:
 def project_backward(s: Projection, dtype, interpret=False):
     """
     A function (project's inputs; qk_stack, vo_stack, as the banks, of which dqk and dvo take the layer's part, or are added to it, f32,
-    if s.on_top; with s.dve "on" dve_so_far as ve, of which dve takes the table's part; with s.dx_on_top dx_so_far as x, to which dx is
-    added; raw as it returned it, dq, dk, dv [R, H, T, D]) -> dx, qk_stack, vo_stack and the gradients of project's inputs, under their
-    names with a d before.
+    if s.on_top; with s.dve "on" dve_so_far as ve, of which dve takes the table's part, or is added to it, if s.dve_adds; with s.dx_on_top
+    dx_so_far as x, to which dx is added; raw as it returned it, dq, dk, dv [R, H, T, D]) -> dx, qk_stack, vo_stack and the gradients of
+    project's inputs, under their names with a d before.
     """
     call = kernel_call(project_backward_kernel, s, (s.rows, s.tokens // s.block), backward_operands(s, dtype), interpret)
     def run(**arrays):
