@@ -99,29 +99,34 @@ def dc_forward_kernel(r, shapes: DCShapes):
     by_tiles(shapes, correct)
 
 
+def shared(shapes: DCShapes, dtype, block):
+    """What both kernels have: inputs, bands of keys and values, what is large. block: of queries, of a row's program n."""
+    R, H, T, D, size, band = shapes.rows, shapes.heads, shapes.tokens, shapes.dim, shapes.block, shapes.band
+    heads = lambda third: Operand((R, 3 * H, T, D), dtype, (1, H, size, D), lambda row, n: (row, third, block(n), 0))
+    numbers = lambda m, dtype=f32: Operand((R, m, T), dtype, (1, m, size), lambda row, n: (row, 0, block(n)))
+    tokens = Operand((R, T, H * D), dtype, (1, size, H * D), lambda row, n: (row, block(n), 0))
+    inputs = dict(
+        scale=scalar(),
+        q=heads(0),
+        k=heads(1),
+        v=heads(2),
+        documents=numbers(1, jnp.int32),
+        y=tokens,
+        gate=numbers(H),
+        w1=numbers(H),
+        w2=numbers(H))
+    scratch = dict(
+        k_band=((H, band, D), dtype),
+        v_band=((H, band, D), dtype))
+    large = dict(
+        A=((shapes.keys, shapes.tile), f32),
+        visible=((shapes.keys, shapes.tile), f32))
+    return inputs, scratch, large
+
+
 def forward_operands(shapes: DCShapes, dtype) -> Operands:
-    R, H, T, D, block, band = shapes.rows, shapes.heads, shapes.tokens, shapes.dim, shapes.block, shapes.band
-    heads = lambda third: Operand((R, 3 * H, T, D), dtype, (1, H, block, D), lambda row, i: (row, third, i, 0))
-    numbers = lambda n, dtype=f32: Operand((R, n, T), dtype, (1, n, block), lambda row, i: (row, 0, i))
-    tokens = Operand((R, T, H * D), dtype, (1, block, H * D), lambda row, i: (row, i, 0))
-    return Operands(
-        inputs=dict(
-            scale=scalar(),
-            q=heads(0),
-            k=heads(1),
-            v=heads(2),
-            documents=numbers(1, jnp.int32),
-            y=tokens,
-            gate=numbers(H),
-            w1=numbers(H),
-            w2=numbers(H)),
-        outputs=dict(out=tokens),
-        scratch=dict(
-            k_band=((H, band, D), dtype),
-            v_band=((H, band, D), dtype)),
-        large=dict(
-            A=((shapes.keys, shapes.tile), f32),
-            visible=((shapes.keys, shapes.tile), f32)))
+    inputs, scratch, large = shared(shapes, dtype, lambda n: n)
+    return Operands(inputs=inputs, outputs=dict(out=inputs["y"]), scratch=scratch, large=large)
 
 
 def dc_forward(shapes: DCShapes, dtype, interpret=False):
@@ -202,37 +207,21 @@ def backward_operands(shapes: DCShapes, dtype) -> Operands:
     R, H, T, D, block, band = shapes.rows, shapes.heads, shapes.tokens, shapes.dim, shapes.block, shapes.band
     here = lambda n: jnp.minimum(n, shapes.blocks - 1)  # the block of queries of a row's program n
     done = lambda n: jnp.maximum(n - shapes.late, 0)  # the block whose gradients leave
-    heads = lambda third: Operand((R, 3 * H, T, D), dtype, (1, H, block, D), lambda row, n: (row, third, here(n), 0))
-    numbers = lambda m, dtype=f32: Operand((R, m, T), dtype, (1, m, block), lambda row, n: (row, 0, here(n)))
-    tokens = Operand((R, T, H * D), dtype, (1, block, H * D), lambda row, n: (row, here(n), 0))
+    inputs, scratch, large = shared(shapes, dtype, here)
     return Operands(
-        inputs=dict(
-            scale=scalar(),
-            q=heads(0),
-            k=heads(1),
-            v=heads(2),
-            documents=numbers(1, jnp.int32),
-            y=tokens,
-            gate=numbers(H),
-            w1=numbers(H),
-            w2=numbers(H),
-            dout=tokens),
+        inputs=inputs | dict(dout=inputs["y"]),
         outputs=dict(
             dqkv=Operand((R, 3 * H, T, D), dtype, (1, 3 * H, block, D), lambda row, n: (row, 0, done(n), 0)),
-            dy=tokens,
-            dgate=numbers(H),
-            dw1=numbers(H),
-            dw2=numbers(H)),
-        scratch=dict(
-            k_band=((H, band, D), dtype),
-            v_band=((H, band, D), dtype),
+            dy=inputs["y"],
+            dgate=inputs["gate"],
+            dw1=inputs["w1"],
+            dw2=inputs["w2"]),
+        scratch=scratch | dict(
             dq_band=((H, band, D), dtype),
             dk_band=((H, band, D), f32),
             dv_band=((H, band, D), f32),
             p=((H, shapes.keys, shapes.tile), f32)),
-        large=dict(
-            A=((shapes.keys, shapes.tile), f32),
-            visible=((shapes.keys, shapes.tile), f32),
+        large=large | dict(
             dA=((shapes.keys, shapes.tile), f32)))
 
 
