@@ -234,6 +234,12 @@ def test_a_kernel_cannot_outrun_its_bytes():
     estimate = Estimate(hlo([f"%x = f32[{n}]{{0}} parameter(0)", line]), {"a": (MS, 0)})
     assert estimate.total_ms == pytest.approx(2)  # in and out
     assert Estimate(hlo([f"%x = f32[{n}]{{0:S(1)}} parameter(0)", line]), {"a": (MS, 0)}).total_ms == pytest.approx(1)  # in is in VMEM
+    def moved(line, *blocks):
+        return Estimate(hlo([f"%x = f32[{n}]{{0}} parameter(0)", line]), {"a": (1, 0)}, V6E, {"a": blocks}).total_ms
+    assert moved(line, 12 * n, 2 * n) == pytest.approx(3.5)  # blocks that come again, and of the result a half
+    assert moved(line, 12 * n, None) == pytest.approx(4)  # nobody knows how much of it: all
+    line += ", output_to_operand_aliasing={{}: (0, {})}"
+    assert moved(line, 12 * n, None) == pytest.approx(3) and moved(line, None, 4 * n) == pytest.approx(1)
 
 def test_what_has_no_estimate_is_listed():
     summary = Estimate(hlo(["%x = f32[1024]{0} parameter(0)", "%s = f32[1024]{0} sort(%x), dimensions={0}, to_apply=%less",
@@ -657,6 +663,10 @@ def test_kernels_cost_their_trips_at_every_call(programs):
     assert 32 * 64 / MS <= short["ms"] <= 4 * 32 * 64 / MS
     assert 3 * 16 * 64 / MS <= looped["ms"] <= 3 * 4 * 16 * 64 / MS
     assert e["kernels_ms"] == pytest.approx(short["ms"] + long["ms"] + looped["ms"]) and not e["not_estimated"]
+    # in and out, a block at each of 32, 64 and 16 places in turn
+    found = json.loads((programs / "kernels.json").read_text())
+    assert {found["kernel_names"][call]: n for call, n in found["kernel_bytes"].items()} == {
+        f"{name}_kernel": [places * 256 * 128 * 4] * 2 for name, places in (("short", 32), ("long", 64), ("looped", 16))}
 
 @compiles
 def test_flags_reach_the_compiler(programs):

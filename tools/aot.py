@@ -273,7 +273,7 @@ def compile_graph(tpu: str, source: str, text: str, result: str, dump: str):
                           "temporaries": m.temp_size_in_bytes, "code": m.generated_code_size_in_bytes}
         optimised = executable.hlo_modules()[0].to_string()
         Path(text).write_text(optimised)
-        found["kernel_names"] = kernel_names(optimised)
+        found["kernel_names"], found["kernel_bytes"] = kernel_names(optimised)
         rows = hlo_cost.Estimate(hlo_cost.Module(optimised)).rows
         found["unestimated"] = sorted({r.op.name for r in rows if r.how == "none"})
     found["compile_s"] = time.perf_counter() - began
@@ -360,19 +360,47 @@ def dump_flags(directory: str, exported: str, names: list[str]) -> str:
             f"--xla_jf_dump_only_matching_hlo={';'.join(f'{name}=true' for name in names)}")
 
 
-def kernel_names(text: str) -> dict:
-    """{instruction: the name its pallas_call was given}."""
+def kernel_names(text: str) -> tuple[dict, dict]:
+    """{instruction: the name its pallas_call was given}, {instruction: bytes_moved()}."""
     import base64
 
     from jaxlib.mlir import ir
 
-    names = {}
+    names, moved = {}, {}
     for name, body in re.findall(r'%([\w.\-]+) = [^\n]*?custom_call_target="tpu_custom_call"[^\n]*?"body":"([A-Za-z0-9+/=]+)"', text):
         with ir.Context() as context:
             context.allow_unregistered_dialects = True
-            attributes = ir.Module.parse(base64.b64decode(body)).operation.attributes
+            module = ir.Module.parse(base64.b64decode(body))
+            attributes = module.operation.attributes
             names[name] = ir.StringAttr(attributes["sym_name"]).value if "sym_name" in attributes else name
-    return names
+            moved[name] = bytes_moved(module)
+    return names, moved
+
+
+def bytes_moved(module) -> list:
+    """
+    What a Mosaic kernel's pipeline moves between HBM and VMEM: the bytes of each operand and result, in order. A block comes again as
+    often as its place changes. None where that is for the kernel itself (no blocks), and where it depends on numbers that are only there at
+    run time, as those of a walk through sorted tokens.
+    """
+    functions = {f.attributes["sym_name"].value: f for f in module.body.operations}
+    main = functions["main"]
+    if "window_params" not in main.attributes:
+        return []
+    grid, scalars = list(main.attributes["iteration_bounds"]), main.attributes["scalar_prefetch"].value
+    memories = list(main.regions[0].blocks[0].arguments)[len(grid) + scalars:]
+    moved = [0] * scalars
+    for window, memory in zip(main.attributes["window_params"], memories):
+        words = re.fullmatch(r"memref<((?:\d+x)*)[a-z]*(\d+), .*", str(memory.type))
+        if "window_bounds" not in window or not words or "vmem" not in str(memory.type):
+            moved.append(None)
+            continue
+        block = functions[window["transform_indices"].value].regions[0].blocks[0]
+        used = [i for i, x in enumerate(list(block.arguments)[:len(grid)]) if list(x.uses)]
+        at_run_time = used and any("load" in op.operation.name for op in block.operations)
+        size = math.prod(map(int, words[1].split("x")[:-1])) * int(words[2]) // 8
+        moved.append(None if at_run_time else size * math.prod(grid[:used[-1] + 1] if used else ()))
+    return moved
 
 # -----------------------------------------------------------------------------
 # From a graph to its line in the report
@@ -473,7 +501,7 @@ def assess(graph, found: dict, tpu: Tpu, out: Path, untouched: int = 0, attentio
     if total > limit:
         entry["why"] = f"does not fit: {total:.2f} of {limit:.2f} GiB"
     module = hlo_cost.Module((out / f"{graph.name}.tpu.txt").read_text())
-    estimate = hlo_cost.Estimate(module, found["bundles"], tpu.chip)
+    estimate = hlo_cost.Estimate(module, found["bundles"], tpu.chip, found["kernel_bytes"])
     summary = estimate.summary(found["kernel_names"])
     for call, ms in (attention or {}).items():
         kernel = summary["kernels"].get(f"{call}_kernel", {"ms": math.inf})

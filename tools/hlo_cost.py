@@ -279,7 +279,7 @@ def region_shares(text: str) -> list[tuple[int, int, float]]:
     return shares
 
 
-COUNT = 2  # raise it when bundle_cycles counts differently: what `aot` has counted before is then made again
+COUNT = 3  # raise it when bundle_cycles or aot.bytes_moved counts differently: what `aot` has counted before is then made again
 PRODUCT_CYCLES = 4  # a vmatmul of 16 rows at the peak, all units at work: four of 128 x 128 (v5e, a core of v5p), two of 256 x 256 (v6e)
 
 
@@ -370,10 +370,13 @@ def collective_ms(kind: str, payload: int, devices: int, link: float) -> float:
 
 
 class Estimate:
-    """Walks a module as the chip would. bundles: {instruction: (bundles, loops of unknown length)} of libtpu's dump."""
+    """
+    Walks a module as the chip would. bundles: {instruction: (bundles, loops of unknown length)} of libtpu's dump. kernel_bytes:
+    {instruction: what a Pallas kernel moves of each operand and result}, None for those of which it is not known.
+    """
 
-    def __init__(self, module: Module, bundles: dict | None = None, chip: Chip = CHIPS["v6e"]):
-        self.module, self.bundles, self.chip = module, bundles or {}, chip
+    def __init__(self, module: Module, bundles: dict | None = None, chip: Chip = CHIPS["v6e"], kernel_bytes: dict | None = None):
+        self.module, self.bundles, self.chip, self.kernel_bytes = module, bundles or {}, chip, kernel_bytes or {}
         self.rows, self.loops, self.scalars = [], [], 0
         self.now = 0.0  # ms since the step began
         self.free = {"links": 0.0, "hbm": 0.0}  # when each queue of transfers is empty again
@@ -509,9 +512,16 @@ class Estimate:
         """(ms, how, HBM bytes) where the compiler gives no estimate."""
         shapes = [*self.module.operand_shapes(op, computation), op.shape]
         moved, opcodes = sum(nbytes(s, 0) for s in shapes), {x.opcode for x in [op, *inner]}
+        in_part = "output_to_operand_aliasing" in op.attrs
         if opcodes & READ_IN_PART:
             moved = nbytes(op.shape, 0)
-        if opcodes & WRITTEN_IN_PART or "output_to_operand_aliasing" in op.attrs:
+        if op.name in self.kernel_bytes:
+            # of the arrays in HBM, by blocks; one without any counts as a whole, unless it is written in part
+            whole = [(size, space) for shape in shapes for _, size, space in arrays(shape)]
+            blocks = self.kernel_bytes[op.name] or [None] * len(whole)
+            assert len(blocks) == len(whole), op.name
+            moved = sum((0 if in_part else size) if n is None else n for n, (size, space) in zip(blocks, whole) if space == 0)
+        elif opcodes & WRITTEN_IN_PART or in_part:
             moved = 0
         bundles = self.bundles.get(op.name) or self.emitted.get(self.module.signature(op, computation))
         if not bundles and not (moved and self.kind(op, inner) == "copies"):  # some have no program of their own: bare transfers

@@ -177,9 +177,9 @@ def project_backward_kernel(r, shapes: Projection):
     def finish(third, _):
         at = slice(third * C, (third + 1) * C)
         part = matmul(r.dqkv[:, at], r.w[at])
-        r.dx_acc[...] = r.dx_acc[...] + part if third else part
+        r.dx_acc[...] = part if third == 2 else r.dx_acc[...] + part
         r.dw_acc[:, at] += matmul(x_T, r.dqkv[:, at])
-    stream(range(3), lambda third: None, turn, finish)
+    stream((2, 0, 1), lambda third: None, turn, finish)  # v first: it needs the vector unit least, and the matrix unit begins sooner
 
     if shapes.tables:
         dlogits = (jnp.concatenate(dve_gate, axis=1) * ve_gate * (1 - ve_gate / 2)).T.astype(dtype)  # [H, bt]
