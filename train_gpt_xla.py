@@ -453,7 +453,9 @@ def lookup_owned(ids: Tensor, slots: Tensor | None, weight: Tensor) -> Tensor:
     x = lookup(asked.unsqueeze(0), weight, (asked >= 0).unsqueeze(0))
     return Exchange.apply(x.squeeze(0), slots, token.clamp(max=N - 1)).view(*ids.shape, -1)
 
-# MUDD's sums by kernels: the terms (which activation, which row of numbers, two rows for each half of the heads) of the gated value
+# Sums by kernels. The skip connection's: x, and cache[3] times its gate
+SKIP = ((0, None), (1, 0)),
+# MUDD's: the terms (which activation, which row of numbers, two rows for each half of the heads) of the gated value
 # embeddings and of x before layer 10, and of x after it
 MUDD_BEFORE = ((3, (6, 7)), (1, 0), (2, 1), (0, 2)), ((0, 5), (1, 3), (2, 4))  # of x, cache[0], cache[7], value embeddings
 MUDD_AFTER = ((0, None), (1, 0), (2, 1), (3, 2), (5, 3), (4, 4)),  # of x, cache[0], cache[7], cache[9], cache[3], value embeddings
@@ -815,7 +817,12 @@ class GPT(nn.Module):
                 dc_weights = post_gate[..., 29:35], post_gate[..., 35:41]
 
             if i == 6:  # no attention: @YouJiacheng
-                x = weighted((1.0, x), (scaled(torch.sigmoid(skip_lambda), skip_gate), cache[3]))
+                skip_gate = scaled(torch.sigmoid(skip_lambda), skip_gate)
+                if by_kernels:
+                    (x,), (_, passed) = fused_mix([x, cache[3]], skip_gate.float().mT, SKIP)
+                    instead(x, cache[3], passed)
+                else:
+                    x = weighted((1.0, x), (skip_gate, cache[3]))
                 mix = [resid_lambdas_mlp[i], post_lambdas_mlp[i]]
             else:
                 aux_v = None

@@ -45,7 +45,7 @@ def save(folder, vocab_size):
              for name, x in torch.nn.Module.state_dict(model).items()}
     path = folder / "toy" / "state_step000028.pt"
     path.parent.mkdir()
-    torch.save(dict(step=28, code="", model={f"_orig_mod.{name}": x.float() for name, x in state.items()}, optimizers=[{}, {}]), path)
+    torch.save(dict(step=28, code="", model={f"_orig_mod.{name}": x.float() for name, x in state.items()}, optimizer={}), path)
     return path
 
 @pytest.fixture(scope="module")

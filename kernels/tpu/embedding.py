@@ -58,7 +58,7 @@ def embedding_scatter(s: EmbeddingShapes, dtype, interpret=False):
 
     def walk(ids):
         """Sorted ids [T] -> the block of entries and the chunk of tokens of each step."""
-        ends = jnp.concatenate([jnp.searchsorted(ids, jnp.arange(m, V, m, dtype=jnp.int32), method="compare_all"), jnp.arange(n, T, n)])
+        ends = jnp.concatenate([jnp.searchsorted(ids, jnp.arange(m, V, m, dtype=jnp.int32), method="scan_unrolled"), jnp.arange(n, T, n)])
         of_block = jnp.argsort(ends, stable=True) < pl.cdiv(V, m) - 1
         return [jnp.cumsum(jnp.pad(x.astype(jnp.int32), (1, 0)), dtype=jnp.int32) for x in (of_block, ~of_block)]
 
