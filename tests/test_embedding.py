@@ -26,6 +26,7 @@ def looked_up(ids: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor, before:
     (1, 384, 2000, 64, 700, torch.float32),  # chunks of 128 tokens; entries that no token has, at the end whole blocks of them
     (1, 1024, 640, 64, 20, torch.bfloat16),  # many tokens an entry, more than a chunk
     (1, 256, 128, 64, 128, torch.bfloat16),  # one block, one chunk
+    (1, 49152, 70000, 8, 70000, torch.float32),  # an id and its place are more than 32 bits
     (2, 256, 500, 5 * 128, 400, torch.float32),  # wide rows, as those of five value embeddings
 ])
 def test_embedding(rows, T, V, d, most, dtype):
