@@ -987,14 +987,14 @@ def get_bigram_slots(bigram_inputs: np.ndarray, bigram_vocab_size: int) -> np.nd
     ones, in the tokens' order. None where more of a row's bigrams have one owner than there is room for.
     """
     n, T = device_count(), bigram_inputs.shape[1]
-    owner = (bigram_inputs // (bigram_vocab_size // n)).astype(np.uint8)  # numpy sorts bytes fastest
-    counts = np.stack([(owner == i).sum(1) for i in range(n)], axis=1)
-    if counts.max() > bigram_room(T):
-        return None
-    first = np.arange(n) * bigram_room(T) - (counts.cumsum(1) - counts)  # slot - place in order of owners
-    slots = np.empty_like(bigram_inputs)
-    of_place = np.repeat(first.flatten(), counts.flatten()).reshape(-1, T) + np.arange(T)
-    np.put_along_axis(slots, owner.argsort(axis=1, kind="stable"), of_place.astype(slots.dtype), axis=1)
+    owners = (bigram_inputs // (bigram_vocab_size // n)).astype(np.uint8)  # numpy sorts bytes fastest
+    slots, room, place = np.empty_like(bigram_inputs), bigram_room(T), np.arange(T, dtype=np.int32)
+    for row, owner in zip(slots, owners):
+        counts = np.bincount(owner, minlength=n)
+        if counts.max() > room:
+            return None
+        first = np.arange(n) * room - (counts.cumsum() - counts)  # slot - place in the order of owners
+        row[owner.argsort(kind="stable")] = np.repeat(first.astype(np.int32), counts) + place
     return slots
 
 def distributed_data_generator(filename_pattern: str, num_tokens: int, max_seq_len: int, align_to_bos: bool = True,
