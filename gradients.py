@@ -56,8 +56,8 @@ class Stack:
 
 class Sum:
     """
-    A gradient that several kernels add to, on top of `before`, if there is one. tensor: None before the first of them. in_place: `before`
-    is float32, and they add in its memory.
+    A gradient that several kernels add to, on top of `before`, if there is one. tensor: None before the first of them. in_place: they
+    add in its memory.
     """
     def __init__(self, before: Tensor | None = None, tensor: Tensor | None = None, in_place: bool = False):
         self.before, self.tensor, self.in_place = before, tensor, in_place

@@ -14,7 +14,8 @@ import torch_xla.core.xla_op_registry as xor
 from torch import Tensor, nn
 
 from gradients import Gradients, Stack, Sum
-from spmd import device_count, enter, leave, leave_rows, reduce_scatter, shard, to_device, turns
+from kernels.dispatch import little_memory
+from spmd import ROWS, device_count, enter, leave, leave_rows, reduce_scatter, shard, to_device, turns
 
 
 def _truncate(x: xb.Op) -> xb.Op:
@@ -137,7 +138,7 @@ class NorMuonAndAdam:
             if cfg.optim == "adam":
                 new = {name: to_device(torch.zeros(param.shape), *cfg.split) for name in ("exp_avg", "exp_avg_sq")}
                 shape = param.shape if cfg.comms == "owned" else (device_count(), *param.shape)
-                new["grad"] = to_device(torch.zeros(shape, dtype=param.dtype if turns() == 1 else torch.float32), "data")
+                new["grad"] = to_device(torch.zeros(shape, dtype=self._sum_dtype(param)), "data")
             else:
                 n, rows, cols = cfg.reshape
                 second = (n, rows, 1) if rows >= cols else (n, 1, cols)
@@ -154,6 +155,12 @@ class NorMuonAndAdam:
                     state[name] = value
             if cfg.optim == "adam":
                 state["step"] = 0
+
+    @staticmethod
+    def _sum_dtype(param: nn.Parameter) -> torch.dtype:
+        """Of the sum of Adam's gradients. One chip of 16 GiB has no room for float32 sums of the two tables of some GB."""
+        too_large = param.numel() > 2**27 and turns() == ROWS and little_memory()
+        return param.dtype if turns() == 1 or too_large else torch.float32
 
     def tensors(self) -> list[Tensor]:
         """All tensors on the devices that step() reads or updates."""

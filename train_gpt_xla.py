@@ -47,7 +47,7 @@ from tqdm import tqdm
 import checkpoint
 import vocabulary
 from checkpoint import Checkpoints
-from chips import this_chip
+from chips import Refused, this_chip
 from gradients import Gradients, Shared
 from kernels import (
     dc_attention,
@@ -224,6 +224,7 @@ class AttnArgs:
     dc_w: tuple[Tensor, Tensor] | None = None  # [B, T, H] each
     dc_window: int = 0  # keys
     by_kernels: bool = False
+    keep_qkv: bool = True  # for the backward pass (D25)
     attention: tuple[Callable, Callable] = (window_attention, dc_attention)
 
 def dc_gate(dc_w: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -298,7 +299,7 @@ class CausalSelfAttention(nn.Module):
             x, qk_bank, vo_bank, attn_args.layer, attn_args.sa_lambdas[0].view(1), attn_args.ve, attn_args.ve_gate_w, attn_args.aux_v,
             *attn_args.factors, still_dims(self.head_dim, x.device) if attn_args.key_offset else None, attn_args.documents,
             attn_args.bm_size, attn_args.attn_scale, self.paired, attn_args.xsa_alpha, None if dc else gate, attn_args.table,
-            attn_args.ve_sum, ve_adds=attn_args.table == 0)  # the first table's gradient begins after the last layer
+            attn_args.ve_sum, attn_args.table == 0, attn_args.keep_qkv)  # the first table's gradient begins after the last layer
         if dc:
             y = fused_dc(qkv, y, gate.float(), *dc_gate(attn_args.dc_w), attn_args.documents, attn_args.dc_window, attn_args.attn_scale)
         return y, x
@@ -747,6 +748,7 @@ class GPT(nn.Module):
         T, dtype = input_seq.size(1), self.lm_head.weight.dtype
 
         # ---- Schedule and layer topology ----
+        keep = schedule_cfg.keep or Kept(input_seq.numel(), True)
         ws_short, ws_long = schedule_cfg.ws_short, schedule_cfg.ws_long
         bm_sizes = [ws_short, ws_short, ws_short, ws_long, ws_short, ws_short, None, ws_short, ws_short, ws_short, ws_long]
         assert len(bm_sizes) == self.num_layers
@@ -861,12 +863,13 @@ class GPT(nn.Module):
                     dc_w=dc_weights if i in self.dc_layers else None,
                     dc_window=self.dc_window,
                     by_kernels=by_kernels,
+                    keep_qkv=keep.qkv,
                     attention=schedule_cfg.attention or (window_attention, dc_attention),
                 ), self.qk_bank, self.vo_bank)
                 x = instead(x, attn_in, passed)
             read = x, x0 if mu is None else cache[0]
             x, *passed = self.second_half(i, x, y, mix, sa_lambdas[i, 1] if y is not None else None, read[1], x0_bigram, by_kernels,
-                                          schedule_cfg.keep is None or schedule_cfg.keep.mlp, x0_sum if mu is None else None, bigram_sum)
+                                          keep.mlp, x0_sum if mu is None else None, bigram_sum)
             for tensors in zip(read, passed):
                 instead(x, *tensors)
             if i in self.cache_layers:
@@ -887,8 +890,7 @@ class GPT(nn.Module):
         prefix_weight = schedule_cfg.prefix_weight if self.training else None
         prefix = None if prefix_weight is None else self.prefix_table[target_seq]
         if takes_lm_head(x, self.lm_head.weight):  # D17: on a TPU lm_head and the loss are one kernel
-            p_tokens = schedule_cfg.keep.p_tokens if schedule_cfg.keep else x.size(0) * T
-            losses = lm_head_losses(x, self.lm_head.weight, target_seq, mtp_weights, prefix, prefix_weight, p_tokens)
+            losses = lm_head_losses(x, self.lm_head.weight, target_seq, mtp_weights, prefix, prefix_weight, keep.p_tokens)
         elif self.training:
             losses = FusedSoftcappedCrossEntropy.apply(x, target_seq, mtp_weights, prefix, prefix_weight, self.lm_head.weight)
         else:
@@ -1512,13 +1514,14 @@ class TrainingManager():
             ws_long = self.graph.ws_long * self.model.block_size,
             yarn = numbers.yarn,
             yarn_paired_head = numbers.yarn_paired_head,
-            keep = self.what_to_keep() if self.graph.train else None
+            keep = self.what_to_keep(self.graph) if self.graph.train else None
         )
 
-    def what_to_keep(self) -> Kept:
+    def what_to_keep(self, graph: Graph) -> Kept:
+        """Refused where the step cannot fit."""
         state = sum(x.nbytes // (device_count() if is_split(x) else 1) for x in self.tensors())
         rows = ROWS // device_count() // turns()
-        return what_to_keep(rows * self.graph.tokens, self.model.num_layers, *reversed(self.model.lm_head.weight.shape), state)
+        return what_to_keep(rows * graph.tokens, self.model.num_layers, *reversed(self.model.lm_head.weight.shape), state)
 
     def step_optimizers(self, gradients: Gradients, numbers: "StepNumbers"):
         if not self.graph.adam and self.graph.part == "whole":
@@ -2116,6 +2119,9 @@ def train(args: Hyperparameters, replay: bool = True, code: str = "", checkpoint
     wandb_id = log.wandb.id if log.wandb else saved and saved["wandb"]
 
     training_manager = build(args, replay)
+    for graph in distinct_graphs(args, turns()):
+        if graph.train:
+            training_manager.what_to_keep(graph)  # now, not when some graphs have been compiled
     model = training_manager.model
     if weights:
         try:
@@ -2288,7 +2294,7 @@ def main(argv: list[str] | None = None):
         with Checkpoints(f"logs/{args.run_id}", args.keep_checkpoints) if saving else checkpoint.handling(interrupt) as checkpoints:
             train(args, not options.no_replay, code, checkpoints, options.resume, options.init_from, options.price, options.profile,
                   options.wandb)
-    except (ValueError, EOFError, OSError, FloatingPointError) as e:
+    except (ValueError, EOFError, OSError, FloatingPointError, Refused) as e:
         if os.environ.get("TRACEBACK"):
             raise
         sys.exit(f"train_gpt_xla.py: {e}")  # one line: what is wrong, with which file or value, and the way out

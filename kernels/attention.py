@@ -196,7 +196,8 @@ def fused_attention(
         gate: Tensor | None,  # [B, T, H] float32, multiplies y then
         table: int = 0,  # whose embeddings these are
         ve_sum=None,
-        ve_adds: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        ve_adds: bool = False,
+        keep: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """
     norm(x) @ W.T and all else that comes before attention, window_attention, XSA and the gate, by two kernels.
     Returns y [B, T, C], tokens before heads, as matmuls want it, what attention has read, qkv [B, 3H, T, D], and x for whoever else reads
@@ -205,36 +206,37 @@ def fused_attention(
     ve_sum: where the gradient of ve goes. so_far() -> memory as ve with the other tables' share, or None if this is the first one: then
     in what is stored only this table's share means something. store(tensor) -> what autograd gets. None: all of it goes to autograd.
     ve_adds: the memory has a share of this table, too, to which this layer's is added. Otherwise it is overwritten.
+    keep: qkv, and q and k before their norm, are stored for the backward pass, which otherwise computes them again.
     """
     into, grad = (stack_of(qk_bank), stack_of(vo_bank), None if ve is None else ve_sum), torch.is_grad_enabled()
     return FusedAttention.apply(x, qk_bank, vo_bank, layer, lambda_w, ve, ve_gate_w, aux_v, factor1, factor2, still, documents, window,
-                                scale, paired, xsa, gate, table, grad, into, ve_adds)
+                                scale, paired, xsa, gate, table, grad, into, ve_adds, keep)
 
 
 class FusedAttention(torch.autograd.Function):
-    """fused_attention. keep: there will be a backward pass. into: where the gradients of qk_bank, vo_bank (gradients.Stack) and ve go."""
+    """fused_attention. grad: there will be a backward pass. into: where the gradients of qk_bank, vo_bank (gradients.Stack) and ve go."""
     @staticmethod
     def forward(ctx, x, qk_bank, vo_bank, layer, lambda_w, ve, ve_gate_w, aux_v, factor1, factor2, still, documents, window, scale, paired,
-                xsa, gate, table, keep, into, ve_adds):
+                xsa, gate, table, grad, into, ve_adds, keep):
         from kernels.tpu import attention, projection
         ctx.set_materialize_grads(False)
         (B, T, C), D = x.shape, factor1.size(-1)
         number = lambda n: torch.full((1,), n, dtype=torch.int32, device=x.device)
         by_head = lambda x: None if x is None else x.float().transpose(1, 2)
         tables, banks = 0 if ve is None else ve.size(2) // C, (len(qk_bank), len(vo_bank))
-        shapes = get_projection(B, C // D, T, D, paired, banks, still is not None, tables, aux_v is not None, keep,
+        shapes = get_projection(B, C // D, T, D, paired, banks, still is not None, tables, aux_v is not None, grad,
                                 12 if ve is None else ve_gate_w.size(1))
-        band = get_band(B, C // D, T, D, window, paired, xsa is not None, gate is not None, keep)
+        band = get_band(B, C // D, T, D, window, paired, xsa is not None, gate is not None, grad)
         inputs = dict(
             layer=number(layer), table=None if ve is None else number(table), x=x, qk=qk_bank, vo=vo_bank, lambda_w=lambda_w,
             factor1=factor1.view(-1, T, D), factor2=factor2.view(-1, T, D), still=None if still is None else still.view(1, D).float(),
             ve=ve, ve_gate_w=ve_gate_w, aux_v=aux_v)
         then = dict(documents=documents, scale=scale.float().reshape(1), xsa=by_head(xsa), gate=by_head(gate))
-        before = call_kernel(projection.project, shapes, **inputs)
+        before = call_kernel(projection.project, dataclasses.replace(shapes, keep=grad and keep), **inputs)
         after = call_kernel(attention.attention_forward, band, qkv=before.qkv, **then)
         ctx.shapes, ctx.band, ctx.part, ctx.into, ctx.names = shapes, band, (layer, table, ve_adds), into, (list(inputs), list(then))
-        ctx.save_for_backward(*inputs.values(), *then.values(), before.raw, before.qkv, after.y if after.y_raw is None else after.y_raw,
-                              after.sums)
+        ctx.save_for_backward(*inputs.values(), *then.values(), before.raw, before.qkv if keep else None,
+                              after.y if after.y_raw is None else after.y_raw, after.sums)
         return after.y, before.qkv, x
 
     @staticmethod
@@ -243,6 +245,9 @@ class FusedAttention(torch.autograd.Function):
         names, (layer, table, ve_adds), (into_qk, into_vo, into_ve) = ctx.names, ctx.part, ctx.into
         *saved, raw, qkv, y, sums = ctx.saved_tensors
         inputs, then = dict(zip(names[0], saved)), dict(zip(names[1], saved[len(names[0]):], strict=True))
+        if raw is None:
+            again = call_kernel(projection.project, ctx.shapes, **inputs)
+            qkv, raw = again.qkv, again.raw
         band = dataclasses.replace(ctx.band, more=dqkv is not None)
         after = call_kernel(attention.attention_backward, band, qkv=qkv, **then, y=y, sums=sums, dy=dy, dqkv=dqkv)
         assert into_qk.on_top == into_vo.on_top
@@ -259,4 +264,4 @@ class FusedAttention(torch.autograd.Function):
             C = dy.size(2)
             dve = F.pad(dve, (table * C, (shapes.tables - 1 - table) * C))
         return (d.dx, into_qk.store(d.qk_stack, ("qk", layer)), into_vo.store(d.vo_stack, ("v", layer)), None, d.dlambda_w, dve,
-                d.dve_gate_w, d.daux_v, *[None] * 7, by_token(after.dxsa), by_token(after.dgate), *[None] * 4)
+                d.dve_gate_w, d.daux_v, *[None] * 7, by_token(after.dxsa), by_token(after.dgate), *[None] * 5)

@@ -46,21 +46,35 @@ class Kept:
     """What kernels keep for the backward pass, which otherwise computes it again."""
     p_tokens: int  # tokens of a device whose P, [tokens, V], lm_head keeps
     mlp: bool  # hidden activations, [4d, tokens] of each layer
+    qkv: bool = True  # q, k and v, and q and k before their norm, 5 [tokens, d] of each layer
 
 
 def what_to_keep(tokens: int, layers: int, d: int, V: int, state_bytes: int) -> Kept:
     """
-    D25: as much as fits beside a device's state and its other activations. P first: of a GiB of it, lm_head makes ten times the use.
-    tokens: of a device, in one program.
+    D25: as much as fits beside a device's state and its other activations, q, k and v first, then P: of a GiB of it, lm_head makes ten
+    times the use that MLPs make. tokens: of a device, in one program. Refused where the step cannot fit.
     """
     if target is None and _device_type() != "TPU":
         return Kept(tokens, True)
     activations = 9 * layers * tokens * d * 2  # as compiled, 8.7 arrays of [tokens, d] a layer
+    of_qkv = 5 * layers * tokens * d * 2
     code = 3 * GiB // 2  # of all graphs of a run, as compiled for v5e; a v6e's is less than half of that
     spare = GiB // 2
     room = chip().hbm_bytes - spare - code - state_bytes - activations
+    qkv = room >= 0
+    if not qkv:
+        room += of_qkv
+    if room < 0:
+        raise Refused(f"a step of {tokens} tokens takes some {(activations - of_qkv) / GiB:.1f} GiB beside {state_bytes / GiB:.1f} of "
+                      f"state and {(code + spare) / GiB:.1f} of programs, and this chip has {chip().hbm_bytes / GiB:.2f}: take more "
+                      "chips, or less in --train_bs_schedule")
     p_tokens = max(0, min(tokens, room // (2 * V) // 2048 * 2048))
-    return Kept(p_tokens, room - 2 * V * p_tokens >= layers * 8 * d * tokens)
+    return Kept(p_tokens, room - 2 * V * p_tokens >= layers * 8 * d * tokens, qkv)
+
+
+def little_memory() -> bool:
+    """Whether this chip has too little of it for float32 sums of the gradients of the largest tables, if it is alone."""
+    return (target is not None or _device_type() == "TPU") and chip().hbm_bytes < 16 * GiB
 
 
 def largest_fitting(choices: list, vmem_bytes: Callable):

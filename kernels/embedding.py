@@ -19,7 +19,8 @@ class EmbeddingShapes:
     vocab: int  # V
     dim: int  # d
     on_top: bool  # the gradient comes on top of what there is of it already
-    in_place: bool = False  # and takes its memory, float32
+    in_place: bool = False  # and takes its memory
+    exact: bool = True  # which is float32
 
 
 class Embedding(torch.autograd.Function):
@@ -34,7 +35,8 @@ class Embedding(torch.autograd.Function):
     def backward(ctx, dy):
         from kernels.tpu import embedding
         (ids,), before = ctx.saved_tensors, ctx.into.so_far()
-        shapes = EmbeddingShapes(*ids.shape, ctx.vocab, dy.size(2), before is not None, ctx.into.in_place)
+        shapes = EmbeddingShapes(*ids.shape, ctx.vocab, dy.size(2), before is not None, ctx.into.in_place,
+                                 before is None or before.dtype == torch.float32)
         d = call_kernel(embedding.embedding_scatter, shapes, ids=ids, dy=dy, before=before)
         return None, ctx.into.store(d.dw.sum(0)), None, None
 

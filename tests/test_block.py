@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import train_gpt_xla as train
-from chips import CHIPS, TPUS, GiB
+from chips import CHIPS, TPUS, GiB, Refused
 from gradients import Gradients, Shared, Stack
 from kernels import dispatch, takes_layers
 from kernels.lm_head import lm_head_refuses
@@ -99,7 +99,7 @@ class Case:
                     layer=layer["i"], sa_lambdas=(take("lambda_qkv"), take("lambda_o")), documents=self.documents, bm_size=window,
                     factors=yarn.factors(self.T, torch.tensor(freq), x.dtype), attn_scale=torch.tensor(scale), key_offset=window == LONG,
                     attn_gate_w=take("attn_gate_w"), aux_v=take("aux_v"), xsa_alpha=take("xsa_alpha"),
-                    dc_w=(take("dc_w1"), take("dc_w2")) if mudd else None, dc_window=40, by_kernels=by_kernels,
+                    dc_w=(take("dc_w1"), take("dc_w2")) if mudd else None, dc_window=40, by_kernels=by_kernels, keep_qkv=self.keep,
                     **(values if "table" in layer else {})), leaves["qk_bank"], leaves["vo_bank"])
                 read_again.append(attn_in)
                 factors[3] = 0.0 if factors[3] is None else factors[3]
@@ -184,7 +184,7 @@ def test_layer(layer):
 
 @pytest.mark.parametrize("layer", [NO_ATTENTION, "values, XSA (1)"])
 def test_activations_are_not_kept(layer):
-    """The MLP's hidden ones, which the backward pass computes again."""
+    """Neither the MLP's hidden ones nor q, k and v, which the backward pass computes again."""
     check(LAYERS[layer], keep=False)
 
 @pytest.mark.parametrize("layers", [["values, XSA (1)", "values (8)"], [NO_ATTENTION], [LAST]],
@@ -268,11 +268,13 @@ def test_all_layers_run_by_kernels_or_none(monkeypatch, recwarn):
         assert "no TPU kernels for layers of" in str(said.message) and why in str(said.message).replace("multiples", "a multiple"), said
 
 def test_what_is_kept_is_what_fits(monkeypatch):
-    """P of lm_head first, then all hidden activations; more memory never keeps less."""
+    """All of q, k and v first, then P of lm_head, then all hidden activations; more memory never keeps less."""
     keep = lambda tokens, gib: dispatch.what_to_keep(tokens, 11, 768, 50304, int(gib * GiB))
     for chip, tokens, mlp in (("v6e", 49152, True), ("v5e", 32768, True), ("v5e", 49152, False)):
         monkeypatch.setattr(dispatch, "target", CHIPS[chip])
         assert keep(tokens, 1.1) == dispatch.Kept(tokens, mlp)
-    for more, less in itertools.pairwise(keep(49152, gib / 10) for gib in range(0, 120, 2)):
+    for more, less in itertools.pairwise(keep(49152, gib / 10) for gib in range(0, 68, 2)):
         assert more.p_tokens >= less.p_tokens and more.mlp >= less.mlp and (not less.mlp or less.p_tokens == 49152)
-    assert less == dispatch.Kept(0, False)
+    assert less == dispatch.Kept(0, False) and not keep(49152, 6.9).qkv and not keep(49152, 10.6).qkv
+    with pytest.raises(Refused, match="49152 tokens takes some 3.1 GiB beside 10.7 of state and 2.0 of programs.*15.75: take more chips"):
+        keep(49152, 10.7)

@@ -23,7 +23,7 @@ def embedding_scatter_kernel(r, shapes: EmbeddingShapes):
     part = matmul(jnp.where(entry == r.ids[0], 1.0, 0.0).astype(r.dy.dtype), r.dy[0])
     new = (i == 0) | (block != r.blocks[row, jnp.maximum(i - 1, 0)])
     if shapes.in_place:
-        start = r.before[0]
+        start = r.before[0].astype(f32)
     else:
         start = jnp.where(row == 0, r.before[...].astype(f32), 0.0) if shapes.on_top else 0.0
     r.dw_acc[...] = part + jnp.where(new, start, r.dw_acc[...])
@@ -33,7 +33,7 @@ def embedding_scatter_kernel(r, shapes: EmbeddingShapes):
 def embedding_scatter(s: EmbeddingShapes, dtype, interpret=False):
     """
     A function (ids [R, T] int32, dy [R, T, d], if s.on_top before [V, d]) -> dw [R, V, d], the first row's on top of before. s.in_place: of
-    one row, before is f32, and dw takes its memory.
+    one row, before is f32 if s.exact, and dw takes its memory.
     """
     R, T, V, d = s.rows, s.tokens, s.vocab, s.dim
     m, n = ENTRIES, math.gcd(T, TOKENS)
@@ -42,7 +42,7 @@ def embedding_scatter(s: EmbeddingShapes, dtype, interpret=False):
     dw = Operand((R, V, d), dtype, (1, m, d), lambda row, i, blocks, chunks: (row, blocks[row, i], 0))
     if s.in_place:
         assert s.on_top and R == 1
-        before = dw = dataclasses.replace(dw, dtype=f32)
+        before = dw = dataclasses.replace(dw, dtype=f32 if s.exact else dtype)
     operands = Operands(
         prefetch=("blocks", "chunks"),
         inputs=dict(
