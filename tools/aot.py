@@ -352,7 +352,7 @@ def dump_flags(directory: str, exported: str, names: list[str]) -> str:
     # A kernel is named after what encloses its call: ".../jit(<lambda>)/pallas_call" becomes _lambda_.40
     outer = [re.search(r'op_name="[^"]*?([^/"()]+)\)?/pallas_call', line) for _, line in calls]
     kernels = [name for name, _ in calls] + [re.sub(r"\W", "_", m.group(1)) for m in outer if m]
-    likely = {"concatenate": 20, "dynamic-update-slice": 20, "fusion": 20, "gather": 20, "pad": 20, "reshape": 20, "scatter": 20,
+    likely = {"concatenate": 20, "dynamic-update-slice": 20, "fusion": 64, "gather": 20, "pad": 20, "reshape": 20, "scatter": 20,
               "slice": 20, "sort": 20, "xla__computation": 8 * len(kernels) + 64}
     likely |= dict.fromkeys(kernels, 8 * len(kernels) + 64)
     names = sorted({*names, *likely, *(f"{base}.{i}" for base, n in likely.items() for i in range(n))})
