@@ -22,7 +22,7 @@ def main(*options, stop=None, by=signal.SIGTERM, poison=None):
     """stop: two signals while this step is in hand. poison: this step's numbers are not numbers. Both without a warm-up."""
     sent = []
     def in_hand(self):  # of each program of a step
-        if self.step == stop and self.graph.train and not sent:
+        if hasattr(self, "graph") and self.step == stop and self.graph.train and not sent:
             sent[:] = by, by
             for number in sent:
                 os.kill(os.getpid(), number)
