@@ -242,7 +242,7 @@ def test_the_loader_agrees_with_what_was_read_ahead(corpus):
     args = t.parse_args(toy_options(corpus))[0]
     data = t.read_data(args)
     batches = list(t.train_batches(args, range(28), [None] * 28))
-    longest = [np.diff(cum_seqlens).max() for (_, _, cum_seqlens, _), _, _ in batches]
+    longest = [np.diff(cum_seqlens).max() for (_, _, cum_seqlens, *_), _, _ in batches]
     assert longest == [24] * 8 + [32] * 20, "documents are cut as each stage says"
     _, (shard, _), _ = batches[-1]
     assert shard == len(data["train_files"]) - 1 == 1
