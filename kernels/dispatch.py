@@ -68,7 +68,7 @@ def what_to_keep(tokens: int, layers: int, d: int, V: int, state_bytes: int) -> 
         raise Refused(f"a step of {tokens} tokens takes some {(activations - of_qkv) / GiB:.1f} GiB beside {state_bytes / GiB:.1f} of "
                       f"state and {(code + spare) / GiB:.1f} of programs, and this chip has {chip().hbm_bytes / GiB:.2f}: take more "
                       "chips, or less in --train_bs_schedule")
-    p_tokens = max(0, min(tokens, room // (2 * V) // 2048 * 2048))
+    p_tokens = min(tokens, room // (2 * V) // 2048 * 2048)
     return Kept(p_tokens, room - 2 * V * p_tokens >= layers * 8 * d * tokens, qkv)
 
 
