@@ -92,16 +92,17 @@ def test_a_change_by_the_user_is_seen():
 def test_another_shape_dtype_or_sharding_is_recorded_anew():
     toy = Toy()
     step = Replay(toy.step, toy.state)
-    step("step", *inputs(0))
-    first = step.recordings["step", ()]
-    step("step", *inputs(0))
-    assert step.recordings["step", ()] is first
-    step("step", *inputs(0, n=64))
-    second = step.recordings["step", ()]
-    assert second is not first
+    def recorded(n):
+        step("step", *inputs(0, n=n))
+        return list(step.recordings.values())
+    first, = recorded(32)
+    assert recorded(32) == [first]
+    other = recorded(64)
+    assert len(other) == 2 and other[0] is first
+    assert recorded(32) == other, "both shapes are kept: a batch of the other one records nothing"
     toy.m.data = to_device(torch.zeros(WIDE, 8))  # replicated, where it was split
-    step("step", *inputs(0, n=64))
-    assert step.recordings["step", ()] is not second
+    again = recorded(64)
+    assert again[0] is first and again[1] is not other[1]
 
 def test_a_tensor_from_elsewhere_is_refused_and_nothing_is_lost():
     toy = Toy()
