@@ -1,16 +1,18 @@
 """
 Where gradients go. A weight's gradient has an address: the stack that NorMuon reduces, or a sum that later gradients are added to.
 TPU kernels write to it directly, because a stack or a sum made afterwards would be a copy; what autograd finds joins them in collect().
+Those of a sum do not run before it is asked for, so the optimizer says when.
 
     gradients = Gradients({param: Stack(...) or Sum(...)})
     with gradients.receive({param: leaf}):
         loss = forward(leaves)  # kernels ask for the addresses of their weights
         loss.backward()
-    gradients[param]            # one device's own
+    gradients.get(param)        # one device's own
 
 Outside of receive() a kernel's gradients are plain ones, for autograd.
 """
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +45,8 @@ class Stack:
         self.tensor = tensor
         return None
 
-    def collect(self, found: Tensor | None) -> Tensor | None:
-        """All of it, [n, rows, columns]. found: what autograd has, which is all or nothing."""
+    def collect(self, found: Tensor | None, after: Tensor | None = None) -> Tensor | None:
+        """All of it, [n, rows, columns]. found: what autograd has, which is all or nothing. Its kernels have run."""
         if found is None:
             return self.tensor
         if self.stored:
@@ -61,20 +63,22 @@ class Sum:
     """
     def __init__(self, before: Tensor | None = None, tensor: Tensor | None = None, in_place: bool = False):
         self.before, self.tensor, self.in_place = before, tensor, in_place
+        self.waiting: list[Callable] = []
 
-    def so_far(self) -> Tensor | None:
-        return self.before if self.tensor is None else self.tensor
-
-    def store(self, total: Tensor) -> Tensor | None:
-        """Takes so_far() with a kernel's gradient added to it. Returns what autograd gets."""
-        self.tensor = total
+    def add(self, kernel: Callable) -> Tensor | None:
+        """kernel(what there is so far or None, after) -> that with a gradient added to it. Returns what autograd gets."""
+        self.waiting.append(kernel)
         return None
 
-    def collect(self, found: Tensor | None) -> Tensor | None:
-        """None where neither a kernel nor autograd has found any."""
+    def collect(self, found: Tensor | None, after: Tensor | None = None) -> Tensor | None:
+        """None where neither a kernel nor autograd has found any. after: call_kernel's."""
+        so_far = self.before if self.tensor is None else self.tensor
+        for kernel in self.waiting:
+            so_far = self.tensor = kernel(so_far, after)
+        self.waiting = []
         if found is None:
             return self.tensor
-        return found if self.so_far() is None else found + self.so_far()
+        return found if so_far is None else found + so_far
 
 
 class Shared:
@@ -102,8 +106,8 @@ class PlainStack(Stack):
 
 
 class PlainSum(Sum):
-    def store(self, total: Tensor) -> Tensor:
-        return total
+    def add(self, kernel: Callable) -> Tensor:
+        return kernel(None, None)
 
 
 class Gradients:
@@ -124,8 +128,9 @@ class Gradients:
         finally:
             Gradients.receiving = None
 
-    def __getitem__(self, p: nn.Parameter) -> Tensor | None:
-        return self.addresses[p].collect(self.found(p))
+    def get(self, p: nn.Parameter, after: Tensor | None = None) -> Tensor | None:
+        """A parameter's, or None. after: kernels that have not run yet do so when this has been computed."""
+        return self.addresses[p].collect(self.found(p), after)
 
     def found(self, p: nn.Parameter) -> Tensor | None:
         """What autograd has."""

@@ -92,13 +92,13 @@ class NorMuonAndAdam:
 
     "replicated": gradients are summed over the chips, each of which makes the whole update. "sharded": reduce-scatter, each chip updates
     its rows or matrices, all-gather. "owned" (D4, in the place of upstream's "sharded_sparse"): each chip has rows of its own, weights and
-    all; their gradients come to it by themselves (lookup_owned). XLA orders all of it (D12), so there are no scatter_order and work_order.
+    all; their gradients come to it by themselves (lookup_owned). Updates follow work_order; reductions are XLA's to order (D12).
 
     Each device adds up its gradients of two steps in state["grad"], [devices, ...] (upstream: in param.grad); step() reduces the sum. Where
     rows take turns it is float32, because a sum of 16 gradients in bfloat16 would lose the last ones.
     Bias correction and learning rates are computed on the host, in get_numbers(), and come in as 0-D tensors, by label.
     """
-    def __init__(self, named_params, param_table: dict, adam_defaults: dict, normuon_defaults: dict):
+    def __init__(self, named_params, param_table: dict, work_order: list[str], adam_defaults: dict, normuon_defaults: dict):
         self.param_cfgs: dict[nn.Parameter, ParamConfig] = {}
         self.param_states: dict[nn.Parameter, dict] = {}
         self._param_by_label: dict[str, nn.Parameter] = {}
@@ -110,6 +110,8 @@ class NorMuonAndAdam:
             self.param_cfgs[param] = self._build_param_cfg(param, label, param_table[label],
                                                            adam_defaults if param_table[label]["optim"] == "adam" else normuon_defaults)
         assert param_table.keys() == self._param_by_label.keys(), param_table.keys() ^ self._param_by_label.keys()
+        assert sorted(work_order) == sorted(param_table), set(work_order) ^ param_table.keys()
+        self.work_order = work_order
         self.reset()
 
     @staticmethod
@@ -223,27 +225,32 @@ class NorMuonAndAdam:
         return found
 
     @torch.no_grad()
-    def keep(self, gradients: Gradients, rows: bool):
-        """An even step, or a row's turn: each device keeps its own gradients for the next one. rows: the banks', too."""
-        for param, cfg in self.param_cfgs.items():
-            if cfg.optim == "adam" or rows:
-                grad = gradients[param]
-                if grad is not None:
-                    put(self.param_states[param]["grad"], self._leave(param, grad))
+    def keep(self, gradients: Gradients):
+        """A row's turn: each device keeps its own gradients for the next one."""
+        for param in self.param_cfgs:
+            self._keep(param, gradients.get(param))
 
-    def accumulated(self, split_embed: bool) -> dict[nn.Parameter, Stack | Sum]:
-        """Where the gradients of all turns are."""
+    def _keep(self, param: nn.Parameter, grad: Tensor | None):
+        if grad is not None:
+            put(self.param_states[param]["grad"], self._leave(param, grad))
+
+    @staticmethod
+    def _updates(cfg: ParamConfig, do_adam: bool, split_embed: bool) -> bool:
+        """While tied, embed has no gradient of its own."""
+        return cfg.optim == "normuon" or do_adam and (cfg.label != "embed" or split_embed)
+
+    def accumulated(self, do_adam: bool, split_embed: bool) -> dict[nn.Parameter, Stack | Sum]:
+        """Where the gradients of all turns are, of what will be updated."""
         found = {}
         for param, cfg in self.param_cfgs.items():
-            there = cfg.label != "embed" or split_embed  # while tied it has no gradient of its own
-            grad = self._on_device(param).to(param.dtype) if there else None
+            grad = self._on_device(param).to(param.dtype) if self._updates(cfg, do_adam, split_embed) else None
             found[param] = Sum(tensor=grad) if cfg.optim == "adam" else Stack(cfg.used, grad)
         return found
 
     def clear(self, do_adam: bool, split_embed: bool):
         """After the update that took the gradients of all turns."""
         for param, cfg in self.param_cfgs.items():
-            if cfg.optim == "normuon" or (do_adam and (cfg.label != "embed" or split_embed)):
+            if self._updates(cfg, do_adam, split_embed):
                 grad = self.param_states[param]["grad"]
                 put(grad, torch.zeros_like(grad))
 
@@ -252,17 +259,31 @@ class NorMuonAndAdam:
 
     @torch.no_grad()
     def step(self, gradients: Gradients, lr: Tensor, momentum: Tensor, adam: dict[str, tuple[Tensor, Tensor]] | None):
-        """One update. lr, momentum: NorMuon's, 0-D. adam: get_numbers(), 0-D, on odd steps; on even ones only the banks are updated."""
+        """
+        One update. lr, momentum: NorMuon's, 0-D. adam: get_numbers(), 0-D, on odd steps; on even ones only the banks are updated, and each
+        device keeps its own gradients of the rest.
+
+        In work_order: kernels that make a gradient wait for the new weights before it, so that their all-gather runs beside these kernels.
+        """
         tables = defaultdict(list)  # with their new weights, split by rows, by shape
-        for param, cfg in self.param_cfgs.items():
+        new = []  # an element of all new weights that are to be gathered
+        for param in (self._param_by_label[label] for label in self.work_order):
+            cfg, grad = self.param_cfgs[param], gradients.get(param, torch.cat(new) if new else None)
+            if grad is None:
+                continue
             if cfg.optim == "normuon":
-                self._normuon_update(param, gradients[param], cfg, lr, momentum)
-            elif adam is not None and (grad := gradients[param]) is not None:
+                weight = self._normuon_update(param, grad, cfg, lr, momentum)
+            elif adam is None:
+                self._keep(param, grad)
+                continue
+            else:
                 weight = self._adam_update(param, grad, cfg, *adam[cfg.label])
                 if cfg.comms == "sharded":
                     tables[param.shape].append((param, weight))
                 else:
                     param.copy_(shard(weight, *cfg.split))
+            if cfg.comms == "sharded":
+                new.append(enter(weight, "data").flatten()[:1])
         # One all-gather for tables of one shape, in the parameters' dtype. Each by itself would be copied twice, for it takes the old one's
         # memory. Backwards: torch_xla numbers arguments from the last operand on, results as they were made, and XLA gives a result the
         # first donated argument of its size. In another's memory it would be copied
@@ -300,7 +321,8 @@ class NorMuonAndAdam:
     # -----------------------------------
     # NorMuon update
 
-    def _normuon_update(self, param: nn.Parameter, grad: Tensor, cfg: ParamConfig, lr: Tensor, momentum: Tensor):
+    def _normuon_update(self, param: nn.Parameter, grad: Tensor, cfg: ParamConfig, lr: Tensor, momentum: Tensor) -> Tensor:
+        """Updates the parameter, and returns its new weights as they are before the all-gather, split."""
         state, dtype = self.param_states[param], param.dtype
         grad_chunk = reduce_scatter(grad).float()
         v_chunk = polar_express(grad_chunk, state["momentum_buffer"], momentum, dtype)
@@ -313,6 +335,7 @@ class NorMuonAndAdam:
             shard(state[name], "data")
         weights = shard(truncate_to_bfloat16(master) if dtype == torch.bfloat16 else master.clone(), "data")
         param.copy_(shard(weights.clone()).view(param.shape))  # all-gather, in the parameter's dtype
+        return weights
 
     @staticmethod
     def _cautious_wd_and_update_inplace(p: Tensor, grad: Tensor, wd_tensor: Tensor, lr_tensor: Tensor):

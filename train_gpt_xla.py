@@ -1444,6 +1444,18 @@ class TrainingManager():
             "mudd_gate_b2":   {"optim": "adam",    "comms": "replicated", "adam_betas": [0.9,  0.99], "lr_mul": 0.1,  "wd_mul": 0.0},
             "_mudd_gate_scale": {"optim": "adam",  "comms": "replicated", "adam_betas": [0.9,  0.99], "lr_mul": 0.1,  "wd_mul": 0.0},
         }
+        # - D12: a table's gradient waits for the new weights before it, whose all-gather then runs beside the kernels that make it: the
+        #   banks' beside value_embeds', value_embeds' beside lm_head's, which take as long. Upstream has the banks last
+        self.work_order = [
+            "qk_bank", "vo_bank", "mlp_bank",
+            "value_embeds",
+            "lm_head", "embed",
+            "bigram_embed",
+            "scalars", "smear_gate", "ve_gate_bank", "mudd_b2", "mudd_gate_b2", "_mudd_gate_scale",
+            "post_lambdas", "resid_lambdas",
+            "mudd_w2", "mudd_gate_w2", "mudd_w1", "mudd_gate_w1",
+        ]
+
         adam_defaults = dict(
             lr=0.008,
             eps=1e-10,
@@ -1454,7 +1466,7 @@ class TrainingManager():
             beta2=0.9,
             weight_decay=1.2,
         )
-        self.optimizer = NorMuonAndAdam(model.named_parameters(), self.param_table, adam_defaults, normuon_defaults)
+        self.optimizer = NorMuonAndAdam(model.named_parameters(), self.param_table, self.work_order, adam_defaults, normuon_defaults)
         self.adam_labels = list(self.optimizer.get_numbers(0.0))
         self.reset()
 
@@ -1508,8 +1520,9 @@ class TrainingManager():
 
     def get_forward_args(self, numbers: "StepNumbers"):
         return ForwardScheduleConfig(
-            mtp_weights = numbers.mtp_weights[:self.graph.n_mtp],
-            prefix_weight = numbers.prefix_weight if self.graph.prefix else None,
+            # the mean over ranks, which upstream's reduce_scatter takes: here, and no gradient has to be divided
+            mtp_weights = numbers.mtp_weights[:self.graph.n_mtp] / ROWS,
+            prefix_weight = numbers.prefix_weight / ROWS if self.graph.prefix else None,
             ws_short = self.graph.ws_short * self.model.block_size,
             ws_long = self.graph.ws_long * self.model.block_size,
             yarn = numbers.yarn,
@@ -1524,8 +1537,6 @@ class TrainingManager():
         return what_to_keep(rows * graph.tokens, self.model.num_layers, *reversed(self.model.lm_head.weight.shape), state)
 
     def step_optimizers(self, gradients: Gradients, numbers: "StepNumbers"):
-        if not self.graph.adam and self.graph.part == "whole":
-            self.optimizer.keep(gradients, rows=False)
         self.optimizer.step(gradients, numbers.muon_lr, numbers.muon_momentum, numbers.adam if self.graph.adam else None)
         if self.graph.copy_embed:
             self.optimizer.copy_lm_state_to_embed()
@@ -1552,8 +1563,8 @@ class TrainingManager():
         gradients = Gradients(self.optimizer.addresses(on_top=rows or self.graph.adam, in_place=rows))
         with gradients.receive({p: weights[name] for name, p in self.model.named_parameters()}):
             losses = self.forward(batch, numbers, weights)
-            (losses.sum() / ROWS).backward()  # the mean over ranks that upstream's reduce_scatter takes
-        return losses.detach(), gradients
+            losses.sum().backward()
+        return losses.detach() * ROWS, gradients
 
     def training_step(self, batch: Tensor, numbers: Tensor) -> Tensor:
         """One whole step on pack's batch. Returns the loss of each row, [8]."""
@@ -1566,14 +1577,14 @@ class TrainingManager():
         """D24: on fewer than 8 devices, the turn of one row on each. Returns their losses, [devices]."""
         begin_program()
         losses, gradients = self.backward(batch, numbers)
-        self.optimizer.keep(gradients, rows=True)
+        self.optimizer.keep(gradients)
         return shard(leave(losses).flatten())
 
     @torch.no_grad()
     def update_step(self, numbers: Tensor) -> Tensor:
         """After the turns of all 8 rows: the optimizers' step on their gradients. Returns the numbers."""
         begin_program()
-        gradients = Gradients(self.optimizer.accumulated(self.graph.split_embed))
+        gradients = Gradients(self.optimizer.accumulated(self.graph.adam, self.graph.split_embed))
         self.step_optimizers(gradients, self.unpack(numbers))
         self.optimizer.clear(self.graph.adam, self.graph.split_embed)
         return shard(numbers.clone())
@@ -1858,8 +1869,15 @@ presets = {
 }
 
 # Flags of libtpu, for the run and for compilation ahead of time (tools/aot.py), beyond those that torch_xla sets: the bigram table's
-# exchange runs beside other work, and what an all-gather replaces is not copied first.
-LIBTPU_INIT_ARGS = "--xla_tpu_enable_async_all_to_all=true --xla_tpu_async_collective_fusion_with_start_done_only=true"
+# exchange runs beside other work, and so do all-gathers, several at a time and beside any operation, where libtpu's default is one, and
+# beside a product. What an all-gather replaces is not copied first.
+LIBTPU_INIT_ARGS = " ".join([
+    "--xla_tpu_enable_async_all_to_all=true",
+    "--xla_max_concurrent_async_all_gathers=4",
+    "--xla_tpu_async_collective_fusion_fuse_multiple_collectives=true",
+    "--xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions=true",
+    "--xla_tpu_async_collective_fusion_with_start_done_only=true",
+])
 
 def first_and_number(s: str) -> tuple[int, int]:
     first, number = map(int, s.split(":"))

@@ -34,11 +34,12 @@ class Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         from kernels.tpu import embedding
-        (ids,), before = ctx.saved_tensors, ctx.into.so_far()
-        shapes = EmbeddingShapes(*ids.shape, ctx.vocab, dy.size(2), before is not None, ctx.into.in_place,
-                                 before is None or before.dtype == torch.float32)
-        d = call_kernel(embedding.embedding_scatter, shapes, ids=ids, dy=dy, before=before)
-        return None, ctx.into.store(d.dw.sum(0)), None, None
+        ids, = ctx.saved_tensors
+        def add(before, after):
+            shapes = EmbeddingShapes(*ids.shape, ctx.vocab, dy.size(2), before is not None, ctx.into.in_place,
+                                     before is None or before.dtype == torch.float32)
+            return call_kernel(embedding.embedding_scatter, shapes, after, ids=ids, dy=dy, before=before).dw.sum(0)
+        return None, ctx.into.add(add), None, None
 
 
 def lookup(ids: Tensor, weight: Tensor, mine: Tensor | None = None) -> Tensor:

@@ -102,8 +102,9 @@ class SoftcappedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dlosses):
         from kernels.tpu import lm_head
-        (x, weight, targets, prefix, dx, a, at_targets, p), before = ctx.saved_tensors, ctx.into.so_far()
-        shapes = dataclasses.replace(ctx.shapes, on_top=before is not None, in_place=ctx.into.in_place)
-        d = call_kernel(lm_head.lm_head_dw, shapes, x=x, w=weight.expand(x.size(0), -1, -1), targets=targets, prefix=prefix, dx=dx, a=a,
-                        at_targets=at_targets, p=p, dlosses=dlosses, before=before)
-        return d.dx, ctx.into.store(d.dw.sum(0)), *[None] * 6
+        x, weight, targets, prefix, dx, a, at_targets, p = ctx.saved_tensors
+        def add(before, after):
+            shapes = dataclasses.replace(ctx.shapes, on_top=before is not None, in_place=ctx.into.in_place)
+            return call_kernel(lm_head.lm_head_dw, shapes, after, x=x, w=weight.expand(x.size(0), -1, -1), targets=targets, prefix=prefix,
+                               scale=a * dlosses, at_targets=at_targets, p=p, before=before).dw.sum(0)
+        return (dlosses.unsqueeze(-1) * dx.float()).type_as(dx), ctx.into.add(add), *[None] * 6

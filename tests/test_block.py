@@ -139,7 +139,7 @@ class Case:
                 with Gradients(addresses).receive({p: leaves[name] for name, p in params.items()}) as gradients:
                     out = self.forward(by_kernels, shared)
                     out.backward(self.dout)
-                found = {name: gradients[p] for name, p in params.items()}
+                found = {name: gradients.get(p) for name, p in params.items()}
             assert bool(eager.calls) == by_kernels
         for name, x in leaves.items():
             found.setdefault(name, x.grad)

@@ -56,7 +56,7 @@ def forward_backward(tensors: dict[str, torch.Tensor], n: int, with_prefix: bool
     with Gradients({p: sum_}).receive({p: weight}) as gradients:
         losses = losses_of()
         losses.backward(tensors["dlosses"])
-    return dict(losses=losses.detach(), x=x.grad.float(), weight=gradients[p])
+    return dict(losses=losses.detach(), x=x.grad.float(), weight=gradients.get(p))
 
 # -----------------------------------------------------------------------------
 # The twin

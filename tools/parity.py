@@ -150,7 +150,7 @@ def run_case(case: Path, replay: bool, steps: int | None = None) -> tuple[Report
         for rows in batch:  # in turn
             spmd.begin_program()
             _, found = manager.backward(rows, numbers())
-            found = {name: (p, found[p]) for name, p in parameters.items()}
+            found = {name: (p, found.get(p)) for name, p in parameters.items()}
             found = {name: port.shard(manager.optimizer.leave_gradient(p, grad)) for name, (p, grad) in found.items() if grad is not None}
             port.xm.mark_step()
             grads = {name: grads.get(name, 0) + grad.cpu() for name, grad in found.items()}

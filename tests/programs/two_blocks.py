@@ -87,7 +87,7 @@ def results(rows: int, owned: bool) -> dict[str, torch.Tensor]:
         else:
             losses = train.FusedSoftcappedCrossEntropy.apply(x, ids, mtp, *prefixes, weight)
         losses.sum().backward()
-    found = dict(losses=losses.detach()) | {name: gradients[p] for name, p in params.items()}
+    found = dict(losses=losses.detach()) | {name: gradients.get(p) for name, p in params.items()}
     found |= {name: x.grad for name, x in others.items()}
     return {name: leave(x) for name, x in found.items()}
 
