@@ -344,8 +344,9 @@ class Row:
     times: int
     ms: float | None  # of one execution; None where nothing says
     how: str  # "compiler", "bundles", "bytes", "links" or "none"
-    exposed_ms: float | None = None  # what of ms nothing hides; None: all of it
+    exposed_ms: float | None = None  # what of ms nothing hides, and waiting for the links; None: all of it
     bytes: int = 0
+    asynchronous: bool = False
 
     @property
     def cost_ms(self) -> float:
@@ -391,8 +392,8 @@ class Estimate:
         return {self.module.signature(op, c): self.bundles[op.name]
                 for c, ops in self.module.computations.items() for op in ops.values() if op.name in self.bundles}
 
-    def add(self, op, computation, kind, times, ms, how, exposed_ms=None, nbytes=0):
-        row = Row(op, computation, kind, times, ms, how, exposed_ms, nbytes)
+    def add(self, op, computation, kind, times, ms, how, exposed_ms=None, nbytes=0, asynchronous=False):
+        row = Row(op, computation, kind, times, ms, how, exposed_ms, nbytes, asynchronous)
         self.rows.append(row)
         self.now += (ms or 0.0) if exposed_ms is None else exposed_ms
         return row
@@ -468,7 +469,7 @@ class Estimate:
         inner = next((x for x in m.inside(op) if x.opcode in COLLECTIVES), None)
         if base in COLLECTIVES or inner:
             kind, payload, devices = self.collective(inner or op, computation, op.callees[0] if inner else None)
-            row = self.add(op, computation, "collectives", times, self.links(kind, payload, devices), "links", 0.0, payload)
+            row = self.add(op, computation, "collectives", times, self.links(kind, payload, devices), "links", 0.0, payload, True)
             self.start(op.name, row, None if kind == "collective-permute" else "links")
         elif base in ("copy", "slice", "dynamic-slice"):
             # Whatever it is cut from, what arrives has the shape of the -done.
@@ -490,13 +491,16 @@ class Estimate:
             ms = self.links(kind, payload, devices)
             targets, key = {x.target for x in inner}, "channel " + str(collective.attr(r"channel_id=(\d+)"))
             if "AsyncCollectiveStart" in targets:
-                row = self.add(op, computation, "collectives", times, ms, "links", 0.0, payload)
+                row = self.add(op, computation, "collectives", times, ms, "links", 0.0, payload, True)
                 return self.start(key, row, "links")
             if "AsyncCollectiveDone" in targets:
                 return self.wait(key)
             # A fusion that computes while a collective is under way carries a piece of it; that is counted where it starts.
             if '"continuation_config"' not in op.attrs:
-                self.add(op, computation, "collectives", times, ms, "links", None, payload)
+                # behind those that are under way
+                row = self.add(op, computation, "collectives", times, ms, "links", 0.0, payload)
+                self.start(op.name, row, "links")
+                self.wait(op.name)
             if op.cycles is None:
                 return
         kind = self.kind(op, inner)
@@ -576,7 +580,7 @@ class Estimate:
                 "mib": sum(r.times * r.bytes for r in collectives) / 2**20,
                 "ms": sum(r.times * r.ms for r in collectives),
                 "exposed_ms": ms["collectives"],
-                "asynchronous": sum(r.times for r in collectives if r.exposed_ms is not None),
+                "asynchronous": sum(r.times for r in collectives if r.asynchronous),
                 "kinds": by_kind,
             },
             "prefetches": {
