@@ -54,6 +54,7 @@ from kernels import (
     fused_attention,
     fused_dc,
     fused_mix,
+    fused_smear,
     lm_head_losses,
     lookup,
     residual_mlp,
@@ -621,11 +622,11 @@ class GPT(nn.Module):
         start[1, 29:35] = 1.0  # DC's first weights
         self.mudd_gate_b2 = nn.Parameter(start / 0.1)
 
-    def forward_mudd_gate(self, x: Tensor, id: int, num_coef: int) -> Tensor:
-        """[B, T, num_coef] gates."""
-        h = F.gelu(F.linear(x, self.mudd_gate_w1[id]))
+    def forward_mudd_gate(self, h: Tensor, id: int, num_coef: int) -> Tensor:
+        """h: x @ mudd_gate_w1[id].T, [B, T, 64]. Returns [B, T, num_coef] gates."""
+        h = F.gelu(h)
         gate = F.linear(h, self.mudd_gate_w2[id, :num_coef]).float() + self.mudd_gate_b2[id, :num_coef].float()
-        return (gate * self._mudd_gate_scale).type_as(x)
+        return (gate * self._mudd_gate_scale).type_as(h)
 
     def unpack_pre_mudd_gate(self, gate, xsa_alphas, attn_gates, x0_gates, bigram_gates):
         xsa_alphas[1] = gate[..., 0:6] # 6 heads
@@ -775,6 +776,8 @@ class GPT(nn.Module):
         # ---- Embeddings and input preparation ----
         # D19: on a TPU a kernel adds up their gradients. D23: while tied lm_head's weight is what is read, so that no step copies it
         x = lookup(input_seq, self.embed.weight if self.split_embed else self.lm_head.weight)
+        by_kernels = schedule_cfg.attention is None and takes_layers(x, self.mlp_bank, self.num_heads, self.dc_window, {
+            (window, i in self.paired_head_layers) for i, window in enumerate(bm_sizes) if window is not None})
 
         # signs tell bigrams apart that share a row: @trianxy
         sign_idx = F.pad((input_seq[:, :-1] ^ input_seq[:, 1:]) % self.bigram_sign_table.size(0), (1, 0))
@@ -786,18 +789,20 @@ class GPT(nn.Module):
 
         # each token takes a gated share of the one before it: @classiclarryd. D21: the first one takes a share of zeros, where upstream
         # leaves it out, for T - 1 tokens lie askew in a TPU's tiles
-        smear_gate_out = smear_lambda * torch.sigmoid(self.smear_gate(x[..., :self.smear_gate.weight.size(-1)]).float())
-        x = x + scaled(smear_gate_out, F.pad(x, (0, 0, 1, -1)))
-        x = x0 = norm(x)
+        if by_kernels:  # D31
+            x, x0, h = fused_smear(x, self.smear_gate.weight, smear_lambda, self.mudd_gate_w1[0])
+        else:
+            smear_gate_out = smear_lambda * torch.sigmoid(self.smear_gate(x[..., :self.smear_gate.weight.size(-1)]).float())
+            x = x + scaled(smear_gate_out, F.pad(x, (0, 0, 1, -1)))
+            x = x0 = norm(x)
+            h = F.linear(x, self.mudd_gate_w1[0])
 
-        pre_gate = self.forward_mudd_gate(x0, id=0, num_coef=self._mudd_gate_pre_num_coef)
+        pre_gate = self.forward_mudd_gate(h, id=0, num_coef=self._mudd_gate_pre_num_coef)
         self.unpack_pre_mudd_gate(pre_gate, xsa_alphas, attn_gates, x0_gates, bigram_gates)
 
-        x = weighted((1.0, x0), (bigram_gates[0], x0_bigram))
+        x = weighted((1.0, x), (bigram_gates[0], x0_bigram))
         cache = {0: x}  # x before layer 0, after layers 3 and 7, and before layer 10
 
-        by_kernels = schedule_cfg.attention is None and takes_layers(x, self.mlp_bank, self.num_heads, self.dc_window, {
-            (window, i in self.paired_head_layers) for i, window in enumerate(bm_sizes) if window is not None})
         ve_first, *_, ve_last = ve.chunk(5, dim=-1)
         ve_sum, x0_sum, bigram_sum = map(Shared, (6, 9, 10)) if by_kernels and torch.is_grad_enabled() else (None, None, None)
 
@@ -814,7 +819,7 @@ class GPT(nn.Module):
             y, mu = None, None
 
             if i == 4:
-                post_gate = self.forward_mudd_gate(x, id=1, num_coef=self._mudd_gate_post_num_coef)
+                post_gate = self.forward_mudd_gate(F.linear(x, self.mudd_gate_w1[1]), id=1, num_coef=self._mudd_gate_post_num_coef)
                 skip_gate = self.unpack_post_mudd_gate(post_gate, xsa_alphas, attn_gates, x0_gates, bigram_gates)
                 dc_weights = post_gate[..., 29:35], post_gate[..., 35:41]
 

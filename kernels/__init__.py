@@ -2,6 +2,7 @@
 The TPU kernels, each beside its plain-torch twin or a pointer to it; tests hold the one to the other. This is what the model may call.
 Importing it imports neither JAX nor torch_xla.
 
+    smear.py        the smear gate and norm, before layer 0      tpu/smear.py
     attention.py    up to q, k and v, and attention itself       tpu/projection.py, tpu/attention.py
     dc.py           what DC adds to attention in layer 10        tpu/dc.py
     mlp.py          attention's last projection and the MLP      tpu/mlp.py
@@ -19,9 +20,10 @@ from kernels.embedding import lookup
 from kernels.lm_head import lm_head_losses, takes_lm_head
 from kernels.mix import fused_mix
 from kernels.mlp import mlp_refuses, residual_mlp
+from kernels.smear import fused_smear
 
-__all__ = ["dc_attention", "fused_attention", "fused_dc", "fused_mix", "lm_head_losses", "lookup", "residual_mlp", "takes_layers",
-           "takes_lm_head", "window_attention"]
+__all__ = ["dc_attention", "fused_attention", "fused_dc", "fused_mix", "fused_smear", "lm_head_losses", "lookup", "residual_mlp",
+           "takes_layers", "takes_lm_head", "window_attention"]
 
 
 def takes_layers(x: Tensor, mlp_bank: Tensor, heads: int, dc_window: int, attentions: set[tuple[int, bool]]) -> bool:

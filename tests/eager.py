@@ -20,9 +20,9 @@ import muon_xla
 import spmd
 import train_gpt_xla as train
 from chips import CHIPS, Chip
-from kernels import attention, dc, dispatch, embedding, lm_head, mix, mlp
+from kernels import attention, dc, dispatch, embedding, lm_head, mix, mlp, smear
 
-PRODUCT = gradients, kernels, attention, dc, dispatch, embedding, lm_head, mix, mlp, muon_xla, spmd, train
+PRODUCT = gradients, kernels, attention, dc, dispatch, embedding, lm_head, mix, mlp, smear, muon_xla, spmd, train
 
 def replace(patch: pytest.MonkeyPatch, name: str, value):
     """In every module of the product that has it: it may have been imported by name."""
@@ -63,7 +63,7 @@ def eager(kernels: bool, turns: int = 1, chip: str = "v6e"):
 
 calls = []  # of kernels, by name, since eager() was entered
 
-def call_kernel(call, shapes, **tensors: torch.Tensor | None) -> types.SimpleNamespace:
+def call_kernel(call, shapes, after=None, **tensors: torch.Tensor | None) -> types.SimpleNamespace:
     calls.append(call.__name__)
     tensors = {name: x for name, x in tensors.items() if x is not None}
     dtype = min((x.dtype for x in tensors.values() if x.ndim > 1 and x.is_floating_point()), key=lambda dtype: dtype.itemsize)
