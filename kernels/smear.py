@@ -33,10 +33,10 @@ def fused_smear(
         x: Tensor,  # [B, T, d], embeddings
         gate_w: Tensor,  # [1, n], the smear gate's
         smear_lambda: Tensor,  # float32, 0-D
-        w1: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [h, d], MUDD's
+        w1: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [64, d], MUDD's
     """
     x0 = norm(x + gate * (x one token before)), gate = smear_lambda * sigmoid(x[..., :n] @ gate_w.T), [B, T, d]; the same for one more
-    reader, because the kernel adds up what comes back to it; x0 @ w1.T, [B, T, h].
+    reader, because the kernel adds up what comes back to it; x0 @ w1.T, [B, T, 64].
     """
     return Smear.apply(x, gate_w, smear_lambda, w1)
 
@@ -51,12 +51,12 @@ class Smear(torch.autograd.Function):
         r = call_kernel(smear.smear_forward, ctx.shapes, **inputs)
         ctx.gate_w = gate_w.shape, gate_w.dtype
         ctx.save_for_backward(*inputs.values(), r.x0)
-        return r.x0, r.x0.view_as(r.x0), r.h
+        return r.x0, r.x0.view_as(r.x0), r.h.mT
 
     @staticmethod
     def backward(ctx, dx0, dx0_once, dh):
         from kernels.tpu import smear
         (x, gate_w, smear_lambda, w1, x0), ((_, n), dtype) = ctx.saved_tensors, ctx.gate_w
         d = call_kernel(smear.smear_backward, ctx.shapes, x=x, gate_w=gate_w, smear_lambda=smear_lambda, w1=w1, dx0=dx0, dx0_once=dx0_once,
-                        dh=dh)
+                        dh=dh.mT)
         return d.dx, d.dgate_w[:, :n].to(dtype), d.dlambda.view(()), dh.flatten(0, 1).T @ x0.flatten(0, 1)

@@ -36,7 +36,7 @@ def smear_forward_kernel(r, shapes: SmearShapes):
         strip = pl.ds(pl.multiple_of(n * STRIP, STRIP), STRIP)
         x0 = normed(smeared(r, n, begins)[-1])[0].astype(r.x0.dtype)
         r.x0[0, strip] = x0
-        r.h[0, strip] = matmul(x0, r.w1[...], transpose_b=True).astype(r.h.dtype)
+        r.h[0, :, strip] = matmul(r.w1[...], x0, transpose_b=True).astype(r.h.dtype)
     jax.lax.fori_loop(0, shapes.block // STRIP, do, None)
 
 
@@ -55,7 +55,8 @@ def smear_backward_kernel(r, shapes: SmearShapes):
         strip = pl.ds(pl.multiple_of(n * STRIP, STRIP), STRIP)
         x, before, sigmoid, total = smeared(r, n, i == blocks - 1)
         y, scale = normed(total)
-        d = r.dx0[0, strip].astype(f32) + r.dx0_once[0, strip].astype(f32) + matmul(r.dh[0, strip], r.w1[...])
+        from_h = matmul(r.dh[0, :, strip].astype(f32).T.astype(r.dh.dtype), r.w1[...])
+        d = r.dx0[0, strip].astype(f32) + r.dx0_once[0, strip].astype(f32) + from_h
         d = scale * (d - y * (d * y).mean(1, keepdims=True))
         dgate = (d * before).sum(1, keepdims=True)
         dlogits = dgate * r.smear_lambda[0] * sigmoid * (1 - sigmoid)
@@ -72,10 +73,9 @@ def smear_backward_kernel(r, shapes: SmearShapes):
 
 
 def shared(s: SmearShapes, dtype, block_of):
-    """A block of tokens, the first of MUDD's weights and its result; what both kernels read. block_of: program id -> block."""
-    index = lambda row, i: (row, block_of(i), 0)
-    tokens = Operand((s.rows, s.tokens, s.dim), dtype, (1, s.block, s.dim), index)
-    h = Operand((s.rows, s.tokens, s.hidden), dtype, (1, s.block, s.hidden), index)
+    """A block of tokens, one of h, the smear gate's weights; what both kernels read. block_of: program id -> block."""
+    tokens = Operand((s.rows, s.tokens, s.dim), dtype, (1, s.block, s.dim), lambda row, i: (row, block_of(i), 0))
+    h = Operand((s.rows, s.hidden, s.tokens), dtype, (1, s.hidden, s.block), lambda row, i: (row, 0, block_of(i)))
     gate_w = Operand((1, LANES), f32, (1, LANES), lambda row, i: (0, 0), True)
     return tokens, h, gate_w, dict(
         x=tokens,
@@ -92,7 +92,7 @@ def forward_operands(s: SmearShapes, dtype) -> Operands:
 
 
 def smear_forward(s: SmearShapes, dtype, interpret=False):
-    """A function (x [R, T, d], gate_w [1, 128] f32, smear_lambda [1] f32, w1 [h, d]) -> x0 as x, h [R, T, h]."""
+    """A function (x [R, T, d], gate_w [1, 128] f32, smear_lambda [1] f32, w1 [n, d]) -> x0 as x, h [R, n, T]."""
     call = kernel_call(smear_forward_kernel, s, (s.rows, s.tokens // s.block), forward_operands(s, dtype), interpret)
     return lambda x, **arrays: call(x=x, x_before=x, **arrays)
 
@@ -114,7 +114,7 @@ def backward_operands(s: SmearShapes, dtype) -> Operands:
 
 
 def smear_backward(s: SmearShapes, dtype, interpret=False):
-    """A function (what smear_forward's takes; dx0, dx0_once as x, dh [R, T, h]) -> dx, dgate_w [1, 128] f32, dlambda [1] f32."""
+    """A function (what smear_forward's takes; dx0, dx0_once as x, dh as h) -> dx, dgate_w [1, 128] f32, dlambda [1] f32."""
     call = kernel_call(smear_backward_kernel, s, (s.rows, s.tokens // s.block), backward_operands(s, dtype), interpret)
     return lambda x, **arrays: call(x=x, x_before=x, **arrays)
 
