@@ -595,11 +595,11 @@ class GPT(nn.Module):
         self.mudd_b2 = nn.Parameter(start / self._mudd_scale)
 
     def forward_mudd(self, x: Tensor, id: int, num_coef: int) -> list[Tensor]:
-        """Numbers of block id (0 or 1) for each token of x [B, T, d], [B, T, 1] each."""
+        """Numbers of block id (0 or 1) for each token of x [B, T, d], [B, T, 1] float32 each."""
         x = F.gelu(F.linear(x, self.mudd_w1[id]))
-        # the bias in float32, as its gradient is a sum over all tokens (D22)
+        # D22: the bias in float32, as its gradient is a sum over all tokens, and so are the numbers, into which it puts up to 2
         x = (F.linear(x, self.mudd_w2[id, :num_coef]).float() + self.mudd_b2[id, :num_coef].float()) * self._mudd_scale
-        return x.type_as(self.mudd_w1).split(1, dim=-1)
+        return x.split(1, dim=-1)
 
     def init_mudd_gate(self, model_dim: int):
         self._mudd_gate_scale = nn.Parameter(torch.tensor(0.1))
@@ -806,12 +806,10 @@ class GPT(nn.Module):
         ve_first, *_, ve_last = ve.chunk(5, dim=-1)
         ve_sum, x0_sum, bigram_sum = map(Shared, (6, 9, 10)) if by_kernels and torch.is_grad_enabled() else (None, None, None)
 
-        def instead(x: Tensor, read: Tensor, passed: Tensor | None) -> Tensor:
-            """x, or what a kernel has passed on where it has read x: all later readers of `read` take that."""
-            if passed is None:
-                return x
-            cache.update({layer: passed for layer, y in cache.items() if y is read})
-            return passed if x is read else x
+        def pass_on(read: Tensor, passed: Tensor | None):
+            """passed: what a kernel has passed on where it has read `read`. All later readers take that."""
+            if passed is not None:
+                cache.update({layer: passed for layer, x in cache.items() if x is read})
 
         for i in range(self.num_layers):
             is_paired = i in self.paired_head_layers
@@ -827,7 +825,7 @@ class GPT(nn.Module):
                 skip_gate = scaled(torch.sigmoid(skip_lambda), skip_gate)
                 if by_kernels:
                     (x,), (_, passed) = fused_mix([x, cache[3]], skip_gate.float().mT, SKIP)
-                    instead(x, cache[3], passed)
+                    pass_on(cache[3], passed)
                 else:
                     x = weighted((1.0, x), (skip_gate, cache[3]))
                 mix = [resid_lambdas_mlp[i], post_lambdas_mlp[i]]
@@ -837,16 +835,16 @@ class GPT(nn.Module):
                     cache[9] = x
                     mu = self.forward_mudd(x, id=0, num_coef=14)
                     if by_kernels:  # D30
-                        numbers = torch.cat([*mu[:5], 1 + mu[5].float(), *mu[6:8]], dim=-1).float().mT
+                        numbers = torch.cat([*mu[:5], 1 + mu[5], *mu[6:8]], dim=-1).mT
                         read = x, cache[0], cache[7]
                         (aux_v, x), passed = fused_mix([*read, ve], numbers, MUDD_BEFORE, 4, ve_sum)
                         for tensors in zip(read, passed):
-                            instead(x, *tensors)
+                            pass_on(*tensors)
                     else:
                         first_half = torch.arange(x.size(-1), device=x.device) < x.size(-1) // 2  # of the heads
-                        ve_gate = torch.where(first_half, mu[6].float(), mu[7].float())
+                        ve_gate = torch.where(first_half, mu[6], mu[7])
                         aux_v = weighted((ve_gate, ve_last), (mu[0], cache[0]), (mu[1], cache[7]), (mu[2], x))
-                        x = weighted((1 + mu[5].float(), x), (mu[3], cache[0]), (mu[4], cache[7]))
+                        x = weighted((1 + mu[5], x), (mu[3], cache[0]), (mu[4], cache[7]))
                     mix = [mu[8], mu[9], mu[10], mu[11], mu[12], mu[13]]
                 else:
                     mix = [resid_lambdas_attn[i], post_lambdas_attn[i], x0_gates[i], bigram_gates[i] if i > 0 else 0.0,
@@ -871,19 +869,21 @@ class GPT(nn.Module):
                     keep_qkv=keep.qkv,
                     attention=schedule_cfg.attention or (window_attention, dc_attention),
                 ), self.qk_bank, self.vo_bank)
-                x = instead(x, attn_in, passed)
+                if attn_in is x:
+                    x = passed
+                pass_on(attn_in, passed)
             read = x, x0 if mu is None else cache[0]
             x, *passed = self.second_half(i, x, y, mix, sa_lambdas[i, 1] if y is not None else None, read[1], x0_bigram, by_kernels,
                                           keep.mlp, x0_sum if mu is None else None, bigram_sum)
             for tensors in zip(read, passed):
-                instead(x, *tensors)
+                pass_on(*tensors)
             if i in self.cache_layers:
                 cache[i] = x
 
         mu = self.forward_mudd(x, id=1, num_coef=5)
         if by_kernels:
             activations = [x, cache[0], cache[7], cache[9], cache[3], ve]
-            (x,), _ = fused_mix(activations, torch.cat(mu, dim=-1).float().mT, MUDD_AFTER, 0, ve_sum, normed=True)
+            (x,), _ = fused_mix(activations, torch.cat(mu, dim=-1).mT, MUDD_AFTER, 0, ve_sum, normed=True)
         else:
             x = weighted((1.0, x), (mu[0], cache[0]), (mu[1], cache[7]), (mu[2], cache[9]), (mu[3], ve_first), (mu[4], cache[3]))
             x = norm(x)
