@@ -62,7 +62,7 @@ from kernels import (
     takes_lm_head,
     window_attention,
 )
-from kernels.dispatch import Kept, what_to_keep
+from kernels.dispatch import Kept, warn_once, what_to_keep
 from kernels.lm_head import SOFTCAP_A, SOFTCAP_B, SOFTCAP_C
 from muon_xla import NorMuonAndAdam
 from replay import Replay
@@ -1096,7 +1096,10 @@ def pack(inputs: np.ndarray, targets: np.ndarray, cum_seqlens: np.ndarray, bigra
     their slots, [8, 4 or 5, T] int32. A batch in which too many bigrams have one owner comes without: its step is another program, that
     has room for all.
     """
-    slots = None if device_count() == 1 else get_bigram_slots(bigram_inputs, bigram_vocab_size)
+    T, slots = inputs.shape[1], None if device_count() == 1 else get_bigram_slots(bigram_inputs, bigram_vocab_size)
+    if slots is None and device_count() > 1:
+        warn_once(f"more than {bigram_room(T)} of a row's {T} bigrams are in one device's rows of the table (D4): such a batch takes a "
+                  "program of its own, which is compiled when the first one comes; on a TPU that takes minutes")
     return torch.from_numpy(np.stack([inputs, targets, get_documents(cum_seqlens), bigram_inputs, *([] if slots is None else [slots])],
                                      axis=1))
 

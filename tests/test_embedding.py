@@ -3,14 +3,18 @@ The gradient of an embedding: the TPU kernel, interpreted, against F.embedding's
 
     python -m pytest -q tests/test_embedding.py
 """
+import re
+
 import eager
 import pytest
 import torch
+import torch_xla.core.xla_builder as xb
 
 from chips import CHIPS
 from gradients import Gradients, Sum
 from kernels import dispatch, lookup
-from kernels.embedding import embedding_refuses
+from kernels.embedding import EmbeddingShapes, embedding_refuses
+from kernels.tpu.embedding import embedding_scatter
 
 
 def looked_up(ids: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor, before: Sum) -> dict[str, torch.Tensor]:
@@ -46,6 +50,18 @@ def test_embedding(rows, T, V, d, most, dtype):
         got = {name: x.float() for name, x in got.items()}
         got["dw"] -= 0 if start is None else start.float()
         eager.check(got, want, 1e-5 if dtype == torch.float32 else 1e-2, "on top" if start is not None else "alone")
+
+def test_a_gradient_waits(monkeypatch):
+    """In the graph, what it is made of depends on `after`."""
+    monkeypatch.setattr(dispatch, "target", CHIPS["v6e"])
+    shapes, arguments = EmbeddingShapes(1, 128, 512, 128, on_top=False), [("ids", (1, 128), "int32"), ("dy", (1, 128, 128), "bfloat16")]
+    def graph(*more):
+        computation, outputs = dispatch.lowered(embedding_scatter, shapes, (*arguments, *more), CHIPS["v6e"], True)
+        assert outputs == dict(dw=True)
+        return xb.get_computation_hlo(computation)
+    assert "opt-barrier" not in graph()
+    waits = re.search(r"opt-barrier[.\d]* = \(([^)]*)\)", graph(("after", (3,), "bfloat16")))
+    assert waits and all(shape in waits[1] for shape in ("s32[1,128]", "bf16[1,128,128]", "bf16[3]")), waits
 
 def test_embedding_refuses(monkeypatch):
     monkeypatch.setattr(dispatch, "target", CHIPS["v6e"])

@@ -2,6 +2,8 @@
 lookup_owned and its gradient against the whole table's: bigrams spread over all owners, in the slots that get_bigram_slots gives them; a
 row whose bigrams are all of one device, which has no room for them; and such a row of few tokens, for which there is always room.
 """
+import warnings
+
 import numpy as np
 import torch
 
@@ -15,7 +17,9 @@ for T, same, fits in ((3072, False, True), (3072, True, False), (128, True, True
     ids = rng.integers(0, V, (train.ROWS, T), dtype=np.int32)
     if same:
         ids[1] %= V // device_count()
-    batch = train.pack(ids, ids, np.array([[0, T]] * train.ROWS, dtype=np.int32), ids, V)
+    with warnings.catch_warnings(record=True) as said:
+        batch = train.pack(ids, ids, np.array([[0, T]] * train.ROWS, dtype=np.int32), ids, V)
+    assert [f"more than {train.bigram_room(T)} of a row's {T} bigrams" in str(x.message) for x in said] == [True] * (not fits), said
     assert batch.shape == (train.ROWS, 5 if fits else 4, T), batch.shape
     assert train.bigram_room(T) * device_count() < 2.5 * T or T == 128
     ids, table, dy = torch.from_numpy(ids), torch.randn(V, d), torch.randn(train.ROWS, T, d)
