@@ -597,7 +597,7 @@ class GPT(nn.Module):
     def forward_mudd(self, x: Tensor, id: int, num_coef: int) -> list[Tensor]:
         """Numbers of block id (0 or 1) for each token of x [B, T, d], [B, T, 1] float32 each."""
         x = F.gelu(F.linear(x, self.mudd_w1[id]))
-        # D22: the bias in float32, as its gradient is a sum over all tokens, and so are the numbers, into which it puts up to 2
+        # D22: in float32, the bias because its gradient is a sum over all tokens, the numbers because it puts up to 2 into them
         x = (F.linear(x, self.mudd_w2[id, :num_coef]).float() + self.mudd_b2[id, :num_coef].float()) * self._mudd_scale
         return x.split(1, dim=-1)
 

@@ -26,8 +26,7 @@ def forward_backward(path, leaves, given):
 
 @pytest.mark.parametrize("B, T, d, dtype", [
     (2, 384, 256, torch.float32),  # three blocks of one strip: rows begin and end, shares cross blocks
-    (1, 1024, 128, torch.float32),  # two blocks of four strips
-    (2, 512, 768, torch.bfloat16),
+    (1, 1024, 128, torch.bfloat16),  # two blocks of four strips
 ])
 def test_smear(B, T, d, dtype):
     generator = torch.Generator().manual_seed(T)
