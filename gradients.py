@@ -71,7 +71,7 @@ class Sum:
         return None
 
     def collect(self, found: Tensor | None, after: Tensor | None = None) -> Tensor | None:
-        """None where neither a kernel nor autograd has found any. after: call_kernel's."""
+        """None where neither a kernel nor autograd has found any. after: what these kernels wait for."""
         so_far = self.before if self.tensor is None else self.tensor
         for kernel in self.waiting:
             so_far = self.tensor = kernel(so_far, after)

@@ -97,15 +97,14 @@ def warn_once(text: str):
     warnings.warn(text, stacklevel=4)
 
 
-def call_kernel(call: Callable, shapes, after: Tensor | None = None, **tensors: Tensor | None) -> SimpleNamespace:
+def call_kernel(call: Callable, shapes, **tensors: Tensor | None) -> SimpleNamespace:
     """
     call(shapes, dtype, interpret)(**arrays) as one node of torch_xla's graph: call is a function of kernels.tpu, whose result maps the
     names of the outputs to arrays, or to None for one that is not asked for. A tensor that is None is left out. XLA cannot split a kernel
-    over devices, so this belongs in the program of a single device (spmd.enter). after: a tensor that has to be there first; the kernel
-    does not read it.
+    over devices, so this belongs in the program of a single device (spmd.enter).
     """
     import torch_xla.core.xla_builder as xb
-    tensors = {name: x for name, x in {**tensors, "after": after}.items() if x is not None}
+    tensors = {name: x for name, x in tensors.items() if x is not None}
     arguments = tuple((name, tuple(x.shape), str(x.dtype).removeprefix("torch.")) for name, x in tensors.items())
     computation, outputs = lowered(call, shapes, arguments, chip(), interpret)
     results = iter(xb.xla_computation_as_func(computation)(list(tensors.values())))
@@ -122,11 +121,7 @@ def lowered(call: Callable, shapes, arguments: tuple, chip: Chip, interpret: boo
     dtype = min((jax.numpy.dtype(dtype) for _, _, dtype in arguments if "float" in dtype), key=lambda dtype: dtype.itemsize)
 
     def run(*arrays):
-        arrays = dict(zip(names, arrays))
-        if "after" in arrays:
-            arrays = jax.lax.optimization_barrier(arrays)
-            del arrays["after"]
-        results = call(shapes, dtype, interpret)(**arrays)
+        results = call(shapes, dtype, interpret)(**dict(zip(names, arrays)))
         outputs.update({name: x is not None for name, x in results.items()})
         return [x for x in results.values() if x is not None]
     traced = jax.jit(run, keep_unused=True).trace(*(jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in arguments))

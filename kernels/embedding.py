@@ -38,7 +38,7 @@ class Embedding(torch.autograd.Function):
         def add(before, after):
             shapes = EmbeddingShapes(*ids.shape, ctx.vocab, dy.size(2), before is not None, ctx.into.in_place,
                                      before is None or before.dtype == torch.float32)
-            return call_kernel(embedding.embedding_scatter, shapes, after, ids=ids, dy=dy, before=before).dw.sum(0)
+            return call_kernel(embedding.embedding_scatter, shapes, ids=ids, dy=dy, before=before, after=after).dw.sum(0)
         return None, ctx.into.add(add), None, None
 
 

@@ -105,6 +105,6 @@ class SoftcappedCrossEntropy(torch.autograd.Function):
         x, weight, targets, prefix, dx, a, at_targets, p = ctx.saved_tensors
         def add(before, after):
             shapes = dataclasses.replace(ctx.shapes, on_top=before is not None, in_place=ctx.into.in_place)
-            return call_kernel(lm_head.lm_head_dw, shapes, after, x=x, w=weight.expand(x.size(0), -1, -1), targets=targets, prefix=prefix,
-                               scale=a * dlosses, at_targets=at_targets, p=p, before=before).dw.sum(0)
+            return call_kernel(lm_head.lm_head_dw, shapes, x=x, w=weight.expand(x.size(0), -1, -1), targets=targets, prefix=prefix,
+                               scale=a * dlosses, at_targets=at_targets, p=p, before=before, after=after).dw.sum(0)
         return (dlosses.unsqueeze(-1) * dx.float()).type_as(dx), ctx.into.add(add), *[None] * 6

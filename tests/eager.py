@@ -63,7 +63,7 @@ def eager(kernels: bool, turns: int = 1, chip: str = "v6e"):
 
 calls = []  # of kernels, by name, since eager() was entered
 
-def call_kernel(call, shapes, after=None, **tensors: torch.Tensor | None) -> types.SimpleNamespace:
+def call_kernel(call, shapes, **tensors: torch.Tensor | None) -> types.SimpleNamespace:
     calls.append(call.__name__)
     tensors = {name: x for name, x in tensors.items() if x is not None}
     dtype = min((x.dtype for x in tensors.values() if x.ndim > 1 and x.is_floating_point()), key=lambda dtype: dtype.itemsize)

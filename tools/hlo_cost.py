@@ -344,7 +344,7 @@ class Row:
     times: int
     ms: float | None  # of one execution; None where nothing says
     how: str  # "compiler", "bundles", "bytes", "links" or "none"
-    exposed_ms: float | None = None  # what of ms nothing hides, and waiting for the links; None: all of it
+    exposed_ms: float | None = None  # what of ms nothing hides, and what it is slowed down; None: all of it
     bytes: int = 0
     asynchronous: bool = False
 
@@ -404,6 +404,14 @@ class Estimate:
         if queue:
             self.free[queue] = end
         self.pending[key] = end, row
+
+    def share_links(self, row):
+        """A synchronous collective has half of the links while others are under way, which arrive later for it."""
+        row.exposed_ms = row.ms + min(row.ms, max(0.0, self.free["links"] - self.now))
+        self.free["links"] = max(self.free["links"], self.now) + row.ms
+        self.pending = {key: (end + row.ms if other.kind == "collectives" and end > self.now else end, other)
+                        for key, (end, other) in self.pending.items()}
+        self.now += row.exposed_ms
 
     def wait(self, key):
         end, row = self.pending.pop(key, (None, None))
@@ -497,10 +505,7 @@ class Estimate:
                 return self.wait(key)
             # A fusion that computes while a collective is under way carries a piece of it; that is counted where it starts.
             if '"continuation_config"' not in op.attrs:
-                # behind those that are under way
-                row = self.add(op, computation, "collectives", times, ms, "links", 0.0, payload)
-                self.start(op.name, row, "links")
-                self.wait(op.name)
+                self.share_links(self.add(op, computation, "collectives", times, ms, "links", 0.0, payload))
             if op.cycles is None:
                 return
         kind = self.kind(op, inner)

@@ -81,27 +81,32 @@ def kernel_call(kernel: Callable, shapes, grid: tuple[int, ...], operands: Opera
     """
     A function (**arrays: prefetched scalars and inputs) -> dict of outputs that runs kernel(r, shapes) on every program of the grid,
     r holding a reference for each operand under its name.
+
+    after: an array that has to be there before the kernel runs, which does not read it. XLA would not wait at an optimization barrier:
+    it has removed those when it orders what remains.
     """
     here = lambda group: {name: x for name, x in group.items() if x is not None}
     inputs, outputs, scratch = map(here, (operands.inputs, operands.outputs, operands.scratch))
     order = [*operands.prefetch, *inputs]
-    names, absent = (*order, *outputs, *scratch), dict.fromkeys((*operands.inputs, *operands.outputs, *operands.scratch))
-    assert len(set(names)) == len(names), "two operands with one name"
+    absent = dict.fromkeys((*operands.inputs, *operands.outputs, *operands.scratch))
     # Twice what is counted, because the compiler needs room of its own. No more, because XLA keeps other arrays in the rest.
     limit = min(dispatch.vmem_limit(), max(32 * MiB, 2 * operands.vmem_bytes))
-    call = pl.pallas_call(
-        lambda *refs: kernel(SimpleNamespace(**absent | dict(zip(names, refs, strict=True))), shapes), name=kernel.__name__,
-        interpret=interpret,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(operands.prefetch), grid=grid, in_specs=[x.spec for x in inputs.values()],
-            out_specs=[x.spec for x in outputs.values()],
-            scratch_shapes=[pltpu.VMEM(*x) if isinstance(x, tuple) else x for x in scratch.values()]),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()],
-        input_output_aliases={order.index(x): list(outputs).index(y) for y, x in operands.in_place.items() if y in outputs},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * len(grid), vmem_limit_bytes=limit))
 
-    def run(**arrays):
-        results = call(*(arrays[name] for name in order))
+    def run(after=None, **arrays):
+        first = {} if after is None else dict(after=Operand(after.shape, after.dtype))
+        names = (*order, *first, *outputs, *scratch)
+        assert len(set(names)) == len(names), "two operands with one name"
+        results = pl.pallas_call(
+            lambda *refs: kernel(SimpleNamespace(**absent | dict(zip(names, refs, strict=True))), shapes), name=kernel.__name__,
+            interpret=interpret,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=len(operands.prefetch), grid=grid, in_specs=[x.spec for x in (inputs | first).values()],
+                out_specs=[x.spec for x in outputs.values()],
+                scratch_shapes=[pltpu.VMEM(*x) if isinstance(x, tuple) else x for x in scratch.values()]),
+            out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs.values()],
+            input_output_aliases={order.index(x): list(outputs).index(y) for y, x in operands.in_place.items() if y in outputs},
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * len(grid), vmem_limit_bytes=limit),
+        )(*(arrays[name] for name in order), *(() if after is None else (after,)))
         return dict.fromkeys(operands.outputs) | dict(zip(outputs, results))
     return run
 

@@ -33,7 +33,7 @@ def embedding_scatter_kernel(r, shapes: EmbeddingShapes):
 def embedding_scatter(s: EmbeddingShapes, dtype, interpret=False):
     """
     A function (ids [R, T] int32, dy [R, T, d], if s.on_top before [V, d]) -> dw [R, V, d], the first row's on top of before. s.in_place: of
-    one row, before is f32 if s.exact, and dw takes its memory.
+    one row, before is f32 if s.exact, and dw takes its memory. after: as kernel_call has it.
     """
     R, T, V, d = s.rows, s.tokens, s.vocab, s.dim
     m, n = ENTRIES, math.gcd(T, TOKENS)
@@ -74,9 +74,9 @@ def embedding_scatter(s: EmbeddingShapes, dtype, interpret=False):
         of_block = jnp.argsort(ends, stable=True) < pl.cdiv(V, m) - 1
         return [jnp.cumsum(jnp.pad(x.astype(jnp.int32), (1, 0)), dtype=jnp.int32) for x in (of_block, ~of_block)]
 
-    def run(ids, dy, before=None):
+    def run(ids, dy, before=None, after=None):
         ids, order = by_entry(ids)  # once for all embeddings of the same ids, by CSE
         dy = jax.vmap(lambda dy, order: dy.at[order].get(mode="promise_in_bounds"))(dy, order)
         blocks, chunks = jax.vmap(walk)(ids)
-        return call(blocks=blocks, chunks=chunks, ids=ids[:, None], dy=dy, before=before[None] if s.in_place else before)
+        return call(blocks=blocks, chunks=chunks, ids=ids[:, None], dy=dy, before=before[None] if s.in_place else before, after=after)
     return run

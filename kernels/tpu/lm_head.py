@@ -274,14 +274,14 @@ def lm_head_dw(s: LmHead, dtype, interpret=False):
     """
     A function (x, w, targets, with s.prefix prefix as losses_call's; scale [R, T] f32, the a that it returned times the gradient of the
     losses; at_targets and perhaps p as it returned them; if s.on_top before [V, d]) -> dw [R, V, d], the first row's on top of before.
-    s.in_place: of one row, before is f32, and dw takes its memory.
+    s.in_place: of one row, before is f32, and dw takes its memory. after: as kernel_call has it.
     """
     Tb, Vb = s.backward_block
     call = kernel_call(lm_head_dw_kernel, s, (s.rows, pl.cdiv(s.vocab, Vb), s.tokens // Tb), dw_operands(s, dtype), interpret)
 
-    def run(x, w, targets, scale, at_targets, prefix=None, p=None, before=None):
+    def run(x, w, targets, scale, at_targets, prefix=None, p=None, before=None, after=None):
         before = before[None] if s.in_place else before
-        return call(ids=all_ids(s, targets, prefix), values=at_targets, x=x, scale=scale[:, None], w=w, before=before, p=p)
+        return call(ids=all_ids(s, targets, prefix), values=at_targets, x=x, scale=scale[:, None], w=w, before=before, p=p, after=after)
     return run
 
 
