@@ -266,7 +266,7 @@ class NorMuonAndAdam:
         In work_order: kernels that make a gradient wait for the new weights before it, so that their all-gather runs beside these kernels.
         """
         tables = defaultdict(list)  # with their new weights, split by rows, by shape
-        new = []  # an element of all new weights that are to be gathered
+        new = []  # one element of each of the new weights that are to be gathered
         for param in (self._param_by_label[label] for label in self.work_order):
             cfg, grad = self.param_cfgs[param], gradients.get(param, torch.cat(new) if new else None)
             if grad is None:

@@ -999,6 +999,8 @@ def get_bigram_slots(bigram_inputs: np.ndarray, bigram_vocab_size: int) -> np.nd
     for row, owner in zip(slots, owners):
         counts = np.bincount(owner, minlength=n)
         if counts.max() > room:
+            warn_once(f"more than {room} of a row's {T} bigrams are in one device's rows of the table (D4): such a batch takes a program "
+                      "of its own, which is compiled when the first one comes; on a TPU that takes minutes")
             return None
         first = np.arange(n) * room - (counts.cumsum() - counts)  # slot - place in the order of owners
         row[owner.argsort(kind="stable")] = np.repeat(first.astype(np.int32), counts) + place
@@ -1096,10 +1098,7 @@ def pack(inputs: np.ndarray, targets: np.ndarray, cum_seqlens: np.ndarray, bigra
     their slots, [8, 4 or 5, T] int32. A batch in which too many bigrams have one owner comes without: its step is another program, that
     has room for all.
     """
-    T, slots = inputs.shape[1], None if device_count() == 1 else get_bigram_slots(bigram_inputs, bigram_vocab_size)
-    if slots is None and device_count() > 1:
-        warn_once(f"more than {bigram_room(T)} of a row's {T} bigrams are in one device's rows of the table (D4): such a batch takes a "
-                  "program of its own, which is compiled when the first one comes; on a TPU that takes minutes")
+    slots = None if device_count() == 1 else get_bigram_slots(bigram_inputs, bigram_vocab_size)
     return torch.from_numpy(np.stack([inputs, targets, get_documents(cum_seqlens), bigram_inputs, *([] if slots is None else [slots])],
                                      axis=1))
 
@@ -1877,8 +1876,8 @@ presets = {
 }
 
 # Flags of libtpu, for the run and for compilation ahead of time (tools/aot.py), beyond those that torch_xla sets: the bigram table's
-# exchange runs beside other work, and so do all-gathers, several at a time and beside any operation, where libtpu's default is one, and
-# beside a product. What an all-gather replaces is not copied first.
+# exchange runs beside other work, and so do all-gathers: several at a time, where libtpu's default is one, and beside elementwise fusions
+# too, where it takes products only. What an all-gather replaces is not copied first.
 LIBTPU_INIT_ARGS = " ".join([
     "--xla_tpu_enable_async_all_to_all=true",
     "--xla_max_concurrent_async_all_gathers=4",

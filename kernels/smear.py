@@ -38,25 +38,23 @@ def fused_smear(
     x0 = norm(x + gate * (x one token before)), gate = smear_lambda * sigmoid(x[..., :n] @ gate_w.T), [B, T, d]; the same for one more
     reader, because the kernel adds up what comes back to it; x0 @ w1.T, [B, T, 64].
     """
-    return Smear.apply(x, gate_w, smear_lambda, w1)
+    return Smear.apply(x, F.pad(gate_w.float(), (0, 128 - gate_w.size(1))), smear_lambda.view(1), w1)
 
 
 class Smear(torch.autograd.Function):
-    """fused_smear."""
+    """fused_smear, with gate_w [1, 128] float32, zeros at the end, and smear_lambda [1]."""
     @staticmethod
     def forward(ctx, x, gate_w, smear_lambda, w1):
         from kernels.tpu import smear
-        ctx.shapes, gate = get_smear(x, w1), F.pad(gate_w.float(), (0, 128 - gate_w.size(1)))
-        inputs = dict(x=x, gate_w=gate, smear_lambda=smear_lambda.view(1), w1=w1)
-        r = call_kernel(smear.smear_forward, ctx.shapes, **inputs)
-        ctx.gate_w = gate_w.shape, gate_w.dtype
-        ctx.save_for_backward(*inputs.values(), r.x0)
+        ctx.shapes = get_smear(x, w1)
+        r = call_kernel(smear.smear_forward, ctx.shapes, x=x, gate_w=gate_w, smear_lambda=smear_lambda, w1=w1)
+        ctx.save_for_backward(x, gate_w, smear_lambda, w1, r.x0)
         return r.x0, r.x0.view_as(r.x0), r.h.mT
 
     @staticmethod
     def backward(ctx, dx0, dx0_once, dh):
         from kernels.tpu import smear
-        (x, gate_w, smear_lambda, w1, x0), ((_, n), dtype) = ctx.saved_tensors, ctx.gate_w
+        x, gate_w, smear_lambda, w1, x0 = ctx.saved_tensors
         d = call_kernel(smear.smear_backward, ctx.shapes, x=x, gate_w=gate_w, smear_lambda=smear_lambda, w1=w1, dx0=dx0, dx0_once=dx0_once,
                         dh=dh.mT)
-        return d.dx, d.dgate_w[:, :n].to(dtype), d.dlambda.view(()), dh.flatten(0, 1).T @ x0.flatten(0, 1)
+        return d.dx, d.dgate_w, d.dlambda, dh.flatten(0, 1).T @ x0.flatten(0, 1)

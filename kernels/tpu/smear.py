@@ -1,6 +1,6 @@
 """
-The smear gate, norm and the first product of MUDD's gates, for which XLA passes five times over the residual stream, and six on the way
-back. Backward, blocks and strips go from the last to the first: a token's share in the next one comes back from there.
+The smear gate, norm and the first product of MUDD's gates, for which XLA passes three times over the residual stream, and four on the
+way back. Backward, blocks and strips go from the last to the first: a token's share in the next one comes back from there.
 """
 import jax
 import jax.numpy as jnp
