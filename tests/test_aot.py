@@ -332,21 +332,40 @@ def test_bundles_of_regions(loop):
 # Memory
 
 def test_largest_buffers():
+    """At the fullest moment: 5, in the middle of p's life, though p has more bytes than 32 bits count."""
     text = textwrap.dedent("""\
-        HloLiveRange (max 9):
-          Live ranges at 5 (peak):
-            x{}: 400000 bytes (cumulative: 400000 bytes)
-            pair{1}: 900000 bytes (cumulative: 1300000 bytes)
-            pair{0}: 800000 bytes (cumulative: 2100000 bytes)
-            tiny{}: 64 bytes (cumulative: 2100064 bytes)
-          Stack trace breakdown for peak usage: 2 100 064 bytes
-            y{}: 700000 bytes
+        BufferAssignment:
+        allocation 0: size 400000, parameter 3, shape |f32[100000]| at ShapeIndex {}, maybe-live-out:
+         value: <1 x @0> (size=400000,offset=0): f32[100000]{0}
+         value: <9 late{} @0> (size=400000,offset=0): f32[100000]{0}
+        allocation 1: size 800000, color 1, preallocated-temp:
+         value: <2 pair{0} @0> (size=800000,offset=0): f32[200000]{0:S(1)}
+        allocation 2: size 5000000000, preallocated-temp:
+         value: <3 pair{1} @0> (size=900000,offset=0): f32[225000]{0}
+         value: <4 p @0> (size=4400000000,offset=900000): f32[1100000000]{0}
+         value: <5 in_place{} @0> (size=900000,offset=0): f32[225000]{0}
+         value: <6 before @0> (size=1900000,offset=900000): f32[475000]{0}
+         value: <7 tiny{} @0> (size=64,offset=4500000000): f32[16]{0}
+
+        Total bytes used: 5001200000 (4.66GiB)
+          BufferLiveRange:
+            pair{0}:1-9
+            pair{1}:1-5
+            before{}:1-3
+            p{}:4-8
+            in_place{}:5-9
+            tiny{}:1-9
+            late{}:8-9
+          Live ranges at 3 (peak):
+            before{}: 1900000 bytes (cumulative: 1900000 bytes)
         """)
     module = hlo(["%x = f32[100000]{0} parameter(0)", "%pair = (f32[200000]{0:S(1)}, f32[225000]{0}) custom-call(%x), "
                   'custom_call_target="f", metadata={op_name="mm" source_file="a.py" source_line=3}'])
     assert hlo_cost.largest_buffers(text, module) == [
+        {"buffer": "p", "bytes": 4400000000, "shape": "", "source": ""},
         {"buffer": "pair{1}", "bytes": 900000, "shape": "f32[225000]{0}", "source": "mm a.py:3"},
         {"buffer": "x", "bytes": 400000, "shape": "f32[100000]{0}", "source": ""}]
+    assert [b["bytes"] for b in hlo_cost.largest_buffers(text, module, 1)] == [4400000000]
     assert hlo_cost.largest_buffers("no ranges", module) == []
 
 # -----------------------------------------------------------------------------

@@ -272,9 +272,9 @@ def test_what_is_kept_is_what_fits(monkeypatch):
     keep = lambda tokens, gib: dispatch.what_to_keep(tokens, 11, 768, 50304, int(gib * GiB))
     for chip, tokens, mlp in (("v6e", 49152, True), ("v5e", 32768, True), ("v5e", 49152, False)):
         monkeypatch.setattr(dispatch, "target", CHIPS[chip])
-        assert keep(tokens, 1.1) == dispatch.Kept(tokens, mlp)
-    for more, less in itertools.pairwise(keep(49152, gib / 10) for gib in range(0, 68, 2)):
+        assert keep(tokens, 1.0) == dispatch.Kept(tokens, mlp)
+    for more, less in itertools.pairwise(keep(49152, gib / 10) for gib in range(0, 58, 2)):
         assert more.p_tokens >= less.p_tokens and more.mlp >= less.mlp and (not less.mlp or less.p_tokens == 49152)
-    assert less == dispatch.Kept(0, False) and not keep(49152, 6.9).qkv and not keep(49152, 10.6).qkv
-    with pytest.raises(Refused, match="49152 tokens takes some 3.1 GiB beside 10.7 of state and 2.0 of programs.*15.75: take more chips"):
-        keep(49152, 10.7)
+    assert less == dispatch.Kept(0, False) and not keep(49152, 5.7).qkv and not keep(49152, 8.7).qkv
+    with pytest.raises(Refused, match="49152 tokens takes some 5.0 GiB beside 8.8 of state and 2.0 of programs.*15.75: take more chips"):
+        keep(49152, 8.8)

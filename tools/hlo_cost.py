@@ -622,17 +622,29 @@ class Estimate:
 # Memory (the buffer assignment that XLA dumps)
 
 def largest_buffers(text: str, module: Module, n: int = 10) -> list[dict]:
-    """The n largest buffers in HBM when memory is at its fullest, with the shape and source line of what writes them."""
+    """
+    The n largest buffers in HBM when memory is at its fullest, with the shape and source line of what writes them, of a buffer assignment
+    as XLA dumps it. XLA's own list of that moment adds up sizes in 32 bits, so a buffer of 2 GiB makes it another moment.
+    """
     ops = {op.name: op for computation in module.computations.values() for op in computation.values()}
+    ranges = {name: (int(start), int(end)) for name, start, end in re.findall(r"^ +([\w.\-]+\{[\d,]*\}):(\d+)-(\d+)$", text, re.M)}
+    values = []  # (start, end, where, name, bytes)
+    for number, kind, lines in re.findall(r"^allocation (\d+): size \d+, (.*)\n((?: value: .*\n)*)", text, re.M):
+        if re.search(r"color [1-9]|thread-local", kind):  # not in HBM
+            continue
+        always = kind.startswith(("parameter", "constant"))
+        found = re.findall(r"^ value: <\d+ ([\w.\-]+)(\{[\d,]*\})? @\d+> \(size=(\d+),offset=(\d+)\)", lines, re.M)
+        for name, index, size, offset in found[:1] if always else found:
+            name += index or "{}"
+            if int(size) >= 2**16 and (always or name in ranges):
+                values.append((*((0, math.inf) if always else ranges[name]), (number, offset), name, int(size)))
+    # what is written where something else has just been read has its place, and counts once
+    alive = lambda t: {where: (size, name) for start, end, where, name, size in values if start <= t <= end}
+    fullest = max((alive(t) for t in {start for start, *_ in values}), key=lambda at: sum(size for size, _ in at.values()), default={})
     found = []
-    for line in text[text.rfind("(peak):"):].splitlines()[1:] if "(peak):" in text else []:
-        m = re.match(r"\s+([\w.\-]+)(\{[\d,]*\})?: (\d+) bytes", line)
-        if not m:
-            break
-        name, index, size = m.group(1), m.group(2) or "", int(m.group(3))
+    for size, name in sorted(fullest.values(), key=lambda x: -x[0])[:n]:
+        name, index = name.rstrip("}").split("{")
         op = ops.get(name)
-        shape = element(op.shape, index) if op else ""
-        if size >= 2**16 and not re.search(r"S\([1-9]\d*\)", shape):  # not in VMEM
-            found.append({"buffer": name + index.replace("{}", ""), "bytes": size, "shape": shape,
-                          "source": module.source(op) if op else ""})
-    return sorted(found, key=lambda b: -b["bytes"])[:n]
+        found.append({"buffer": name + (index and f"{{{index}}}"), "bytes": size, "shape": element(op.shape, f"{{{index}}}") if op else "",
+                      "source": module.source(op) if op else ""})
+    return found
