@@ -230,9 +230,11 @@ def test_kernels_cost_their_bundles_at_every_call():
     """libtpu writes the program of equal calls once; each call counts. A kernel of another body has its own."""
     calls = [KERNEL.format("a", "x", "QQ=="), KERNEL.format("b", "a", "QQ=="), KERNEL.format("c", "b", "Qg==")]
     module = hlo(["%x = f32[1024]{0} parameter(0)", *calls])
-    summary = Estimate(module, {"a": (2 * MS, 0), "c": (MS, 0)}).summary({"a": "fwd", "b": "fwd", "c": "bwd"})
+    module.kernels = {"a": "fwd", "b": "fwd", "c": "bwd"}
+    summary = Estimate(module, {"a": (2 * MS, 0), "c": (MS, 0)}).summary()
     assert summary["est_ms"]["kernels"] == pytest.approx(5) == summary["lower_bounds_ms"]
     assert {k: (v["calls"], round(v["ms"], 6)) for k, v in summary["kernels"].items()} == {"fwd": (2, 4), "bwd": (1, 1)}
+    module.kernels = {}
     without = Estimate(module, {"a": (2 * MS, 0)}).summary()
     assert [x["op"] for x in without["not_estimated"]] == ["c"]
 
@@ -264,6 +266,12 @@ def test_source_lines():
     add = '%a = f32[1]{0} add(), metadata={op_name="n" source_file="/v/site-packages/t/n.py" source_line=3}'
     within = hlo(["%f = f32[1]{0} fusion(), calls=%c"], ["%c", add])
     assert within.source(within.computations["main"]["f"]) == "n t/n.py:3"
+    # what JAX lowered has numbers of another table of lines; a kernel is known by its name
+    lowered = hlo([line.replace("%work", "%k").replace("aten__mul", "xla__computation/jit(run)/or")], BODY)
+    op = lowered.computations["main"]["k"]
+    assert lowered.source(op) == "xla__computation/jit(run)/or"
+    lowered.kernels = {"k": "mlp_forward_kernel"}
+    assert lowered.source(op) == "mlp_forward_kernel"
 
 # -----------------------------------------------------------------------------
 # Bundles

@@ -284,8 +284,9 @@ def compile_graph(tpu: str, source: str, text: str, result: str, dump: str):
             found["bundles"][name.group(1)] = hlo_cost.bundle_cycles(Path(path).read_text(errors="replace"))
     buffers = sorted(glob.glob(f"{dump}/*after_optimizations-buffer-assignment.txt"))
     if buffers:
-        module = hlo_cost.Module(Path(buffers[-1].replace("-buffer-assignment", "")).read_text(errors="replace"))
-        found["buffers"] = hlo_cost.largest_buffers(Path(buffers[-1]).read_text(errors="replace"), module)
+        optimised = Path(buffers[-1].replace("-buffer-assignment", "")).read_text(errors="replace")
+        found["buffers"] = hlo_cost.largest_buffers(Path(buffers[-1]).read_text(errors="replace"),
+                                                    hlo_cost.Module(optimised, kernel_names(optimised)[0]))
     Path(result).write_text(json.dumps(found))
 
 
@@ -500,9 +501,9 @@ def assess(graph, found: dict, tpu: Tpu, out: Path, untouched: int = 0, attentio
     limit = tpu.chip.hbm_bytes / 2**30
     if total > limit:
         entry["why"] = f"does not fit: {total:.2f} of {limit:.2f} GiB"
-    module = hlo_cost.Module((out / f"{graph.name}.tpu.txt").read_text())
+    module = hlo_cost.Module((out / f"{graph.name}.tpu.txt").read_text(), found["kernel_names"])
     estimate = hlo_cost.Estimate(module, found["bundles"], tpu.chip, found["kernel_bytes"])
-    summary = estimate.summary(found["kernel_names"])
+    summary = estimate.summary()
     for call, ms in (attention or {}).items():
         kernel = summary["kernels"].get(f"{call}_kernel", {"ms": math.inf})
         more = max(0.0, ms - kernel["ms"])
@@ -635,7 +636,7 @@ def explanation(g: dict) -> str:
         for r in g["dearest_ops"]:
             lines += [f"{r['ms']:9.3f} ms  x{r['times']:<4} {r['kind']:11} {r['how']:9} {r['op']}  {r['shape'][:80]}",
                       f"{'':14}{r['source']}"]
-        lines += ["", "The ten dearest source lines"]
+        lines += ["", "The ten dearest source lines, or kernels"]
         for r in g["dearest_lines"]:
             lines.append(f"{r['ms']:9.3f} ms  {r['line']}  (" + ", ".join(f"{k} {r[k]:.2f}" for k in hlo_cost.KINDS if k in r) + ")")
         lines.append("")

@@ -126,10 +126,12 @@ def parse_op(line: str) -> Op | None:
 
 
 class Module:
-    """The computations of an HLO text, each a dict of instructions in scheduled order."""
+    """
+    The computations of an HLO text, each a dict of instructions in scheduled order. kernels: {instruction: name of the kernel it calls}.
+    """
 
-    def __init__(self, text: str):
-        self.computations, self.entry, ops = {}, None, None
+    def __init__(self, text: str, kernels: dict[str, str] | None = None):
+        self.computations, self.entry, self.kernels, ops = {}, None, kernels or {}, None
         partitions = re.search(r"num_partitions=(\d+)", text[:100_000])
         self.devices = int(partitions.group(1)) if partitions else 1
         for line in text.splitlines():
@@ -158,9 +160,16 @@ class Module:
         return [ops[name].shape for name in op.operands if name in ops]
 
     def source(self, op: Op) -> str:
-        """op_name and file:line that the front end gave it, or the first of them within the fusion. No folders but a package's."""
+        """
+        A kernel's name; else op_name and file:line that the front end gave it, or the first of them within the fusion. No folders but a
+        package's. Of what JAX lowered no line: it has numbers of JAX's own table of lines, which XLA looks up in torch_xla's.
+        """
+        if op.name in self.kernels:
+            return self.kernels[op.name]
         for x in [op, *self.inside(op)]:
             name, file, line = x.attr(r'op_name="([^"]*)"'), x.attr(r'source_file="([^"]*)"'), x.attr(r"source_line=(\d+)")
+            if name and name.startswith("xla__computation/jit("):
+                file = None
             if name or file:
                 file = file and re.sub(r".*/(?=[^/]*$)" if "-packages/" not in file else r".*-packages/", "", file)
                 return " ".join(filter(None, [name, file and f"{file}:{line}"]))
@@ -555,7 +564,7 @@ class Estimate:
     def total_ms(self) -> float:
         return sum(r.cost_ms for r in self.rows)
 
-    def summary(self, kernel_names: dict | None = None) -> dict:
+    def summary(self) -> dict:
         """The figures of one graph: milliseconds and MiB of one step."""
         ms = {k: sum(r.cost_ms for r in self.rows if r.kind == k) for k in KINDS}
         collectives = [r for r in self.rows if r.kind == "collectives"]
@@ -564,7 +573,7 @@ class Estimate:
         kernels = {}
         for r in self.rows:
             if r.kind == "kernels":
-                name = (kernel_names or {}).get(r.op.name, r.op.name)
+                name = self.module.kernels.get(r.op.name, r.op.name)
                 entry = kernels.setdefault(name, {"calls": 0, "ms": 0.0, "how": r.how})
                 entry["calls"] += r.times
                 entry["ms"] += r.cost_ms
@@ -610,7 +619,7 @@ class Estimate:
                  "shape": re.sub(r"/\*.*?\*/", "", r.op.shape), "source": self.module.source(r.op)} for r in rows]
 
     def dearest_lines(self, n: int = 10) -> list[dict]:
-        """The n source lines whose instructions cost most in a step together."""
+        """The n source lines, or kernels, whose instructions cost most in a step together."""
         lines = {}
         for r in self.rows:
             ms = lines.setdefault(self.module.source(r.op).rpartition(" ")[2] or "no source line", dict.fromkeys(KINDS, 0.0))
