@@ -69,7 +69,7 @@ class Tpu:
     chips: int  # as many devices
     topology: str  # as libtpu calls it. All are meshes without wrap-around, where a corner has two links
     bounds: tuple[int, int, int]  # chips of a host
-    trains: bool = True  # all graphs of the record compile for it, and fit
+    trains: bool = True  # else refused: its VMEM does not hold the record's kernels
 
     @property
     def devices(self) -> int:

@@ -340,7 +340,7 @@ def test_bundles_of_regions(loop):
 # Memory
 
 def test_largest_buffers():
-    """At the fullest moment: 5, in the middle of p's life, though p has more bytes than 32 bits count."""
+    """At the fullest moment: 5, in the middle of p's life, though XLA's own list does not count p."""
     text = textwrap.dedent("""\
         BufferAssignment:
         allocation 0: size 400000, parameter 3, shape |f32[100000]| at ShapeIndex {}, maybe-live-out:

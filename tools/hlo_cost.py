@@ -633,7 +633,7 @@ class Estimate:
 def largest_buffers(text: str, module: Module, n: int = 10) -> list[dict]:
     """
     The n largest buffers in HBM when memory is at its fullest, with the shape and source line of what writes them, of a buffer assignment
-    as XLA dumps it. XLA's own list of that moment adds up sizes in 32 bits, so a buffer of 2 GiB makes it another moment.
+    as XLA dumps it. XLA's own list of that moment does not count buffers of more than 2 GiB: lm_head's P of 1.5 GiB is in it, of 3.1 not.
     """
     ops = {op.name: op for computation in module.computations.values() for op in computation.values()}
     ranges = {name: (int(start), int(end)) for name, start, end in re.findall(r"^ +([\w.\-]+\{[\d,]*\}):(\d+)-(\d+)$", text, re.M)}
@@ -651,9 +651,9 @@ def largest_buffers(text: str, module: Module, n: int = 10) -> list[dict]:
     alive = lambda t: {where: (size, name) for start, end, where, name, size in values if start <= t <= end}
     fullest = max((alive(t) for t in {start for start, *_ in values}), key=lambda at: sum(size for size, _ in at.values()), default={})
     found = []
-    for size, name in sorted(fullest.values(), key=lambda x: -x[0])[:n]:
-        name, index = name.rstrip("}").split("{")
+    for size, value in sorted(fullest.values(), key=lambda x: -x[0])[:n]:
+        name, _, index = value.partition("{")
         op = ops.get(name)
-        found.append({"buffer": name + (index and f"{{{index}}}"), "bytes": size, "shape": element(op.shape, f"{{{index}}}") if op else "",
+        found.append({"buffer": value.replace("{}", ""), "bytes": size, "shape": element(op.shape, index) if op else "",
                       "source": module.source(op) if op else ""})
     return found
