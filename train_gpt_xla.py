@@ -1539,9 +1539,12 @@ class TrainingManager():
 
     def what_to_keep(self, graph: Graph) -> Kept:
         """Refused where the step cannot fit."""
-        state = sum(x.nbytes // (device_count() if is_split(x) else 1) for x in self.tensors())
+        held = self.tensors()
+        if graph.part == "whole":  # an even step does not read the gradients that lie there, so its own cannot take their place
+            held += [state["grad"] for state in self.optimizer.param_states.values() if "grad" in state]
+        held = sum(x.nbytes // (device_count() if is_split(x) else 1) for x in held)
         rows = ROWS // device_count() // turns()
-        return what_to_keep(rows * graph.tokens, self.model.num_layers, *reversed(self.model.lm_head.weight.shape), state)
+        return what_to_keep(rows * graph.tokens, self.model.num_layers, *reversed(self.model.lm_head.weight.shape), held)
 
     def step_optimizers(self, gradients: Gradients, numbers: "StepNumbers"):
         self.optimizer.step(gradients, numbers.muon_lr, numbers.muon_momentum, numbers.adam if self.graph.adam else None)

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from conftest import BOS, make_tokens, toy_options, write_shard
 
 import train_gpt_xla as t
 from gradients import Gradients
+from replay import Recording
 
 
 def one_line(message: str, *words: str):
@@ -311,6 +313,20 @@ def test_no_long_sum_is_in_bfloat16():
     assert sums and re.search(r" = f32\[\]\S* reduce\(f32\[", hlo), "the pattern finds none"
     terms = {f"dims {dims} of bf16[{shape}]": np.prod([int(shape.split(",")[int(d)]) for d in dims.split(",")]) for shape, dims in sums}
     assert not {name: n for name, n in terms.items() if n > t.ROWS}
+
+def test_memory_is_reckoned_with_what_a_step_makes_beside_its_state(monkeypatch):
+    """An even step's gradients for Adam take nothing's place: XLA can give them no argument's memory."""
+    manager = t.build(t.parse_args(toy_options(Path()))[0])
+    monkeypatch.setattr(t, "what_to_keep", lambda *sizes: t.Kept(sizes[0], True) if recording else sizes[-1])
+    recording = True
+    manager.advance_schedule(manager.training_schedule.split_step + 1)
+    state, inputs = manager.tensors(), [t.to_device(t.blank_batch(manager.graph.tokens), "data"), t.to_device(manager.get_numbers())]
+    step = Recording(manager.program, inputs, state)
+    recording = False
+    held = lambda tensors: sum(x.nbytes // (t.device_count() if t.is_split(x) else 1) for x in tensors)
+    beside = held(state[i] for i in step.changed if i not in step.sources)
+    assert beside and manager.what_to_keep(manager.graph) == held(state) + beside
+    assert manager.what_to_keep(replace(manager.graph, part="rows")) == held(state)
 
 def test_banks_take_the_stacks_that_kernels_make():
     """A bank's gradient from autograd, or in a stack as on a TPU, layer by layer: the same step, and none for the padding."""
