@@ -321,7 +321,7 @@ def test_memory_is_reckoned_with_what_a_step_makes_beside_its_state(monkeypatch)
     recording = True
     manager.advance_schedule(manager.training_schedule.split_step + 1)
     state, inputs = manager.tensors(), [t.to_device(t.blank_batch(manager.graph.tokens), "data"), t.to_device(manager.get_numbers())]
-    step = Recording(manager.program, inputs, state)
+    step = Recording(manager.program, inputs, state, hlo=True)
     recording = False
     held = lambda tensors: sum(x.nbytes // (t.device_count() if t.is_split(x) else 1) for x in tensors)
     beside = held(state[i] for i in step.changed if i not in step.sources)
