@@ -317,12 +317,10 @@ def test_no_long_sum_is_in_bfloat16():
 def test_memory_is_reckoned_with_what_a_step_makes_beside_its_state(monkeypatch):
     """An even step's gradients for Adam take nothing's place: XLA can give them no argument's memory."""
     manager = t.build(t.parse_args(toy_options(Path()))[0])
-    monkeypatch.setattr(t, "what_to_keep", lambda *sizes: t.Kept(sizes[0], True) if recording else sizes[-1])
-    recording = True
     manager.advance_schedule(manager.training_schedule.split_step + 1)
     state, inputs = manager.tensors(), [t.to_device(t.blank_batch(manager.graph.tokens), "data"), t.to_device(manager.get_numbers())]
     step = Recording(manager.program, inputs, state, hlo=True)
-    recording = False
+    monkeypatch.setattr(t, "what_to_keep", lambda *sizes: sizes[-1])
     held = lambda tensors: sum(x.nbytes // (t.device_count() if t.is_split(x) else 1) for x in tensors)
     beside = held(state[i] for i in step.changed if i not in step.sources)
     assert beside and manager.what_to_keep(manager.graph) == held(state) + beside
