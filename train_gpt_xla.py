@@ -1874,7 +1874,7 @@ presets = {
     "rehearsal": lambda **kwargs: Hyperparameters(**{**dict(
         train_files="data/demo/demo_train_*.bin", val_files="data/demo/demo_val_*.bin", val_tokens=8 * 2048,
         train_bs_schedule=(8 * 128, 8 * 256, 8 * 384, 8 * 384), train_max_seq_len_schedule=(64, 128, 128, 128), val_batch_size=8 * 1024,
-        num_scheduled_iterations=87, num_extension_iterations=9, val_loss_every=48, block_size=16, dc_window=14,
+        num_scheduled_iterations=78, num_extension_iterations=8, val_loss_every=43, block_size=16, dc_window=14,
         bigram_vocab_size=4096, bigram_dim=48, bigram_sign_table_rows=512, num_heads=6, head_dim=8, model_dim=48), **kwargs}),
 }
 
