@@ -7,7 +7,8 @@ finds, saved by the code that train() saves with.
 stall_s: what training waits for, the copy to the host and the hand-over to the writing thread. stall_cpu_s: processor time of this
 process in the stall; where it is much less, the machine was busy with something else. write_s: the thread's time, checksum and
 fsync included. Every line is one save. A CPU's virtual devices are copied from memory to memory; what it takes from a TPU has not been
-measured. All that 8 virtual devices hold lies in the machine's memory: 10 GB at --model_dim 192, and about four times that at 768.
+measured. All that virtual devices hold lies in the machine's memory: of 8 of them, 10 GB at --model_dim 192 and about four times that at
+768; of CPU_NUM_DEVICES=4, 18 GB at 384.
 """
 import argparse
 import json
