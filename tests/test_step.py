@@ -78,7 +78,8 @@ def test_kernels(steps, turns):
 @pytest.mark.parametrize("turns", [2, pytest.param(train.ROWS, marks=slow)])
 def test_rows_in_turn(turns):
     """Over the split, and two steps of Adam, because what the first one leaves behind shows in the second."""
-    steps, size = (58, 59, 60, 61), dict(rows=train.ROWS, head_dim=8)
+    split = train.TrainingSchedule(train.presets["rehearsal"]()).split_step
+    steps, size = range(split - 1, split + 3), dict(rows=train.ROWS, head_dim=8)
     want = run_steps(False, steps, **size)
     compare(steps, want, run_steps(False, steps, turns, **size))
     for before, after, moves in zip(want, want[1:], (True, False, True)):  # Adam steps on odd steps, NorMuon on all
