@@ -2,6 +2,7 @@
 State that comes back, files of weights, kills inside a save, disks, signals. (Resumed runs: test_run.py)
     python -m pytest tests/test_checkpoint.py               (-m slow: real processes, killed at random; a soak; other device counts)
 """
+import contextlib
 import json
 import os
 import pickle
@@ -326,17 +327,23 @@ def long_corpus(tmp_path_factory):
     from conftest import make_tokens
     folder = tmp_path_factory.mktemp("long")
     for i in range(8):
-        write_shard(folder / f"train_{i:03d}.bin", make_tokens(250_000, 10 + i))
+        write_shard(folder / f"train_{i:03d}.bin", make_tokens(330_000, 10 + i))
     write_shard(folder / "val_000.bin", make_tokens(6_000, 3))
     return folder
 
-def whole_and_empty(tmp_path: Path, corpus: Path, **fields) -> tuple[Path, Path]:
-    """A folder with an undisturbed run, and one for the run that will be compared with it."""
-    whole, empty = tmp_path / "whole", tmp_path / "empty"
+@contextlib.contextmanager
+def beside_an_undisturbed_run(tmp_path: Path, corpus: Path, **fields):
+    """Yields a folder for a run that is stopped and goes on; it must end as the one beside it that nobody stops."""
+    whole, folder = tmp_path / "whole", tmp_path / "stopped"
     whole.mkdir()
-    empty.mkdir()
-    assert start(whole, corpus, **fields).wait() == 0, (whole / "output").read_text()[-3000:]
-    return whole, empty
+    folder.mkdir()
+    process = start(whole, corpus, **fields)
+    try:
+        yield folder
+        assert process.wait() == 0, (whole / "output").read_text()[-3000:]
+    finally:
+        process.kill()
+    same_end(whole, folder, fields["num_scheduled_iterations"])
 
 def until_step(folder: Path, process, step: int):
     log = folder / "logs/toy.txt"
@@ -347,43 +354,40 @@ def until_step(folder: Path, process, step: int):
 def test_sigterm_ten_times(tmp_path, long_corpus):
     """One run, stopped by two SIGTERMs ten times and started again by the same command each time."""
     fields = dict(num_scheduled_iterations=66, val_loss_every=0)
-    reference, folder = whole_and_empty(tmp_path, long_corpus, **fields)
-    for i in range(10):
-        process = start(folder, long_corpus, save_every=1000, **fields)
-        until_step(folder, process, 6 * (i + 1))
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait() == checkpoint.PREEMPTED, (folder / "output").read_text()[-3000:]
-    assert start(folder, long_corpus, save_every=1000, **fields).wait() == 0
-    assert len(re.findall("^SIGTERM: stopped at", (folder / "logs/toy.txt").read_text(), re.M)) == 10
-    same_end(reference, folder, 66)
+    with beside_an_undisturbed_run(tmp_path, long_corpus, **fields) as folder:
+        for i in range(10):
+            process = start(folder, long_corpus, save_every=1000, **fields)
+            until_step(folder, process, 6 * (i + 1))
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait() == checkpoint.PREEMPTED, (folder / "output").read_text()[-3000:]
+        assert start(folder, long_corpus, save_every=1000, **fields).wait() == 0
+        assert len(re.findall("^SIGTERM: stopped at", (folder / "logs/toy.txt").read_text(), re.M)) == 10
 
 @pytest.mark.slow
 def test_sigkill_of_real_runs(tmp_path, long_corpus):
     """Killed five times at random moments after the first checkpoint, and gone on."""
     fields = dict(num_scheduled_iterations=66, val_loss_every=0)
-    reference, folder = whole_and_empty(tmp_path, long_corpus, **fields)
     random = np.random.default_rng(0)
-    for i in range(5):
-        process = start(folder, long_corpus, save_every=3, **fields)
-        until_step(folder, process, 10 * (i + 1))
-        time.sleep(random.uniform(0, 0.3))
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-    assert start(folder, long_corpus, save_every=3, **fields).wait() == 0
-    same_end(reference, folder, 66)
+    with beside_an_undisturbed_run(tmp_path, long_corpus, **fields) as folder:
+        for i in range(5):
+            process = start(folder, long_corpus, save_every=3, **fields)
+            until_step(folder, process, 10 * (i + 1))
+            time.sleep(random.uniform(0, 0.3))
+            process.kill()
+            assert process.wait() == -signal.SIGKILL
+        assert start(folder, long_corpus, save_every=3, **fields).wait() == 0
 
 @pytest.mark.slow
 def test_soak(tmp_path, long_corpus):
     """2,000 steps with a save every 50 and a kill every 200: the undisturbed run's losses and its last state."""
     fields = dict(num_scheduled_iterations=2000, val_loss_every=500)
-    reference, folder = whole_and_empty(tmp_path, long_corpus, **fields)
     codes = []
-    while (code := start(folder, long_corpus, program="die_every_200_steps.py", save_every=50, **fields).wait()) == -signal.SIGKILL:
-        codes.append(code)
-    assert code == 0 and len(codes) == 10, ((folder / "output").read_text()[-3000:], codes)
-    same_end(reference, folder, 2000)
+    with beside_an_undisturbed_run(tmp_path, long_corpus, **fields) as folder:
+        while (code := start(folder, long_corpus, program="die_every_200_steps.py", save_every=50, **fields).wait()) == -signal.SIGKILL:
+            codes.append(code)
+        assert code == 0 and len(codes) == 10, ((folder / "output").read_text()[-3000:], codes)
 
 @pytest.mark.slow
 def test_another_number_of_devices(tmp_path, corpus):

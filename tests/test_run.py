@@ -6,6 +6,7 @@ be.
 """
 import gzip
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -87,8 +88,15 @@ def test_log_tells_speed_and_cost(toy_run):
     assert float(cost.group(1)) == pytest.approx(total, abs=0.01) and float(cost.group(2)) > total
     assert float(re.search(r"^whole run: ms:(\S+)", log, re.M).group(1)) == pytest.approx(1000 * total / 28, abs=0.05)
 
-def test_log_says_that_there_are_no_prefixes(toy_run):
-    assert "no prefix token prediction: the training data are single bytes or not of GPT-2's vocabulary\n" in toy_run[0]
+def test_a_run_predicts_prefixes(driven, corpus):
+    """Its vocabulary's: 10 begins with 1, 255 with 25. A new model has all tokens nearly equally probable, so a loss counts its targets."""
+    table = torch.load(driven[0] / "prefix_table.pt")
+    assert table.tolist() == [-1] * 10 + [i // 10 for i in range(10, 256)] + [-1] * (384 - 256), "the model's vocabulary is padded"
+    (_, targets, *_), _, _ = next(t.train_batches(t.parse_args(toy_options(corpus))[0], range(1), [None]))
+    n, prefixes = targets.shape[1], (table.numpy()[targets] >= 0).mean()
+    count = 1 + 0.5 * (n - 1) / n + 0.25 * (n - 2) / n + 0.25 * prefixes  # a row's last tokens have fewer targets
+    first, = losses(driven[0] / "logs/toy.txt")[2]  # read one step later
+    assert float(first.split(":")[1]) == pytest.approx(count * math.log(384), rel=2e-3) and prefixes > 0.9
 
 def test_loss_falls_below_unigram_entropy(toy_run):
     log, _ = toy_run

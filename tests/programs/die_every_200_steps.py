@@ -5,13 +5,13 @@ from pathlib import Path
 
 import train_gpt_xla as t
 
-tensors = t.TrainingManager.tensors
+run = t.TrainingManager.run
 
-def die(self):
+def die(self, batch, numbers):
     if self.step % 200 == 187 and self.graph.train and not (mark := Path(f"died{self.step}")).exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return tensors(self)
+    return run(self, batch, numbers)
 
-t.TrainingManager.tensors = die
+t.TrainingManager.run = die
 t.main()

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import train_gpt_xla as t
 
-tensors = t.TrainingManager.tensors
+run = t.TrainingManager.run  # no program of the warm-up goes through it
 start = max(int(path.stem[-6:]) for path in Path("logs/moved").glob("checkpoint_*.pt"))
 
-def stop(self):
-    resumed = "resumed" in Path("logs/moved.txt").read_text().rsplit("=" * 100, 1)[-1]
-    if self.graph.train and self.step == start + 2 and resumed:
+def stop(self, batch, numbers):
+    if self.graph.train and self.step == start + 2:
         os.kill(os.getpid(), signal.SIGTERM)
-    return tensors(self)
+    return run(self, batch, numbers)
 
-t.TrainingManager.tensors = stop
+t.TrainingManager.run = stop
 t.main()

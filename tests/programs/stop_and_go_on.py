@@ -12,22 +12,23 @@ import train_gpt_xla as t
 # training shard ends before step 10, the extension begins at step 24
 POINTS = dict(before_a_stage=6, at_a_stage=8, after_a_stage=10, shard=10, validation=14, before_the_split=16, after_the_split=18,
               extension=26)
+# the toy's own vocabulary: 12 begins with 1, and 123 with 12
+VOCABULARY = {str(i).encode(): i for i in range(256)}
 RUN_ON = 4  # steps after which the resumed runs are stopped, but for the last: what is the same so far stays so; `again` runs on
 
-get_numbers, tensors = t.TrainingManager.get_numbers, t.TrainingManager.tensors
+get_numbers, run = t.TrainingManager.get_numbers, t.TrainingManager.run
 to_devices, distinct_graphs = t.GPT.to_devices, t.distinct_graphs
+set_prefix_table = t.GPT.set_prefix_table
 
 
 def main(*options, stop=None, by=signal.SIGTERM, poison=None):
     """stop: two signals while this step is in hand. poison: this step's numbers are not numbers. Both without a warm-up."""
-    sent = []
-    def in_hand(self):  # of each program of a step
-        if hasattr(self, "graph") and self.step == stop and self.graph.train and not sent:
-            sent[:] = by, by
-            for number in sent:
-                os.kill(os.getpid(), number)
-        return tensors(self)
-    t.TrainingManager.tensors = in_hand
+    def in_hand(self, batch, numbers):
+        if self.step == stop and self.graph.train:
+            os.kill(os.getpid(), by)
+            os.kill(os.getpid(), by)
+        return run(self, batch, numbers)
+    t.TrainingManager.run = in_hand
     t.TrainingManager.get_numbers = lambda self: get_numbers(self) * (float("nan") if self.step == poison else 1)
     t.distinct_graphs = distinct_graphs if stop is poison is None else lambda args, turns: {}
     try:
@@ -43,12 +44,19 @@ def keep_initial(model, dtype):
     return model
 
 
+def keep_prefix_table(model, table):
+    set_prefix_table(model, table)
+    t.torch.save(t.to_host(model.prefix_table), "prefix_table.pt")
+    t.GPT.set_prefix_table = set_prefix_table
+
+
 if __name__ == "__main__":
     assert "jax" not in sys.modules, "importing train_gpt_xla imports no JAX"
     os.environ["WANDB_MODE"] = "offline"
     for number in (signal.SIGINT, signal.SIGHUP):  # a test in the background may find them ignored
         signal.signal(number, signal.SIG_DFL)
-    t.GPT.to_devices = keep_initial
+    t.GPT.to_devices, t.GPT.set_prefix_table = keep_initial, keep_prefix_table
+    t.prefix_vocabulary = lambda args: VOCABULARY
     every = ("--save_every", "2", "--keep_checkpoints", "99")
     main("--run_id", "toy", *every, "--price", "3600", "--profile", "5:3")
     main("--run_id", "init", *every, "--seed", "9", "--init_from", "initial.pt", stop=2)
