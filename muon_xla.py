@@ -111,8 +111,7 @@ class NorMuonAndAdam:
                                                            adam_defaults if param_table[label]["optim"] == "adam" else normuon_defaults)
         assert param_table.keys() == self._param_by_label.keys(), param_table.keys() ^ self._param_by_label.keys()
         assert sorted(work_order) == sorted(param_table), set(work_order) ^ param_table.keys()
-        self.work_order = work_order
-        self.reset()
+        self.work_order = work_order  # reset() makes the state
 
     @staticmethod
     def _build_param_cfg(param: nn.Parameter, label: str, entry: dict, defaults: dict) -> ParamConfig:

@@ -1474,8 +1474,8 @@ class TrainingManager():
             weight_decay=1.2,
         )
         self.optimizer = NorMuonAndAdam(model.named_parameters(), self.param_table, self.work_order, adam_defaults, normuon_defaults)
-        self.adam_labels = list(self.optimizer.get_numbers(0.0))
         self.reset()
+        self.adam_labels = list(self.optimizer.get_numbers(0.0))
 
     def advance_schedule(self, step: int, train: bool = True):
         """Host only: the graph of this step (or of the validation before it), YaRN where the window changes, Adam's count of its steps."""

@@ -701,7 +701,7 @@ def trace(graphs: list, tpu: Tpu, preset: str, out: Path) -> dict:
         env = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(tpu.devices), "XLA_HLO_DEBUG": "1", "XLA_IR_DEBUG": "1",
                "MALLOC_MMAP_THRESHOLD_": "1048576"}
         if status := child("export_graphs", tpu.name, preset, out, *names, log=log, env=env):
-            why = "it was killed, as Linux does where memory runs out: the record's takes 12 GB" if status == -9 else last_words(log)
+            why = "it was killed, as Linux does where memory runs out: the record takes 19 GB and more" if status == -9 else last_words(log)
             raise Refused(f"tracing failed, the whole story is in {log}: {why}")
         exported = json.loads((out / "exported.json").read_text())
         if child("fingerprints", *[out / f"{name}.hlo.pb" for name in names], log=log, env={"JAX_PLATFORMS": "cpu"}):
