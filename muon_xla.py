@@ -97,6 +97,8 @@ class NorMuonAndAdam:
     Each device adds up its gradients of two steps in state["grad"], [devices, ...] (upstream: in param.grad); step() reduces the sum. Where
     rows take turns it is float32, because a sum of 16 gradients in bfloat16 would lose the last ones.
     Bias correction and learning rates are computed on the host, in get_numbers(), and come in as 0-D tensors, by label.
+
+    There is no state before reset(): the record's is some GB, and whoever owns this resets it anyway.
     """
     def __init__(self, named_params, param_table: dict, work_order: list[str], adam_defaults: dict, normuon_defaults: dict):
         self.param_cfgs: dict[nn.Parameter, ParamConfig] = {}
@@ -111,7 +113,7 @@ class NorMuonAndAdam:
                                                            adam_defaults if param_table[label]["optim"] == "adam" else normuon_defaults)
         assert param_table.keys() == self._param_by_label.keys(), param_table.keys() ^ self._param_by_label.keys()
         assert sorted(work_order) == sorted(param_table), set(work_order) ^ param_table.keys()
-        self.work_order = work_order  # reset() makes the state
+        self.work_order = work_order
 
     @staticmethod
     def _build_param_cfg(param: nn.Parameter, label: str, entry: dict, defaults: dict) -> ParamConfig:
