@@ -283,7 +283,7 @@ case $word in
       train record
     fi
     say "so this is the rehearsal: the same code, a small model and a small corpus"
-    "$py" data/demo.py
+    "$py" data/demo.py --bytes # with a network or without: README's figures, and 86 steps are too few for GPT-2's tokens
     train rehearsal
     ;;
   setup)

@@ -184,7 +184,7 @@ def test_no_tpu_rehearses(ready):
     status, out = ready.run("--seed", "2")
     assert status == 0 and "no TPU" in out and "rehearsal" in out
     demo, train = ready.asked()
-    assert demo.startswith("CPU|8|") and demo.endswith("data/demo.py")
+    assert demo.startswith("CPU|8|") and demo.endswith("data/demo.py --bytes")
     assert train.startswith("CPU|8|") and train.endswith("train_gpt_xla.py --preset rehearsal --seed 2")
     ready.run(CPU_NUM_DEVICES="2")
     assert all(line.startswith("CPU|2|") for line in ready.asked())

@@ -4,9 +4,9 @@ Text from a checkpoint, of this project or of upstream (logs/RUN_ID/state_step*.
     python tools/sample.py CHECKPOINT [--prompt TEXT ...] [--tokens 64] [--temperature 0.8] [--top_k 50] [--seed 0] [--bytes]
 
 Eight prompts at a time, one a row; a standard list where none is given. --temperature 0 takes the likeliest token. --bytes: single
-bytes as tokens, for a model trained on them (data/demo.py --bytes, or made offline). The model's sizes come from the checkpoint,
-its schedule (windows, YaRN) from the run's log beside it (logs/RUN_ID.txt), else from the preset with these sizes, else from the
-record; --preset and --FIELD as in training go before all that.
+bytes as tokens, for a model trained on them (the rehearsal's is). The model's sizes come from the checkpoint, its schedule (windows,
+YaRN) from the run's log beside it (logs/RUN_ID.txt), else from the preset with these sizes, else from the record; --preset and --FIELD
+as in training go before all that.
 
 The first token takes a forward pass over [8, T], which leaves keys and values of each layer in a cache; each further one takes a forward
 pass over the last 16 tokens of each row. T is fixed, so these two compiled graphs serve all positions: what comes after a position does
